@@ -1,0 +1,46 @@
+# The two commands: `make up` runs a cluster here, `make test` runs every test. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup up test check lint types layers proto proto-check faults clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## Create .venv and install pinned dependencies
+
+$(STAMP): constraints.txt pyproject.toml sdk/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "memshard needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another with make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check -e ./sdk -e '.[local,dev]'
+	@touch $@
+
+up: $(STAMP)  ## Start a cluster in the foreground; Ctrl-C stops it (ARGS="--shards 3")
+	@$(BIN)/memshard up $(ARGS)
+
+test: $(STAMP)  ## Run every test (ARGS="-k name")
+	$(BIN)/pytest -m 'not slow' $(ARGS)
+
+check: $(STAMP) lint types layers test  ## The gate: lint, types, layers, tests (generated code in sync is one)
+
+lint: $(STAMP)  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy, strict
+	$(BIN)/mypy
+
+layers: $(STAMP)  ## import-linter
+	$(BIN)/lint-imports --no-cache
+
+proto: $(STAMP)  ## Generate the stubs in sdk/memshard from proto/
+	$(BIN)/python sdk/generate_stubs.py
+
+faults: $(STAMP)  ## The slow fault scenarios, with their figures
+	$(BIN)/pytest -m slow -s tests/faults $(ARGS)
+
+clean:  ## Remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
