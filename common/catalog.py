@@ -1,0 +1,202 @@
+"""The catalog: one PostgreSQL database that is the source of topology and of what was fixed when the cluster was made.
+
+Topology changes are compare-and-set: they name the epoch they were planned against, raise it by one, and notify.
+"""
+
+import secrets
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import asyncpg
+
+from common.migrations import Migration, migrate
+from common.postgres import Connection
+from common.slots import share_out
+from common.topology import Shard, ShardStatus, SlotRange, Topology
+
+# Channel that a changed epoch is announced on; the payload is the epoch.
+CHANNEL = "memshard_topology"
+
+TOKEN_KEY_BYTES = 32
+
+
+class Precision(StrEnum):
+    """How embeddings are stored: `half` is 2 bytes a number, `single` 4."""
+
+    HALF = "half"
+    SINGLE = "single"
+
+
+# pgvector's limits for an HNSW index, which a user above some 10,000 memories will need.
+MAX_DIMENSIONS = {Precision.HALF: 4000, Precision.SINGLE: 2000}
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What is fixed when a cluster is made."""
+
+    cluster_id: str
+    embedding_model: str
+    """Name of the model whose embeddings are stored; empty when callers bring their own."""
+    dimensions: int
+    precision: Precision
+    placement: str
+    token_key: bytes = field(repr=False)
+    """Secret that page tokens and consistency tokens are signed with, 32 bytes."""
+
+
+class CatalogError(Exception):
+    """The catalog is not what was expected; the message says what to do."""
+
+
+class EpochConflictError(CatalogError):
+    """The topology has changed since the change at hand was planned; nothing was done."""
+
+
+_MIGRATIONS = (
+    Migration(
+        1,
+        "cluster, shards, slots, epoch",
+        """
+        CREATE TABLE cluster (
+            singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
+            cluster_id uuid NOT NULL,
+            embedding_model text NOT NULL,
+            dimensions int NOT NULL CHECK (dimensions > 0),
+            precision text NOT NULL CHECK (precision IN ('half', 'single')),
+            placement text NOT NULL CHECK (placement IN ('user_based')),
+            token_key bytea NOT NULL CHECK (length(token_key) = 32),
+            created_at timestamptz NOT NULL DEFAULT now()
+        );
+        CREATE TABLE topology (
+            singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
+            epoch bigint NOT NULL
+        );
+        CREATE TABLE shards (
+            shard_id text PRIMARY KEY,
+            address text NOT NULL,
+            weight int NOT NULL DEFAULT 1 CHECK (weight > 0),
+            status text NOT NULL DEFAULT 'active'
+                CHECK (status IN ('active', 'readonly', 'draining', 'maintenance'))
+        );
+        CREATE TABLE slot_ranges (
+            first int PRIMARY KEY CHECK (first >= 0),
+            last int NOT NULL CHECK (last >= first AND last < 16384),
+            shard_id text NOT NULL REFERENCES shards
+        );
+        """,
+    ),
+)
+
+_CREATE_CLUSTER = """
+INSERT INTO cluster (cluster_id, embedding_model, dimensions, precision, placement, token_key)
+VALUES ($1, $2, $3, $4, 'user_based', $5)
+ON CONFLICT DO NOTHING
+RETURNING cluster_id
+"""
+_CREATE_TOPOLOGY = "INSERT INTO topology (epoch) VALUES (1)"
+_CREATE_SHARD = "INSERT INTO shards (shard_id, address, weight, status) VALUES ($1, $2, $3, $4)"
+_CREATE_RANGE = "INSERT INTO slot_ranges (first, last, shard_id) VALUES ($1, $2, $3)"
+_READ_CLUSTER = """
+SELECT cluster_id::text, embedding_model, dimensions, precision, placement, token_key FROM cluster
+"""
+_READ_EPOCH = "SELECT epoch FROM topology"
+_READ_SHARDS = "SELECT shard_id, address, weight, status FROM shards ORDER BY shard_id"
+_READ_RANGES = "SELECT first, last, shard_id FROM slot_ranges ORDER BY first"
+_RAISE_EPOCH = "UPDATE topology SET epoch = epoch + 1 WHERE epoch = $1 RETURNING epoch"
+_NOTIFY = "SELECT pg_notify($1, $2)"
+_SET_ADDRESS = "UPDATE shards SET address = $2 WHERE shard_id = $1 AND address <> $2"
+
+
+async def create(
+    connection: Connection,
+    shards: Sequence[Shard],
+    *,
+    embedding_model: str,
+    dimensions: int,
+    precision: Precision = Precision.HALF,
+) -> Cluster:
+    """Makes a new cluster in an empty database: its identity, its shards, and their slots by weight, at epoch 1.
+
+    Raises CatalogError when the database already holds a cluster, ValueError for dimensions out of range.
+    """
+    if not 1 <= dimensions <= MAX_DIMENSIONS[precision]:
+        raise ValueError(f"dimensions must be 1 to {MAX_DIMENSIONS[precision]} at {precision} precision")
+    await migrate(connection, _MIGRATIONS)
+    cluster_id, token_key = str(uuid.uuid4()), secrets.token_bytes(TOKEN_KEY_BYTES)
+    ranges = share_out({shard.shard_id: shard.weight for shard in shards})
+    async with connection.transaction():
+        made = await connection.fetchval(
+            _CREATE_CLUSTER, cluster_id, embedding_model, dimensions, precision.value, token_key
+        )
+        if made is None:
+            raise CatalogError("this catalog already holds a cluster")
+        await connection.execute(_CREATE_TOPOLOGY)
+        await connection.executemany(_CREATE_SHARD, [(s.shard_id, s.address, s.weight, s.status.value) for s in shards])
+        await connection.executemany(
+            _CREATE_RANGE, [(first, last, shard_id) for shard_id, (first, last) in ranges.items()]
+        )
+    return await read_cluster(connection)
+
+
+async def read_cluster(connection: Connection) -> Cluster:
+    """What was fixed when the cluster was made. Raises CatalogError when there is no cluster."""
+    try:
+        row = await connection.fetchrow(_READ_CLUSTER)
+    except asyncpg.UndefinedTableError:
+        row = None
+    if row is None:
+        raise CatalogError("this catalog holds no cluster yet; `memshard up` makes one")
+    return Cluster(
+        cluster_id=row["cluster_id"],
+        embedding_model=row["embedding_model"],
+        dimensions=row["dimensions"],
+        precision=Precision(row["precision"]),
+        placement=row["placement"],
+        token_key=row["token_key"],
+    )
+
+
+async def read_epoch(connection: Connection) -> int:
+    """The current epoch alone: what a poll asks before it reads the rest."""
+    epoch: int = await connection.fetchval(_READ_EPOCH)
+    return epoch
+
+
+async def read_topology(connection: Connection) -> Topology:
+    """The whole topology, of one moment. Raises CatalogError when there is no cluster."""
+    async with connection.transaction(isolation="repeatable_read", readonly=True):
+        cluster = await read_cluster(connection)
+        epoch = await connection.fetchval(_READ_EPOCH)
+        shards = await connection.fetch(_READ_SHARDS)
+        ranges = await connection.fetch(_READ_RANGES)
+    return Topology(
+        cluster_id=cluster.cluster_id,
+        epoch=epoch,
+        shards=tuple(
+            Shard(row["shard_id"], row["address"], row["weight"], ShardStatus(row["status"])) for row in shards
+        ),
+        ranges=tuple(SlotRange(row["first"], row["last"], row["shard_id"]) for row in ranges),
+    )
+
+
+async def set_addresses(connection: Connection, epoch: int, addresses: Mapping[str, str]) -> int:
+    """Changes where shards are reached, if the topology is still at `epoch`; returns the new epoch.
+
+    Raises EpochConflictError when it is not.
+    """
+    async with connection.transaction():
+        raised = await _raise_epoch(connection, epoch)
+        await connection.executemany(_SET_ADDRESS, list(addresses.items()))
+    return raised
+
+
+async def _raise_epoch(connection: Connection, epoch: int) -> int:
+    """The compare-and-set that every topology change begins with, inside its transaction."""
+    raised: int | None = await connection.fetchval(_RAISE_EPOCH, epoch)
+    if raised is None:
+        raise EpochConflictError(f"the topology is no longer at epoch {epoch}")
+    await connection.execute(_NOTIFY, CHANNEL, str(raised))
+    return raised

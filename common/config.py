@@ -1,0 +1,251 @@
+"""Settings of the services: read once at the edge from environment and YAML, typed, checked, frozen.
+
+A setting `catalog_dsn` of the router comes from `MEMSHARD_ROUTER_CATALOG_DSN`, else from the YAML file, else from its
+default. Every field says its meaning, unit and the reason of its default; `memshard config generate` prints them.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+import yaml
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+MIB = 1024 * 1024
+
+
+class ConfigError(Exception):
+    """The settings do not make a working service; the message names each field and what to do."""
+
+
+def _postgres_dsn(value: SecretStr) -> SecretStr:
+    if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+        raise ValueError("must be a PostgreSQL URL, like postgresql://user:password@host:5432/database")
+    return value
+
+
+def _redis_url(value: SecretStr) -> SecretStr:
+    if not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must be a Redis URL, like redis://:password@host:6379/0")
+    return value
+
+
+PostgresDsn = Annotated[SecretStr, AfterValidator(_postgres_dsn)]
+RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+
+
+class ServiceSettings(BaseSettings):
+    """What every service needs."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Loopback by default: the wire is not encrypted; 0.0.0.0 in a container."""
+
+    port: Port
+    """TCP port to listen on."""
+
+    catalog_dsn: PostgresDsn
+    """URL of the catalog's database. A role that can only read is enough."""
+
+    max_message_bytes: Annotated[int, Field(ge=MIB, le=1024 * MIB)] = 16 * MIB
+    """Largest request taken, in bytes. A batch of the contract has at most 8 MiB; the rest is room to refuse a larger
+    one with an error that names the field."""
+
+    drain_timeout_s: Seconds = 10.0
+    """Seconds that calls in flight get to finish after SIGTERM. Below the 30 s that Kubernetes waits before SIGKILL."""
+
+    log_format: Literal["json", "console"] = "json"
+    """`json`: one object a line, for collectors. `console`: for eyes."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level that is logged."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment before file; no `.env`, which would be read from wherever the process happens to start."""
+        yaml_file = cls.model_config.get("yaml_file")
+        return (init_settings, env_settings, *([YamlConfigSettingsSource(settings_cls)] if yaml_file else []))
+
+
+class RouterSettings(ServiceSettings):
+    """The router's settings: environment prefix `MEMSHARD_ROUTER_`."""
+
+    model_config = SettingsConfigDict(env_prefix="MEMSHARD_ROUTER_")
+
+    port: Port = 50051
+    """TCP port of the public API; gRPC's customary one."""
+
+    redis_url: RedisUrl | None = None
+    """URL of the shared location cache. None: each router remembers for itself; slower, never wrong."""
+
+    redis_timeout_s: Seconds = 0.05
+    """Seconds to wait for Redis before going on without it. Asking all shards takes a few milliseconds, so waiting
+    longer than 50 ms never pays."""
+
+    default_deadline_s: Seconds = 10.0
+    """Seconds for a call whose caller set no deadline."""
+
+    shard_deadline_margin_s: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """Seconds of the caller's budget that are kept back from the shard call, for the way back."""
+
+    fanout_concurrency: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Most shard calls that one fan-out has open at once."""
+
+    catalog_poll_s: Seconds = 5.0
+    """Seconds between looks at the catalog, in case a notification was lost."""
+
+    location_cache_entries: Annotated[int, Field(ge=0, le=10_000_000)] = 100_000
+    """Memory locations that this router remembers; about 200 bytes each."""
+
+    location_cache_ttl_s: Seconds = 60.0
+    """Seconds that this router remembers a location. Short, because other routers do not tell it what they learn."""
+
+    location_redis_ttl_s: Annotated[int, Field(ge=1, le=30 * 86400)] = 86400
+    """Seconds that Redis remembers a location (the design's 24 h)."""
+
+    embedder: Literal["local", "http", "none"] = "local"
+    """Who turns text into embeddings. `local`: the model in the wordllama wheel. `http`: a server with an
+    OpenAI-compatible /embeddings. `none`: callers bring embeddings."""
+
+    embedder_url: str | None = None
+    """Base URL of the `http` embedder, like https://api.example.com/v1."""
+
+    embedder_model: str | None = None
+    """Model to ask the `http` embedder for. Must be the cluster's; None: whatever the cluster was created with."""
+
+    embedder_api_key: SecretStr | None = None
+    """Bearer token for the `http` embedder."""
+
+    embedder_timeout_s: Seconds = 5.0
+    """Seconds to wait for the `http` embedder."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        if self.embedder == "http" and not self.embedder_url:
+            raise ValueError("embedder_url is required with embedder: http")
+        if self.embedder_timeout_s > self.default_deadline_s:
+            raise ValueError("embedder_timeout_s must not exceed default_deadline_s")
+        if self.shard_deadline_margin_s >= self.default_deadline_s:
+            raise ValueError("shard_deadline_margin_s must be less than default_deadline_s")
+        return self
+
+
+class ShardSettings(ServiceSettings):
+    """The shard's settings: environment prefix `MEMSHARD_SHARD_`."""
+
+    model_config = SettingsConfigDict(env_prefix="MEMSHARD_SHARD_")
+
+    port: Port = 50061
+    """TCP port of the internal API."""
+
+    shard_id: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    """This shard's name in the catalog. A DNS label, so that it can name a Kubernetes Service too."""
+
+    database_dsn: PostgresDsn
+    """URL of the shard's own database, as a role that can only read and write rows."""
+
+    migration_dsn: PostgresDsn | None = None
+    """URL of the same database as the role that owns the schema. None: `database_dsn` is used for both."""
+
+    pool_min_connections: Annotated[int, Field(ge=1, le=1000)] = 2
+    """Connections kept open when idle."""
+
+    pool_max_connections: Annotated[int, Field(ge=1, le=1000)] = 16
+    """Most connections. PostgreSQL's throughput peaks near a few per core; more only wait inside it."""
+
+    default_deadline_s: Seconds = 10.0
+    """Seconds for a call that came without a deadline. Routers always send one."""
+
+    tombstone_ttl_s: Annotated[int, Field(ge=60, le=30 * 86400)] = 86400
+    """Seconds that a deleted memory's id and a request id are remembered (the contract's 24 h)."""
+
+    purge_interval_s: Seconds = 60.0
+    """Seconds between clean-ups of what is older than that."""
+
+    page_bytes: Annotated[int, Field(ge=1024, le=64 * MIB)] = 3 * MIB
+    """Bytes after which a page of a listing ends early. Below the 4 MiB that gRPC clients take by default."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        if self.pool_min_connections > self.pool_max_connections:
+            raise ValueError("pool_min_connections must not exceed pool_max_connections")
+        return self
+
+
+SETTINGS: dict[str, type[ServiceSettings]] = {"router": RouterSettings, "shard": ShardSettings}
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+def load(settings: type[S], file: Path | None = None) -> S:
+    """Reads and checks the settings of a service from environment and, when given, a YAML file.
+
+    Raises ConfigError naming every field at fault.
+    """
+    configured: type[S] = type(
+        settings.__name__,
+        (settings,),
+        {
+            "model_config": SettingsConfigDict(yaml_file=_checked(file) if file else None),
+            "__module__": __name__,
+        },
+    )
+    try:
+        return configured()  # type: ignore[call-arg]  # The sources fill it.
+    except ValidationError as error:
+        prefix = settings.model_config.get("env_prefix", "")
+        problems = [_problem(problem["loc"], problem["type"], problem["msg"], prefix) for problem in error.errors()]
+        where = f"{file}: " if file else ""
+        raise ConfigError(f"{where}{'; '.join(problems)}") from None
+
+
+def generate(settings: type[ServiceSettings]) -> str:
+    """A YAML file with every setting, its documentation and its default."""
+    lines = [f"# {(settings.__doc__ or '').strip()}"]
+    for name, field in settings.model_fields.items():
+        lines.append("")
+        lines += [f"# {line.strip()}" for line in (field.description or "").splitlines()]
+        if field.is_required():
+            lines.append(f"{name}:  # required")
+        else:
+            value = yaml.safe_dump({name: field.default}, default_flow_style=False).strip()
+            lines.append(f"# {value}")
+    return "\n".join(lines) + "\n"
+
+
+def _checked(file: Path) -> Path:
+    """`file`, once it is known to be a YAML mapping: pydantic-settings ignores one that is missing."""
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    if document is not None and not isinstance(document, dict):
+        raise ConfigError(f"{file}: must be a mapping of settings, not a {type(document).__name__}")
+    return file
+
+
+def _problem(loc: tuple[int | str, ...], kind: str, message: str, prefix: str) -> str:
+    name = ".".join(str(part) for part in loc)
+    if kind == "missing":
+        return f"{name} is required; set it in the file or as {prefix}{name.upper()}"
+    if kind == "extra_forbidden":
+        return f"{name} is no setting of this service"
+    text = message.removeprefix("Value error, ")
+    return f"{name}: {text}" if name else text

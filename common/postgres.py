@@ -1,0 +1,48 @@
+"""Connecting to PostgreSQL: types, and a first connection that fails with a message that says what to do."""
+
+from typing import TYPE_CHECKING, TypeAlias
+from urllib.parse import urlsplit
+
+import asyncpg
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
+    Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
+else:
+    Connection: TypeAlias = asyncpg.Connection
+    Pool: TypeAlias = asyncpg.Pool
+
+CONNECT_TIMEOUT_S = 5.0
+
+# What a connection attempt raises when the server is not there, not ready, or says no.
+CONNECT_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+class DatabaseUnreachableError(Exception):
+    """A database did not let us in; the message names it (without its password) and the cause."""
+
+
+async def connect(dsn: str, *, what: str) -> "asyncpg.Connection[asyncpg.Record]":
+    """One connection to the database that `what` names for people ("the catalog").
+
+    Raises DatabaseUnreachableError.
+    """
+    try:
+        return await asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT_S)
+    except CONNECT_ERRORS as error:
+        raise DatabaseUnreachableError(f"{what} at {location(dsn)} cannot be reached: {explain(error)}") from error
+
+
+def location(dsn: str) -> str:
+    """Host, port and database of a URL, for messages: never its user or password."""
+    parts = urlsplit(dsn)
+    return f"{parts.hostname}:{parts.port or 5432}{parts.path}"
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong when connecting, in a few words."""
+    if isinstance(error, TimeoutError):
+        return f"no answer in {CONNECT_TIMEOUT_S:g} s"
+    return str(error) or type(error).__name__

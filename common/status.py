@@ -1,0 +1,111 @@
+"""The one mapping between domain errors and gRPC statuses, in both directions."""
+
+from typing import cast
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from common import errors
+from common.errors import FieldViolation, MemshardError
+
+DOMAIN = "memshard"
+
+# google.rpc.Status carries the code as a number; grpc.StatusCode's value is (number, text).
+_CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
+
+_CLASSES: tuple[type[MemshardError], ...] = (
+    errors.InvalidArgument,
+    errors.NotFound,
+    errors.AlreadyExists,
+    errors.FailedPrecondition,
+    errors.Ambiguous,
+    errors.ResourceExhausted,
+    errors.Unavailable,
+    errors.OutcomeUnknown,
+    errors.DeadlineExceeded,
+    errors.Unimplemented,
+    errors.Internal,
+)
+_CLASS_BY_REASON = {cls.default_reason: cls for cls in _CLASSES}
+# The first class of each code is the general one.
+_CLASS_BY_CODE = {cls.code: cls for cls in reversed(_CLASSES)}
+
+
+def to_status(error: MemshardError) -> status_pb2.Status:
+    """`error` as the google.rpc.Status that travels in trailers, batch results and reports."""
+    details: list[any_pb2.Any] = []
+
+    def attach(
+        message: "error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo",
+    ) -> None:
+        packed = any_pb2.Any()
+        packed.Pack(message)
+        details.append(packed)
+
+    attach(error_details_pb2.ErrorInfo(domain=DOMAIN, reason=error.reason, metadata=error.metadata))
+    if error.violations:
+        attach(
+            error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
+                    for v in error.violations
+                ]
+            )
+        )
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        attach(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status_pb2.Status(code=error.code.value[0], message=error.message, details=details)
+
+
+async def abort(context: "grpc.aio.ServicerContext[bytes, bytes]", error: MemshardError) -> None:
+    """Ends the call with `error`. Always raises, as grpc's own abort does."""
+    status = rpc_status.to_status(to_status(error))
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError) -> MemshardError:
+    """The domain error that another memshard service, or gRPC itself, answered a call with."""
+    status = _details(error)
+    info = error_details_pb2.ErrorInfo()
+    bad_request = error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
+    retry_after_s = None
+    for detail in status.details if status else ():
+        if detail.Is(retry.DESCRIPTOR):
+            detail.Unpack(retry)
+            retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+        for message in (info, bad_request):
+            if detail.Is(message.DESCRIPTOR):
+                detail.Unpack(message)
+    message = error.details() or error.code().name
+    if info.domain == DOMAIN and info.reason == errors.WrongShard.default_reason:
+        epoch = info.metadata.get("epoch", "")
+        return errors.WrongShard(message, epoch=int(epoch) if epoch.isdecimal() else 0)
+    ours = info.domain == DOMAIN
+    by_code = _CLASS_BY_CODE.get(error.code(), errors.Unavailable)
+    cls = _CLASS_BY_REASON.get(info.reason, by_code) if ours else by_code
+    return cls(
+        message,
+        reason=info.reason if ours else None,
+        violations=tuple(FieldViolation(v.field, v.description) for v in bad_request.field_violations),
+        retry_after_s=retry_after_s,
+        metadata=dict(info.metadata),
+    )
+
+
+def code_of(status: status_pb2.Status) -> grpc.StatusCode:
+    """The gRPC code of a google.rpc.Status; UNKNOWN for a number that is none."""
+    return _CODE_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
+
+
+def _details(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
+    try:
+        return rpc_status.from_call(cast("grpc.Call", error))
+    except (DecodeError, ValueError):
+        # Trailers that contradict the status, or are not a status: the code alone has to do.
+        return None

@@ -1,0 +1,77 @@
+"""A snapshot of who owns what: immutable, checked when it is made, replaced as a whole."""
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from common.slots import SLOT_COUNT
+
+
+class ShardStatus(StrEnum):
+    """What a shard may be used for; the placement issue of each status is decided by the router."""
+
+    ACTIVE = "active"
+    READONLY = "readonly"
+    DRAINING = "draining"
+    MAINTENANCE = "maintenance"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard: where its service listens (`host:port`), and its share of the slots relative to the others."""
+
+    shard_id: str
+    address: str
+    weight: int = 1
+    status: ShardStatus = ShardStatus.ACTIVE
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRange:
+    """Slots `first` to `last`, both included, owned by one shard."""
+
+    first: int
+    last: int
+    shard_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """All slots and their shards under one epoch.
+
+    Raises ValueError when the ranges leave a gap, overlap, or name an unknown shard.
+    """
+
+    cluster_id: str
+    epoch: int
+    shards: tuple[Shard, ...]
+    ranges: tuple[SlotRange, ...]
+    _firsts: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _by_id: dict[str, Shard] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_id = {shard.shard_id: shard for shard in self.shards}
+        expected = 0
+        for owned in self.ranges:
+            if owned.first != expected or owned.last < owned.first:
+                raise ValueError(f"slots {expected} to {owned.first} have no owner or several")
+            if owned.shard_id not in by_id:
+                raise ValueError(f"slots {owned.first} to {owned.last} belong to the unknown shard {owned.shard_id}")
+            expected = owned.last + 1
+        if expected != SLOT_COUNT:
+            raise ValueError(f"slots from {expected} have no owner")
+        object.__setattr__(self, "_by_id", by_id)
+        object.__setattr__(self, "_firsts", tuple(owned.first for owned in self.ranges))
+
+    def owner(self, slot: int) -> Shard:
+        """The shard that owns `slot` (0 to 16,383)."""
+        return self._by_id[self.ranges[bisect_right(self._firsts, slot) - 1].shard_id]
+
+    def serving(self) -> tuple[Shard, ...]:
+        """The shards that own slots, ordered by id: the ones that a fan-out asks."""
+        owners = {owned.shard_id for owned in self.ranges}
+        return tuple(sorted((s for s in self.shards if s.shard_id in owners), key=lambda s: s.shard_id))
+
+    def slot_count(self, shard_id: str) -> int:
+        """How many slots a shard owns."""
+        return sum(owned.last - owned.first + 1 for owned in self.ranges if owned.shard_id == shard_id)
