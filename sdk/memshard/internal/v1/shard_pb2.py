@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from memshard.v1 import memory_pb2 as memshard_dot_v1_dot_memory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n memshard/internal/v1/shard.proto\x12\x14memshard.internal.v1\x1a\x18memshard/v1/memory.proto\"X\n\x05Route\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x11\n\x04slot\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x07\n\x05_slot\"T\n\x06\x43ommit\x12\x10\n\x08timeline\x18\x01 \x01(\r\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12+\n\ndurability\x18\x03 \x01(\x0e\x32\x17.memshard.v1.Durability\"o\n\x0cStoreRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12#\n\x06memory\x18\x02 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"b\n\rStoreResponse\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"p\n\nGetRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x19\n\x11include_embedding\x18\x04 \x01(\x08\"?\n\x0bGetResponse\x12\x30\n\x05\x66ound\x18\x01 \x03(\x0b\x32!.memshard.internal.v1.FoundMemory\"@\n\x0b\x46oundMemory\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0c\n\x04slot\x18\x02 \x01(\r\"l\n\rDeleteRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"O\n\x0e\x44\x65leteResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x08\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"2\n\x0cListPosition\x12\x16\n\x0e\x63reate_time_us\x18\x01 \x01(\x03\x12\n\n\x02id\x18\x02 \x01(\x0c\"\xab\x01\n\x0bListRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x31\n\x05\x61\x66ter\x18\x04 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\x12\x19\n\x11include_embedding\x18\x05 \x01(\x08\"g\n\x0cListResponse\x12%\n\x08memories\x18\x01 \x03(\x0b\x32\x13.memshard.v1.Memory\x12\x30\n\x04next\x18\x02 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\"\xab\x01\n\rSearchRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tembedding\x18\x03 \x03(\x02\x12\t\n\x01k\x18\x04 \x01(\x05\x12\x16\n\tmin_score\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x19\n\x11include_embedding\x18\x06 \x01(\x08\x42\x0c\n\n_min_score\"<\n\x0eSearchResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.memshard.v1.ScoredMemory\"\x11\n\x0f\x44\x65scribeRequest\"w\n\x10\x44\x65scribeResponse\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12.\n\x05owned\x18\x04 \x03(\x0b\x32\x1f.memshard.internal.v1.SlotRange\"(\n\tSlotRange\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r2\x80\x04\n\x0cShardService\x12P\n\x05Store\x12\".memshard.internal.v1.StoreRequest\x1a#.memshard.internal.v1.StoreResponse\x12J\n\x03Get\x12 .memshard.internal.v1.GetRequest\x1a!.memshard.internal.v1.GetResponse\x12S\n\x06\x44\x65lete\x12#.memshard.internal.v1.DeleteRequest\x1a$.memshard.internal.v1.DeleteResponse\x12M\n\x04List\x12!.memshard.internal.v1.ListRequest\x1a\".memshard.internal.v1.ListResponse\x12S\n\x06Search\x12#.memshard.internal.v1.SearchRequest\x1a$.memshard.internal.v1.SearchResponse\x12Y\n\x08\x44\x65scribe\x12%.memshard.internal.v1.DescribeRequest\x1a&.memshard.internal.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n memshard/internal/v1/shard.proto\x12\x14memshard.internal.v1\x1a\x18memshard/v1/memory.proto\"m\n\x05Route\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12/\n\x06ranges\x18\x04 \x03(\x0b\x32\x1f.memshard.internal.v1.SlotRange\"T\n\x06\x43ommit\x12\x10\n\x08timeline\x18\x01 \x01(\r\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12+\n\ndurability\x18\x03 \x01(\x0e\x32\x17.memshard.v1.Durability\"o\n\x0cStoreRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12#\n\x06memory\x18\x02 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"b\n\rStoreResponse\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"p\n\nGetRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x19\n\x11include_embedding\x18\x04 \x01(\x08\"?\n\x0bGetResponse\x12\x30\n\x05\x66ound\x18\x01 \x03(\x0b\x32!.memshard.internal.v1.FoundMemory\"@\n\x0b\x46oundMemory\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0c\n\x04slot\x18\x02 \x01(\r\"l\n\rDeleteRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"O\n\x0e\x44\x65leteResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x08\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"2\n\x0cListPosition\x12\x16\n\x0e\x63reate_time_us\x18\x01 \x01(\x03\x12\n\n\x02id\x18\x02 \x01(\x0c\"\xab\x01\n\x0bListRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x31\n\x05\x61\x66ter\x18\x04 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\x12\x19\n\x11include_embedding\x18\x05 \x01(\x08\"g\n\x0cListResponse\x12%\n\x08memories\x18\x01 \x03(\x0b\x32\x13.memshard.v1.Memory\x12\x30\n\x04next\x18\x02 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\"\xab\x01\n\rSearchRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tembedding\x18\x03 \x03(\x02\x12\t\n\x01k\x18\x04 \x01(\x05\x12\x16\n\tmin_score\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x19\n\x11include_embedding\x18\x06 \x01(\x08\x42\x0c\n\n_min_score\"<\n\x0eSearchResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.memshard.v1.ScoredMemory\"\x11\n\x0f\x44\x65scribeRequest\"w\n\x10\x44\x65scribeResponse\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12.\n\x05owned\x18\x04 \x03(\x0b\x32\x1f.memshard.internal.v1.SlotRange\"(\n\tSlotRange\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r2\x80\x04\n\x0cShardService\x12P\n\x05Store\x12\".memshard.internal.v1.StoreRequest\x1a#.memshard.internal.v1.StoreResponse\x12J\n\x03Get\x12 .memshard.internal.v1.GetRequest\x1a!.memshard.internal.v1.GetResponse\x12S\n\x06\x44\x65lete\x12#.memshard.internal.v1.DeleteRequest\x1a$.memshard.internal.v1.DeleteResponse\x12M\n\x04List\x12!.memshard.internal.v1.ListRequest\x1a\".memshard.internal.v1.ListResponse\x12S\n\x06Search\x12#.memshard.internal.v1.SearchRequest\x1a$.memshard.internal.v1.SearchResponse\x12Y\n\x08\x44\x65scribe\x12%.memshard.internal.v1.DescribeRequest\x1a&.memshard.internal.v1.DescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,39 +33,39 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'memshard.internal.v1.shard_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ROUTE']._serialized_start=84
-  _globals['_ROUTE']._serialized_end=172
-  _globals['_COMMIT']._serialized_start=174
-  _globals['_COMMIT']._serialized_end=258
-  _globals['_STOREREQUEST']._serialized_start=260
-  _globals['_STOREREQUEST']._serialized_end=371
-  _globals['_STORERESPONSE']._serialized_start=373
-  _globals['_STORERESPONSE']._serialized_end=471
-  _globals['_GETREQUEST']._serialized_start=473
-  _globals['_GETREQUEST']._serialized_end=585
-  _globals['_GETRESPONSE']._serialized_start=587
-  _globals['_GETRESPONSE']._serialized_end=650
-  _globals['_FOUNDMEMORY']._serialized_start=652
-  _globals['_FOUNDMEMORY']._serialized_end=716
-  _globals['_DELETEREQUEST']._serialized_start=718
-  _globals['_DELETEREQUEST']._serialized_end=826
-  _globals['_DELETERESPONSE']._serialized_start=828
-  _globals['_DELETERESPONSE']._serialized_end=907
-  _globals['_LISTPOSITION']._serialized_start=909
-  _globals['_LISTPOSITION']._serialized_end=959
-  _globals['_LISTREQUEST']._serialized_start=962
-  _globals['_LISTREQUEST']._serialized_end=1133
-  _globals['_LISTRESPONSE']._serialized_start=1135
-  _globals['_LISTRESPONSE']._serialized_end=1238
-  _globals['_SEARCHREQUEST']._serialized_start=1241
-  _globals['_SEARCHREQUEST']._serialized_end=1412
-  _globals['_SEARCHRESPONSE']._serialized_start=1414
-  _globals['_SEARCHRESPONSE']._serialized_end=1474
-  _globals['_DESCRIBEREQUEST']._serialized_start=1476
-  _globals['_DESCRIBEREQUEST']._serialized_end=1493
-  _globals['_DESCRIBERESPONSE']._serialized_start=1495
-  _globals['_DESCRIBERESPONSE']._serialized_end=1614
-  _globals['_SLOTRANGE']._serialized_start=1616
-  _globals['_SLOTRANGE']._serialized_end=1656
-  _globals['_SHARDSERVICE']._serialized_start=1659
-  _globals['_SHARDSERVICE']._serialized_end=2171
+  _globals['_ROUTE']._serialized_end=193
+  _globals['_COMMIT']._serialized_start=195
+  _globals['_COMMIT']._serialized_end=279
+  _globals['_STOREREQUEST']._serialized_start=281
+  _globals['_STOREREQUEST']._serialized_end=392
+  _globals['_STORERESPONSE']._serialized_start=394
+  _globals['_STORERESPONSE']._serialized_end=492
+  _globals['_GETREQUEST']._serialized_start=494
+  _globals['_GETREQUEST']._serialized_end=606
+  _globals['_GETRESPONSE']._serialized_start=608
+  _globals['_GETRESPONSE']._serialized_end=671
+  _globals['_FOUNDMEMORY']._serialized_start=673
+  _globals['_FOUNDMEMORY']._serialized_end=737
+  _globals['_DELETEREQUEST']._serialized_start=739
+  _globals['_DELETEREQUEST']._serialized_end=847
+  _globals['_DELETERESPONSE']._serialized_start=849
+  _globals['_DELETERESPONSE']._serialized_end=928
+  _globals['_LISTPOSITION']._serialized_start=930
+  _globals['_LISTPOSITION']._serialized_end=980
+  _globals['_LISTREQUEST']._serialized_start=983
+  _globals['_LISTREQUEST']._serialized_end=1154
+  _globals['_LISTRESPONSE']._serialized_start=1156
+  _globals['_LISTRESPONSE']._serialized_end=1259
+  _globals['_SEARCHREQUEST']._serialized_start=1262
+  _globals['_SEARCHREQUEST']._serialized_end=1433
+  _globals['_SEARCHRESPONSE']._serialized_start=1435
+  _globals['_SEARCHRESPONSE']._serialized_end=1495
+  _globals['_DESCRIBEREQUEST']._serialized_start=1497
+  _globals['_DESCRIBEREQUEST']._serialized_end=1514
+  _globals['_DESCRIBERESPONSE']._serialized_start=1516
+  _globals['_DESCRIBERESPONSE']._serialized_end=1635
+  _globals['_SLOTRANGE']._serialized_start=1637
+  _globals['_SLOTRANGE']._serialized_end=1677
+  _globals['_SHARDSERVICE']._serialized_start=1680
+  _globals['_SHARDSERVICE']._serialized_end=2192
 # @@protoc_insertion_point(module_scope)

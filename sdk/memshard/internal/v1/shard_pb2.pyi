@@ -3,8 +3,9 @@
 isort:skip_file
 What a router asks of a shard. Spoken inside the cluster only; agents use memshard.v1.
 
-Every request names the cluster, the shard and the slot that the router believes in. A shard that is not that shard,
-or does not own that slot, answers FAILED_PRECONDITION / WRONG_SHARD with its epoch, and does nothing.
+Every request names the cluster, the shard and the slots that the router believes in. A shard that is not that shard,
+or does not own all of those slots, answers FAILED_PRECONDITION / WRONG_SHARD with its epoch, and does nothing: what
+it does answer is about exactly the slots that were asked for, so that a fan-out neither misses nor repeats a row.
 """
 
 from collections import abc as _abc
@@ -32,28 +33,28 @@ class Route(_message.Message):
     CLUSTER_ID_FIELD_NUMBER: _builtins.int
     SHARD_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
-    SLOT_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
     cluster_id: _builtins.str
     shard_id: _builtins.str
     epoch: _builtins.int
     """Of the topology that the router routed by."""
-    slot: _builtins.int
-    """0 to 16,383. Absent: all slots that the shard owns."""
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotRange]:
+        """At least one; a request about one user's memory has one slot."""
+
     def __init__(
         self,
         *,
         cluster_id: _builtins.str = ...,
         shard_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
-        slot: _builtins.int | None = ...,
+        ranges: _abc.Iterable[Global___SlotRange] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "slot", b"slot"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "cluster_id", b"cluster_id", "epoch", b"epoch", "shard_id", b"shard_id", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "epoch", b"epoch", "ranges", b"ranges", "shard_id", b"shard_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
-    _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__slot) -> _WhichOneofReturnType__slot | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Route: _TypeAlias = Route  # noqa: Y015
 
@@ -95,7 +96,7 @@ class StoreRequest(_message.Message):
     """SHA-256 of the caller's canonical request, 32 bytes."""
     @_builtins.property
     def route(self) -> Global___Route:
-        """With its slot."""
+        """One slot."""
 
     @_builtins.property
     def memory(self) -> _memory_pb2.Memory:
@@ -231,7 +232,7 @@ class DeleteRequest(_message.Message):
     """Never empty: a router makes one when the caller gave none."""
     @_builtins.property
     def route(self) -> Global___Route:
-        """With its slot."""
+        """One slot."""
 
     def __init__(
         self,
@@ -370,7 +371,7 @@ class SearchRequest(_message.Message):
     MIN_SCORE_FIELD_NUMBER: _builtins.int
     INCLUDE_EMBEDDING_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """Empty: all users in the slots that the shard owns."""
+    """Empty: all users in the slots asked for."""
     k: _builtins.int
     min_score: _builtins.float
     include_embedding: _builtins.bool

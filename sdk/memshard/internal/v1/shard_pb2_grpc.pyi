@@ -3,8 +3,9 @@
 isort:skip_file
 What a router asks of a shard. Spoken inside the cluster only; agents use memshard.v1.
 
-Every request names the cluster, the shard and the slot that the router believes in. A shard that is not that shard,
-or does not own that slot, answers FAILED_PRECONDITION / WRONG_SHARD with its epoch, and does nothing.
+Every request names the cluster, the shard and the slots that the router believes in. A shard that is not that shard,
+or does not own all of those slots, answers FAILED_PRECONDITION / WRONG_SHARD with its epoch, and does nothing: what
+it does answer is about exactly the slots that were asked for, so that a fan-out neither misses nor repeats a row.
 """
 
 from collections import abc as _abc

@@ -1,0 +1,152 @@
+"""Text to embeddings: one protocol, a model that runs in the process, and a client of an OpenAI-compatible server.
+
+Which model, and how many dimensions, is fixed when the cluster is made; `check` compares at start.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+
+from common.catalog import Cluster
+from common.config import RouterSettings
+from common.errors import Unavailable
+
+Vectors: TypeAlias = npt.NDArray[np.float32]
+
+LOCAL_MODEL = "wordllama-l2-supercat"
+LOCAL_DIMENSIONS = (64, 128, 256)
+# Above this many characters the local model takes over a millisecond, too long for the event loop; it goes to a thread.
+_INLINE_CHARACTERS = 1000
+_MAX_HTTP_BATCH = 64
+
+
+class EmbedderMismatchError(Exception):
+    """The embedder is not the one that the cluster was made with; the message says what to do."""
+
+
+class Embedder(Protocol):
+    """Turns texts into embeddings. `model` and `dimensions` must be the cluster's."""
+
+    model: str
+    dimensions: int
+
+    async def embed(self, texts: Sequence[str]) -> Vectors:
+        """Embeddings of shape (len(texts), dimensions), float32. Raises Unavailable / EMBEDDER_UNAVAILABLE."""
+        ...
+
+    async def close(self) -> None:
+        """Lets go of connections."""
+        ...
+
+
+def create(settings: RouterSettings, cluster: Cluster) -> Embedder | None:
+    """The embedder that the settings name, checked against the cluster; None when callers bring embeddings.
+
+    Raises EmbedderMismatchError.
+    """
+    embedder: Embedder | None = None
+    if settings.embedder == "local":
+        embedder = LocalEmbedder(cluster.dimensions)
+    elif settings.embedder == "http":
+        embedder = HttpEmbedder(settings, cluster)
+    if embedder is not None and embedder.model != cluster.embedding_model:
+        raise EmbedderMismatchError(
+            f"this cluster stores embeddings of {_named(cluster.embedding_model)} with {cluster.dimensions} "
+            f"dimensions, but embedder: {settings.embedder} makes those of {_named(embedder.model)}. Set the embedder that the "
+            "cluster was made with, or make a new cluster: embeddings of two models cannot be compared"
+        )
+    return embedder
+
+
+class LocalEmbedder:
+    """WordLlama's static token embeddings, averaged and normalised; its model comes inside the wheel (MIT)."""
+
+    def __init__(self, dimensions: int) -> None:
+        if dimensions not in LOCAL_DIMENSIONS:
+            sizes = ", ".join(map(str, LOCAL_DIMENSIONS))
+            raise EmbedderMismatchError(
+                f"the local embedder makes {sizes} dimensions, not {dimensions}; "
+                "use embedder: http or none with this cluster"
+            )
+        try:
+            import wordllama  # noqa: PLC0415  # 40 MB that only this embedder needs.
+        except ImportError as error:
+            raise EmbedderMismatchError(
+                "the local embedder is not installed; pip install 'memshard-server[local]', or choose another embedder"
+            ) from error
+        self.model = local_model_name(dimensions)
+        self.dimensions = dimensions
+        # Left to itself it looks for its tokenizer in another folder than its wheel puts it, then downloads one.
+        self._llama = wordllama.WordLlama.load(
+            cache_dir=Path(wordllama.__file__).parent, disable_download=True, trunc_dim=dimensions
+        )
+
+    async def embed(self, texts: Sequence[str]) -> Vectors:
+        if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+            return self._embed(list(texts))
+        return await asyncio.to_thread(self._embed, list(texts))
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _embed(self, texts: list[str]) -> Vectors:
+        # Not normalised by WordLlama, which divides by zero for a text without a known token.
+        vectors: Vectors = self._llama.embed(texts, norm=False)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        normalised: Vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+        return normalised
+
+
+class HttpEmbedder:
+    """A server with OpenAI's `POST /embeddings`: {"model", "input": [...]} → {"data": [{"index", "embedding"}]}."""
+
+    def __init__(self, settings: RouterSettings, cluster: Cluster) -> None:
+        self.model = settings.embedder_model or cluster.embedding_model
+        self.dimensions = cluster.dimensions
+        key = settings.embedder_api_key
+        self._client = httpx.AsyncClient(
+            base_url=(settings.embedder_url or "").rstrip("/") + "/",
+            timeout=settings.embedder_timeout_s,
+            headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
+        )
+
+    async def embed(self, texts: Sequence[str]) -> Vectors:
+        batches = [texts[start : start + _MAX_HTTP_BATCH] for start in range(0, len(texts), _MAX_HTTP_BATCH)]
+        return np.concatenate([await self._batch(batch) for batch in batches])
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _batch(self, texts: Sequence[str]) -> Vectors:
+        try:
+            answer = await self._client.post("embeddings", json={"model": self.model, "input": list(texts)})
+            answer.raise_for_status()
+            data = sorted(answer.json()["data"], key=lambda item: item["index"])
+            vectors = np.array([item["embedding"] for item in data], dtype=np.float32)
+        except httpx.HTTPStatusError as error:
+            raise _unavailable(f"it answered {error.response.status_code}") from error
+        except httpx.HTTPError as error:
+            raise _unavailable(type(error).__name__) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unavailable("its answer has another shape than OpenAI's") from error
+        if vectors.shape != (len(texts), self.dimensions) or not np.isfinite(vectors).all():
+            raise _unavailable(f"it gave an array {vectors.shape}, not ({len(texts)}, {self.dimensions})")
+        return vectors
+
+
+def local_model_name(dimensions: int) -> str:
+    """What embeddings of the local model are called in a catalog."""
+    return f"{LOCAL_MODEL}-{dimensions}"
+
+
+def _named(model: str) -> str:
+    return f"the model {model!r}" if model else "no model (callers bring them)"
+
+
+def _unavailable(why: str) -> Unavailable:
+    return Unavailable(f"the embedder did not answer: {why}", reason="EMBEDDER_UNAVAILABLE", retry_after_s=1.0)

@@ -1,0 +1,111 @@
+"""The life of a service process: listen, be healthy, and on SIGTERM drain before leaving.
+
+Draining: health turns NOT_SERVING first, so that balancers look elsewhere; then no new call is taken, and those in
+flight have `drain_timeout_s` to finish.
+"""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import grpc
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from common import logs
+from common.config import ConfigError, ServiceSettings
+
+_log = logs.get_logger("lifecycle")
+
+EXIT_CANNOT_START = 1
+
+
+class StartError(Exception):
+    """The service cannot start; the message says why and what to do."""
+
+
+class Server:
+    """A gRPC server with health and reflection, NOT_SERVING until told otherwise."""
+
+    def __init__(
+        self, settings: ServiceSettings, handlers: Sequence[grpc.GenericRpcHandler], service_names: Sequence[str]
+    ) -> None:
+        self._settings = settings
+        self._names = ("", *service_names)
+        self._health = health.aio.HealthServicer()
+        self._serving: bool | None = None
+        self._stop = asyncio.Event()
+        self._server = grpc.aio.server(
+            options=[
+                # On by default, it would let a second server start on the same port, and steal half of the calls.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                # Lets clients keep idle connections alive with pings more often than gRPC's five minutes.
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ]
+        )
+        self._server.add_generic_rpc_handlers(list(handlers))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((*service_names, health_name, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> None:
+        """Listens. Raises StartError when the port cannot be had."""
+        address = f"{self._settings.host}:{self._settings.port}"
+        await self.set_serving(False)
+        try:
+            self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise StartError(f"cannot listen on {address}: is something else using the port?") from error
+        await self._server.start()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        _log.info("listening", address=address)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tells health checks whether calls can be answered."""
+        if serving == self._serving:
+            return
+        self._serving = serving
+        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._names:
+            await self._health.set(name, state)
+        _log.info("health changed", serving=serving)
+
+    async def run_until_stopped(self, background: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> None:
+        """Runs the background tasks until SIGTERM or SIGINT, then drains.
+
+        A background task that fails takes the service down: it is restarted rather than left half alive.
+        """
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work()) for work in background]
+            await self._stop.wait()
+            await self._drain()
+            for task in tasks:
+                task.cancel()
+
+    async def _drain(self) -> None:
+        _log.info("draining", timeout_s=self._settings.drain_timeout_s)
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._settings.drain_timeout_s)
+        _log.info("stopped")
+
+
+def run(service: str, load: Callable[[], ServiceSettings], main: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+    """Entry point of a service process: loads settings, runs `main(settings)` on uvloop, exits 1 if it cannot start."""
+    try:
+        settings = load()
+    except ConfigError as error:
+        print(f"{service}: {error}", file=sys.stderr)
+        sys.exit(EXIT_CANNOT_START)
+    logs.configure(service, settings.log_format, settings.log_level)
+    try:
+        uvloop.run(main(settings))
+    except StartError as error:
+        _log.error("cannot start", why=str(error))
+        sys.exit(EXIT_CANNOT_START)

@@ -1,0 +1,59 @@
+"""Structured logs on standard output: one JSON object a line, or coloured lines for eyes.
+
+What users store never goes in here: events carry names, counts, times and reasons, never content, embeddings, DSNs or
+tokens. An unexpected exception is logged by type and place only, since its text may quote a value (`describe_bug`).
+"""
+
+import logging
+import sys
+import traceback
+from typing import Literal
+
+import structlog
+from structlog.typing import FilteringBoundLogger, Processor
+
+Logger = FilteringBoundLogger
+
+
+def configure(service: str, log_format: Literal["json", "console"], level: str) -> None:
+    """Sets up logging for this process; `service` is in every line. Libraries may speak from `warning` up."""
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderer: Processor = (
+        structlog.processors.JSONRenderer() if log_format == "json" else structlog.dev.ConsoleRenderer()
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    # `force`, because wordllama sets up the root logger when it is imported.
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("memshard").setLevel(level.upper())
+    structlog.contextvars.bind_contextvars(service=service)
+
+
+def get_logger(name: str) -> Logger:
+    """A logger whose lines say which part spoke."""
+    logger: Logger = structlog.get_logger(f"memshard.{name}")
+    return logger
+
+
+def describe_bug(error: BaseException) -> dict[str, str]:
+    """An unexpected exception as log fields: its type and the places it came through, not its text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return {
+        "error": f"{type(error).__module__}.{type(error).__qualname__}",
+        "at": " < ".join(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in reversed(frames)),
+    }

@@ -1,0 +1,82 @@
+"""How a service's methods meet the wire: parse, handle, serialise, and map errors, in one place for all of them.
+
+Requests arrive as bytes and are parsed here rather than by gRPC, so that garbage and invalid UTF-8 are a clean
+INVALID_ARGUMENT instead of INTERNAL, and a bug is the only thing that is ever INTERNAL.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from common import errors, logs, status
+from common.deadline import Deadline
+
+if TYPE_CHECKING:
+    Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
+
+_log = logs.get_logger("rpc")
+
+Handler = Callable[[Message, Deadline], Awaitable[Message]]
+_Behavior = Callable[[bytes, "Context"], Awaitable[bytes]]
+
+
+def generic_handler(
+    service: ServiceDescriptor, servicer: object, *, default_deadline_s: float
+) -> grpc.GenericRpcHandler:
+    """gRPC's handler of `service`: each rpc is the method of `servicer` that has its name.
+
+    Methods take (request, deadline) and return the response. An rpc that the servicer lacks answers UNIMPLEMENTED.
+    """
+    return grpc.method_handlers_generic_handler(
+        service.full_name,
+        {
+            method.name: grpc.unary_unary_rpc_method_handler(
+                _behavior(method, getattr(servicer, method.name, None) or _unimplemented(method), default_deadline_s)
+            )
+            for method in service.methods
+        },
+    )
+
+
+def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: float) -> _Behavior:
+    request_class: type[Message] = GetMessageClass(method.input_type)
+
+    async def behavior(raw: bytes, context: "Context") -> bytes:
+        deadline = Deadline.of(context, default_deadline_s)
+        error: errors.MemshardError
+        try:
+            async with deadline.bound():
+                response = await handler(_parse(request_class, raw), deadline)
+            return response.SerializeToString()
+        except errors.MemshardError as raised:
+            error = raised
+        except TimeoutError:
+            error = errors.DeadlineExceeded("the deadline passed before the answer was there")
+        except Exception as bug:  # The last resort: whatever is not a domain error is a bug, and says so.
+            _log.error("request failed by a bug", rpc=method.name, **logs.describe_bug(bug))
+            error = errors.Internal("internal error; the server's log says where")
+        await status.abort(context, error)
+        raise AssertionError("unreachable: abort raises")
+
+    return behavior
+
+
+def _parse(request_class: type[Message], raw: bytes) -> Message:
+    try:
+        return request_class.FromString(raw)
+    except DecodeError as error:
+        raise errors.InvalidArgument(
+            f"the request is no valid {request_class.DESCRIPTOR.full_name}: truncated, garbled, or not UTF-8",
+            reason="MALFORMED_REQUEST",
+        ) from error
+
+
+def _unimplemented(method: MethodDescriptor) -> Handler:
+    async def handler(request: Message, deadline: Deadline) -> Message:
+        raise errors.Unimplemented(f"{method.full_name} is not offered yet")
+
+    return handler
