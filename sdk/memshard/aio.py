@@ -1,0 +1,256 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import datetime
+from functools import cached_property
+from typing import Self, TypeVar
+
+import grpc
+
+from memshard import _wire
+from memshard._channel import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, channel_options, check_address, check_timeout
+from memshard.errors import Cancelled, from_rpc_error
+from memshard.types import (
+    DeleteResult,
+    Embedding,
+    Memory,
+    MemoryPage,
+    MemoryType,
+    Metadata,
+    SearchResult,
+    StoreResult,
+)
+from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub, MemoryServiceStub
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+class AsyncMemoryClient:
+    """A client of memshard for asyncio. Close it, or use it as an asynchronous context manager.
+
+    It may be made outside an event loop, and belongs to the loop that first uses it.
+
+    Args:
+        address: host:port of the router, or a gRPC target such as dns:///router:50051.
+        timeout_s: the deadline of each call in seconds, for calls that do not give their own.
+        credentials: for TLS; without them the connection is not encrypted.
+
+    Every failed call raises a MemshardError. A call that finds the service unavailable is tried once more.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self.address = check_address(address)
+        self._timeout_s = check_timeout(timeout_s)
+        self._credentials = credentials
+        self._channel: grpc.aio.Channel | None = None
+        self._closed = False
+
+    async def close(self) -> None:
+        """Closes the connection; calls under way raise Cancelled. May be repeated."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def store(  # noqa: PLR0913 - Each argument is a field of the memory.
+        self,
+        user_id: str,
+        content: str,
+        *,
+        id: str | None = None,
+        agent_id: str = "",
+        session_id: str = "",
+        type: MemoryType = MemoryType.EPISODIC,
+        metadata: Metadata | None = None,
+        importance: float | None = None,
+        embedding: Embedding | None = None,
+        embedding_model: str = "",
+        expire_time: datetime | None = None,
+        timeout_s: float | None = None,
+    ) -> StoreResult:
+        """Stores one memory.
+
+        An id is made before the first attempt when none is given: pass the id of a failed call again to settle it.
+        The same id with the same content is the same success.
+
+        Args:
+            user_id: whose memory it is: 1 to 256 bytes.
+            content: what to remember: 1 byte to 64 KiB of text.
+            id: a UUID, unique within the user.
+            metadata: JSON-like, at most 32 KiB.
+            importance: 0 to 1; the service takes 0.5 when absent.
+            embedding: of the cluster's dimension; made by the service when absent.
+            expire_time: with a time zone; past it the memory is in no read.
+            timeout_s: the deadline in seconds; the client's when None.
+
+        Raises:
+            InvalidArgument: a field is wrong.
+            AlreadyExists: the id is taken by other content.
+            OutcomeUnknown, DeadlineExceeded: the memory may have been stored.
+            MemshardError: anything else; see memshard.errors.
+        """
+        request = _wire.store_request(
+            user_id=user_id,
+            content=content,
+            id=id,
+            agent_id=agent_id,
+            session_id=session_id,
+            type=type,
+            metadata=metadata,
+            importance=importance,
+            embedding=embedding,
+            embedding_model=embedding_model,
+            expire_time=expire_time,
+        )
+        return _wire.store_result(await self._call(self._stub.StoreMemory, request, timeout_s))
+
+    async def get(
+        self,
+        id: str,
+        *,
+        user_id: str | None = None,
+        include_embedding: bool = False,
+        timeout_s: float | None = None,
+    ) -> Memory:
+        """Fetches one memory by id, of one user or, with no user given, of whoever has it.
+
+        Raises NotFound; Ambiguous when several users have the id and none is given; Unavailable, never NotFound, when
+        a shard that might have it did not answer.
+        """
+        request = _wire.get_request(id=id, user_id=user_id, include_embedding=include_embedding)
+        return _wire.get_result(await self._call(self._stub.GetMemory, request, timeout_s))
+
+    async def delete(
+        self, user_id: str, id: str, *, request_id: str | None = None, timeout_s: float | None = None
+    ) -> DeleteResult:
+        """Deletes one memory. The result is false when there was none, or it is another user's.
+
+        A request id is made before the first attempt when none is given; the same one again, within 24 hours, has the
+        same answer.
+        """
+        request = _wire.delete_request(user_id=user_id, id=id, request_id=request_id)
+        return _wire.delete_result(await self._call(self._stub.DeleteMemory, request, timeout_s))
+
+    async def list_memories(
+        self,
+        user_id: str,
+        *,
+        page_size: int = 100,
+        page_token: str = "",
+        include_embedding: bool = False,
+        timeout_s: float | None = None,
+    ) -> MemoryPage:
+        """One page of a user's memories, newest first; `next_page_token` of the last page is empty.
+
+        A page may be shorter than `page_size` (1 to 1,000). Its report says what it leaves out.
+        """
+        request = _wire.list_request(
+            user_id=user_id, page_size=page_size, page_token=page_token, include_embedding=include_embedding
+        )
+        return _wire.list_result(await self._call(self._stub.ListMemories, request, timeout_s))
+
+    async def iter_memories(
+        self,
+        user_id: str,
+        *,
+        page_size: int = 100,
+        include_embedding: bool = False,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Memory]:
+        """All of a user's memories, newest first, fetched page by page; `timeout_s` is for each page.
+
+        Raises Unavailable rather than leave out what a shard did not answer; `list_memories` gives what there is.
+        """
+        token = ""
+        while True:
+            page = _wire.whole_page(
+                await self.list_memories(
+                    user_id,
+                    page_size=page_size,
+                    page_token=token,
+                    include_embedding=include_embedding,
+                    timeout_s=timeout_s,
+                )
+            )
+            for memory in page.memories:
+                yield memory
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def search(  # noqa: PLR0913 - Each argument is a field of the request.
+        self,
+        query: str = "",
+        *,
+        user_id: str | None = None,
+        embedding: Embedding | None = None,
+        limit: int = 10,
+        offset: int = 0,
+        min_score: float | None = None,
+        require_all_shards: bool = False,
+        include_embedding: bool = False,
+        timeout_s: float | None = None,
+    ) -> SearchResult:
+        """The memories nearest to a text or an embedding, best first, of one user or, with None, of all users.
+
+        Shards that failed are named in the report; with `require_all_shards` they make it Unavailable instead.
+        `limit` is 1 to 1,000, and so is `offset` + `limit` at most.
+        """
+        request = _wire.search_request(
+            query=query,
+            user_id=user_id,
+            embedding=embedding,
+            limit=limit,
+            offset=offset,
+            min_score=min_score,
+            require_all_shards=require_all_shards,
+            include_embedding=include_embedding,
+        )
+        return _wire.search_result(await self._call(self._stub.SearchMemories, request, timeout_s))
+
+    @cached_property
+    def _stub(self) -> MemoryServiceAsyncStub:
+        # A channel of grpc.aio is bound to the running loop, so that it is made by the first call.
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        options = channel_options(self.address)
+        if self._credentials is None:
+            self._channel = grpc.aio.insecure_channel(self.address, options)
+        else:
+            self._channel = grpc.aio.secure_channel(self.address, self._credentials, options)
+        return MemoryServiceStub(self._channel)
+
+    async def _call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout_s: float | None,
+    ) -> _Response:
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        deadline_s = self._timeout_s if timeout_s is None else check_timeout(timeout_s)
+        try:
+            return await method(request, timeout=deadline_s)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():
+                # Nobody cancelled the caller: grpc.aio says so of calls whose channel was closed.
+                raise Cancelled("the client was closed during the call") from None
+            raise
