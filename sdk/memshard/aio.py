@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import datetime
 from functools import cached_property
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 
@@ -23,7 +23,10 @@ from memshard.types import (
     SearchResult,
     StoreResult,
 )
-from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub, MemoryServiceStub
+from memshard.v1.memory_pb2_grpc import MemoryServiceStub
+
+if TYPE_CHECKING:  # It exists for type checkers only.
+    from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
