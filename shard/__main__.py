@@ -1,0 +1,65 @@
+"""The shard service: `python -m shard [--config FILE]`."""
+
+import argparse
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from common import config, lifecycle
+from common.config import ShardSettings
+from common.postgres import CONNECT_ERRORS, explain
+from common.rpc import generic_handler
+from memshard.internal.v1 import shard_pb2
+from shard import identity, purge
+from shard.commits import Commits
+from shard.database import Database, is_writable, open_pool
+from shard.service import ShardServicer
+
+_SERVICE = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
+_HEALTH_INTERVAL_S = 1.0
+
+
+async def main(settings: ShardSettings) -> None:
+    """Settles who it is, serves until SIGTERM, and lets writes under way end before the pool closes."""
+    known = await identity.settle(settings)
+    async with AsyncExitStack() as stack:
+        try:
+            pool = await open_pool(settings)
+        except (*CONNECT_ERRORS, ValueError) as error:  # ValueError: the extension's types are missing.
+            raise lifecycle.StartError(f"the shard's database cannot be used: {explain(error)}") from error
+        stack.push_async_callback(pool.close)
+        database, commits = Database(pool), Commits()
+        stack.push_async_callback(commits.settled)
+        servicer = ShardServicer(settings, known, database, commits)
+        server = lifecycle.Server(
+            settings,
+            [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s)],
+            [_SERVICE.full_name],
+        )
+        await server.start()
+        await server.run_until_stopped([_health(server, database), _purge(settings, database)])
+
+
+def _health(server: lifecycle.Server, database: Database) -> Callable[[], Coroutine[Any, Any, None]]:
+    async def watch() -> None:
+        while True:
+            await server.set_serving(await is_writable(database))
+            await asyncio.sleep(_HEALTH_INTERVAL_S)
+
+    return watch
+
+
+def _purge(settings: ShardSettings, database: Database) -> Callable[[], Coroutine[Any, Any, None]]:
+    async def work() -> None:
+        await purge.run(database, ttl_s=settings.tombstone_ttl_s, interval_s=settings.purge_interval_s)
+
+    return work
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m shard", description=__doc__)
+    parser.add_argument("--config", type=Path, help="YAML file with settings; MEMSHARD_SHARD_… variables come first")
+    arguments = parser.parse_args()
+    lifecycle.run("shard", lambda: config.load(ShardSettings, arguments.config), main)

@@ -1,0 +1,189 @@
+"""Who this shard is: settled when it first starts, from the catalog, and checked whenever it starts again.
+
+The shard's own database is the authority on what it owns; the catalog is asked for its first slots only. A shard that
+asked again after a move would take back slots that it has given away.
+"""
+
+from dataclasses import dataclass
+
+import asyncpg
+
+from common import catalog, logs, migrations, postgres
+from common.catalog import Cluster
+from common.config import ShardSettings
+from common.lifecycle import StartError
+from common.postgres import Connection
+from common.slots import as_ranges
+from shard import schema
+
+_log = logs.get_logger("identity")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The shard's place in its cluster. `dimensions` is the length of every embedding."""
+
+    cluster_id: str
+    shard_id: str
+    embedding_model: str
+    dimensions: int
+    precision: catalog.Precision
+
+
+_READ_IDENTITY = """
+SELECT cluster_id::text, shard_id, embedding_model, dimensions, precision FROM identity
+"""
+_CREATE_IDENTITY = """
+INSERT INTO identity (cluster_id, shard_id, embedding_model, dimensions, precision, epoch)
+VALUES ($1, $2, $3, $4, $5, $6)
+"""
+_CREATE_OWNED = "INSERT INTO owned_slots (slot, state) SELECT generate_series($1::int, $2::int), 'own'"
+_READ_EPOCH = "SELECT epoch FROM identity"
+_READ_OWNED = "SELECT slot FROM owned_slots WHERE state IN ('own', 'fenced')"
+# format's %I quotes the role's name; the statement is made by the server from a parameter.
+_GRANT = "SELECT format('GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO %I', $1::text)"
+_HAS_IDENTITY = "SELECT to_regclass('public.identity') IS NOT NULL"
+
+
+async def settle(settings: ShardSettings) -> Identity:
+    """Brings the schema up to date, and makes this database the shard's if it is new.
+
+    Raises StartError: database or catalog out of reach when needed, or this is another shard's database.
+    """
+    owner_dsn = (settings.migration_dsn or settings.database_dsn).get_secret_value()
+    try:
+        connection = await postgres.connect(owner_dsn, what="the shard's database")
+    except postgres.DatabaseUnreachableError as error:
+        raise StartError(f"{error}. Check database_dsn and migration_dsn") from error
+    try:
+        known = await _read(connection)
+        if known is None:
+            known = await _join(connection, settings)
+        else:
+            await _migrate(connection, known)
+        await _grant(connection, settings, owner_dsn)
+    except migrations.NewerSchemaError as error:
+        raise StartError(str(error)) from error
+    finally:
+        await connection.close()
+    if known.shard_id != settings.shard_id:
+        raise StartError(
+            f"this database belongs to {known.shard_id}, not to {settings.shard_id}: check shard_id and database_dsn"
+        )
+    await _compare_with_catalog(settings, known)
+    return known
+
+
+async def read_epoch(connection: Connection) -> int:
+    """The newest epoch that this shard knows of."""
+    epoch: int = await connection.fetchval(_READ_EPOCH)
+    return epoch
+
+
+async def read_owned(connection: Connection) -> list[tuple[int, int]]:
+    """The slots that this shard serves, as (first, last) ranges."""
+    return as_ranges(row["slot"] for row in await connection.fetch(_READ_OWNED))
+
+
+async def _read(connection: Connection) -> Identity | None:
+    if not await connection.fetchval(_HAS_IDENTITY):
+        return None
+    row = await connection.fetchrow(_READ_IDENTITY)
+    if row is None:
+        return None
+    return Identity(
+        row["cluster_id"],
+        row["shard_id"],
+        row["embedding_model"],
+        row["dimensions"],
+        catalog.Precision(row["precision"]),
+    )
+
+
+async def _migrate(connection: Connection, known: Identity) -> None:
+    cluster = Cluster(
+        cluster_id=known.cluster_id,
+        embedding_model=known.embedding_model,
+        dimensions=known.dimensions,
+        precision=known.precision,
+        placement="",
+        token_key=b"",
+    )
+    for number in await migrations.migrate(connection, schema.migrations(cluster)):
+        _log.info("schema changed", number=number)
+
+
+async def _join(connection: Connection, settings: ShardSettings) -> Identity:
+    """A new database: its tables, and the slots that the catalog gives this shard, all or nothing."""
+    try:
+        catalog_connection = await postgres.connect(settings.catalog_dsn.get_secret_value(), what="the catalog")
+        try:
+            cluster = await catalog.read_cluster(catalog_connection)
+            topology = await catalog.read_topology(catalog_connection)
+        finally:
+            await catalog_connection.close()
+    except (postgres.DatabaseUnreachableError, catalog.CatalogError) as error:
+        raise StartError(f"a new shard needs the catalog: {error}") from error
+    if settings.shard_id not in {shard.shard_id for shard in topology.shards}:
+        raise StartError(f"the catalog knows no shard {settings.shard_id}: check shard_id and catalog_dsn")
+    identity = Identity(
+        cluster.cluster_id, settings.shard_id, cluster.embedding_model, cluster.dimensions, cluster.precision
+    )
+    await _migrate(connection, identity)
+    async with connection.transaction():
+        await connection.execute(
+            _CREATE_IDENTITY,
+            identity.cluster_id,
+            identity.shard_id,
+            identity.embedding_model,
+            identity.dimensions,
+            identity.precision.value,
+            topology.epoch,
+        )
+        for owned in topology.ranges:
+            if owned.shard_id == settings.shard_id:
+                await connection.execute(_CREATE_OWNED, owned.first, owned.last)
+    _log.info("joined", cluster_id=identity.cluster_id, epoch=topology.epoch)
+    return identity
+
+
+async def _grant(connection: Connection, settings: ShardSettings, owner_dsn: str) -> None:
+    """Lets the serving role, when it is another than the owner, at the rows of the tables and at nothing else."""
+    serving = settings.database_dsn.get_secret_value()
+    if serving == owner_dsn:
+        return
+    try:
+        other = await postgres.connect(serving, what="the shard's database")
+    except postgres.DatabaseUnreachableError as error:
+        raise StartError(f"{error}. Check database_dsn") from error
+    try:
+        role = await other.fetchval("SELECT current_user")
+    finally:
+        await other.close()
+    await connection.execute(await connection.fetchval(_GRANT, role))
+
+
+async def _compare_with_catalog(settings: ShardSettings, known: Identity) -> None:
+    """Refuses to serve under a catalog of another cluster; a catalog that is down is no reason not to start."""
+    try:
+        connection = await postgres.connect(settings.catalog_dsn.get_secret_value(), what="the catalog")
+    except postgres.DatabaseUnreachableError as error:
+        _log.warning("the catalog is out of reach; serving what this shard owns", why=str(error))
+        return
+    try:
+        cluster = await catalog.read_cluster(connection)
+    except (catalog.CatalogError, asyncpg.PostgresError) as error:
+        raise StartError(f"the catalog cannot be used: {error}") from error
+    finally:
+        await connection.close()
+    if cluster.cluster_id != known.cluster_id:
+        raise StartError(
+            f"this database belongs to cluster {known.cluster_id}, and catalog_dsn to {cluster.cluster_id}: "
+            "check database_dsn and catalog_dsn"
+        )
+    if (cluster.embedding_model, cluster.dimensions) != (known.embedding_model, known.dimensions):
+        raise StartError(
+            f"this database holds embeddings of {known.embedding_model!r} with {known.dimensions} dimensions, and the "
+            f"catalog says {cluster.embedding_model!r} with {cluster.dimensions}. They are fixed when a cluster is "
+            "made: restore the catalog, or make a new cluster and import into it"
+        )

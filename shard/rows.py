@@ -1,0 +1,76 @@
+"""Database rows as messages, and back."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import numpy as np
+from google.protobuf import json_format, struct_pb2, timestamp_pb2
+from pgvector import HalfVector, Vector
+
+from common.catalog import Precision
+from memshard.v1 import memory_pb2 as pb
+
+# All but the embedding, which is large and seldom wanted.
+COLUMNS = """
+user_id, id, agent_id, session_id, type, content, metadata, importance, embedding_model, embedding IS NULL AS pending,
+create_time, update_time, expire_time, version
+"""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def to_memory(row: asyncpg.Record, *, include_embedding: bool = False) -> pb.Memory:
+    """A row with COLUMNS, and `embedding` when it is wanted, as a message."""
+    memory = pb.Memory(
+        id=str(row["id"]),
+        user_id=row["user_id"],
+        agent_id=row["agent_id"],
+        session_id=row["session_id"],
+        type=row["type"],
+        content=row["content"],
+        importance=row["importance"],
+        embedding_model=row["embedding_model"],
+        embedding_state=pb.EMBEDDING_STATE_PENDING if row["pending"] else pb.EMBEDDING_STATE_READY,
+        create_time=to_timestamp(row["create_time"]),
+        update_time=to_timestamp(row["update_time"]),
+        version=row["version"],
+    )
+    if row["metadata"] != "{}":
+        memory.metadata.update(json.loads(row["metadata"]))
+    if row["expire_time"] is not None:
+        memory.expire_time.CopyFrom(to_timestamp(row["expire_time"]))
+    if include_embedding and row["embedding"] is not None:
+        # `.tolist()`, because protobuf fills a repeated field from an array ten times more slowly.
+        memory.embedding.extend(row["embedding"].to_numpy().astype(np.float32).tolist())
+    return memory
+
+
+def to_vector(embedding: Any, precision: Precision) -> HalfVector | Vector:
+    """A repeated float field as what the database stores."""
+    array = np.array(embedding, dtype=np.float32)
+    return HalfVector(array.astype(np.float16)) if precision is Precision.HALF else Vector(array)
+
+
+def to_json(metadata: struct_pb2.Struct) -> str:
+    """A Struct as JSON text for a jsonb parameter."""
+    return json.dumps(json_format.MessageToDict(metadata), ensure_ascii=False, allow_nan=False)
+
+
+def to_timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
+    """An aware datetime as a message, exact to the microsecond."""
+    timestamp = timestamp_pb2.Timestamp()
+    timestamp.FromMicroseconds(to_microseconds(moment))
+    return timestamp
+
+
+def to_microseconds(moment: datetime) -> int:
+    """Microseconds since 1970, UTC, of an aware datetime; exact, as a float would not be."""
+    return (moment - _EPOCH) // _MICROSECOND
+
+
+def from_microseconds(microseconds: int) -> datetime:
+    """The aware datetime, UTC, of microseconds since 1970."""
+    return _EPOCH + microseconds * _MICROSECOND
