@@ -1,0 +1,247 @@
+"""Both clients against a real server in this process: retries, deadlines, pages, closing."""
+
+import asyncio
+import inspect
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc_status import rpc_status
+from memshard import (
+    AlreadyExists,
+    AsyncMemoryClient,
+    Cancelled,
+    DeadlineExceeded,
+    MemoryClient,
+    MemshardError,
+    Unavailable,
+    Unimplemented,
+)
+from memshard.v1 import memory_pb2 as pb
+
+from tests.unit.sdk.server import info, serving, status
+
+
+@pytest.fixture
+def silent_address() -> Iterator[str]:
+    """A port that nobody listens on."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{held.getsockname()[1]}"
+
+
+class _FailsFirst:
+    """A store that is UNAVAILABLE for its first calls."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.ids: list[str] = []
+
+    def __call__(self, request: pb.StoreMemoryRequest, context: grpc.ServicerContext) -> pb.StoreMemoryResponse:
+        self.ids.append(request.memory.id)
+        if len(self.ids) <= self.failures:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+        return pb.StoreMemoryResponse(memory=request.memory)
+
+
+def test_store_is_retried_once_with_the_same_id() -> None:
+    store = _FailsFirst(1)
+    with serving(StoreMemory=store) as address, MemoryClient(address) as client:
+        result = client.store("alice", "likes tea")
+    assert store.ids == [result.memory.id] * 2
+
+
+async def test_async_store_is_retried_once_with_the_same_id() -> None:
+    store = _FailsFirst(1)
+    with serving(StoreMemory=store) as address:
+        async with AsyncMemoryClient(address) as client:
+            result = await client.store("alice", "likes tea")
+    assert store.ids == [result.memory.id] * 2
+
+
+def test_second_failure_is_final() -> None:
+    store = _FailsFirst(2)
+    with (
+        serving(StoreMemory=store) as address,
+        MemoryClient(address) as client,
+        pytest.raises(Unavailable, match="not now"),
+    ):
+        client.store("alice", "likes tea")
+    assert len(store.ids) == 2
+
+
+def test_retries_stop_when_the_token_bucket_is_half_empty() -> None:
+    store = _FailsFirst(1_000)
+    with serving(StoreMemory=store) as address, MemoryClient(address) as client:
+        for _ in range(20):
+            with pytest.raises(Unavailable):
+                client.store("alice", "likes tea")
+    # 10 tokens, one for each failure, none retried below half: a handful of retries for 20 failed calls.
+    assert 20 < len(store.ids) < 26
+
+
+def test_nothing_but_unavailable_is_retried() -> None:
+    calls: list[str] = []
+
+    def taken(request: pb.StoreMemoryRequest, context: grpc.ServicerContext) -> pb.StoreMemoryResponse:
+        calls.append(request.memory.id)
+        context.abort_with_status(
+            rpc_status.to_status(status(grpc.StatusCode.ALREADY_EXISTS, "taken: 茶", info("ID_TAKEN")))
+        )
+        raise AssertionError("abort raises")
+
+    with (
+        serving(StoreMemory=taken) as address,
+        MemoryClient(address) as client,
+        pytest.raises(AlreadyExists) as caught,
+    ):
+        client.store("alice", "likes tea")
+    assert len(calls) == 1
+    assert (caught.value.reason, caught.value.message) == ("ID_TAKEN", "taken: 茶")
+
+
+def test_delete_is_retried_with_the_same_request_id() -> None:
+    requests: list[str] = []
+
+    def delete(request: pb.DeleteMemoryRequest, context: grpc.ServicerContext) -> pb.DeleteMemoryResponse:
+        requests.append(request.request_id)
+        if len(requests) == 1:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+        return pb.DeleteMemoryResponse(deleted=True)
+
+    with serving(DeleteMemory=delete) as address, MemoryClient(address) as client:
+        assert client.delete("alice", "some-id")
+    assert len(requests) == 2
+    assert len(set(requests)) == 1
+
+
+def test_unreachable_address_is_unavailable_within_the_deadline(silent_address: str) -> None:
+    began = time.monotonic()
+    with MemoryClient(silent_address, timeout_s=5) as client, pytest.raises(Unavailable) as caught:
+        client.get("some-id")
+    assert time.monotonic() - began < 5
+    assert caught.value.reason == ""
+
+
+async def test_async_unreachable_address_is_unavailable(silent_address: str) -> None:
+    async with AsyncMemoryClient(silent_address, timeout_s=5) as client:
+        with pytest.raises(Unavailable):
+            await client.get("some-id")
+
+
+def test_deadline_of_a_call_goes_before_the_clients() -> None:
+    release = threading.Event()
+
+    def hangs(request: pb.GetMemoryRequest, context: grpc.ServicerContext) -> pb.GetMemoryResponse:
+        release.wait(10)
+        return pb.GetMemoryResponse()
+
+    with serving(GetMemory=hangs) as address, MemoryClient(address, timeout_s=60) as client:
+        with pytest.raises(DeadlineExceeded):
+            client.get("some-id", timeout_s=0.05)
+        release.set()
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), "1", True])
+def test_bad_timeout_is_refused_by_name(timeout_s: Any) -> None:
+    with pytest.raises(ValueError, match="timeout_s"):
+        MemoryClient(timeout_s=timeout_s)
+    with pytest.raises(ValueError, match="timeout_s"):
+        AsyncMemoryClient(timeout_s=timeout_s)
+    with MemoryClient("localhost:1") as client, pytest.raises(ValueError, match="timeout_s"):
+        client.get("some-id", timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("address", ["", "http://localhost:50051"])
+def test_bad_address_is_refused_by_name(address: str) -> None:
+    with pytest.raises(ValueError, match="address"):
+        MemoryClient(address)
+
+
+def _pages(request: pb.ListMemoriesRequest, context: grpc.ServicerContext) -> pb.ListMemoriesResponse:
+    start = int(request.page_token or 0)
+    end = min(start + request.page_size, 5)
+    return pb.ListMemoriesResponse(
+        memories=[pb.Memory(id=str(n), user_id=request.user_id) for n in range(start, end)],
+        next_page_token=str(end) if end < 5 else "",
+    )
+
+
+def test_iteration_goes_through_all_pages() -> None:
+    with serving(ListMemories=_pages) as address, MemoryClient(address) as client:
+        assert [memory.id for memory in client.iter_memories("alice", page_size=2)] == ["0", "1", "2", "3", "4"]
+
+
+async def test_async_iteration_goes_through_all_pages() -> None:
+    with serving(ListMemories=_pages) as address:
+        async with AsyncMemoryClient(address) as client:
+            ids = [memory.id async for memory in client.iter_memories("alice", page_size=2)]
+    assert ids == ["0", "1", "2", "3", "4"]
+
+
+def test_what_the_server_lacks_is_unimplemented() -> None:
+    with serving() as address, MemoryClient(address) as client, pytest.raises(Unimplemented):
+        client.search("tea")
+
+
+def test_answer_as_large_as_a_full_search_is_received() -> None:
+    text = "x" * 65_536
+
+    def search(request: pb.SearchMemoriesRequest, context: grpc.ServicerContext) -> pb.SearchMemoriesResponse:
+        return pb.SearchMemoriesResponse(results=[pb.ScoredMemory(memory=pb.Memory(content=text))] * request.limit)
+
+    with serving(SearchMemories=search) as address, MemoryClient(address) as client:
+        assert len(client.search("tea", limit=1_000).results) == 1_000
+
+
+def test_closed_client_says_so() -> None:
+    client = MemoryClient("localhost:1")
+    client.close()
+    client.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        client.get("some-id")
+
+
+async def test_closed_async_client_says_so() -> None:
+    client = AsyncMemoryClient("localhost:1")
+    await client.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        await client.get("some-id")
+
+
+async def test_closing_ends_calls_under_way_and_cancelling_passes_through() -> None:
+    arrived, release = threading.Semaphore(0), threading.Event()
+
+    def hangs(request: pb.GetMemoryRequest, context: grpc.ServicerContext) -> pb.GetMemoryResponse:
+        arrived.release()
+        release.wait(10)
+        return pb.GetMemoryResponse()
+
+    with serving(GetMemory=hangs) as address:
+        client = AsyncMemoryClient(address)
+        cancelled, closed = (asyncio.create_task(client.get("some-id")) for _ in range(2))
+        for _ in range(2):
+            await asyncio.to_thread(arrived.acquire)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        await client.close()
+        with pytest.raises(Cancelled):
+            await closed
+        release.set()
+
+
+def test_both_clients_have_the_same_methods_and_arguments() -> None:
+    def public(kind: type) -> dict[str, list[tuple[str, Any, Any]]]:
+        return {
+            name: [(p.name, p.kind, p.default) for p in inspect.signature(member).parameters.values()]
+            for name, member in inspect.getmembers(kind, inspect.isfunction)
+            if not name.startswith("_")
+        }
+
+    assert public(MemoryClient) == public(AsyncMemoryClient)
+    assert issubclass(Unavailable, MemshardError)
