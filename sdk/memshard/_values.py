@@ -40,8 +40,11 @@ def struct_from_metadata(metadata: Metadata) -> struct_pb2.Struct:
 
 
 def metadata_from_struct(message: struct_pb2.Struct) -> dict[str, Any]:
-    """The mapping in a Struct. Numbers without a fraction come back as int: the wire cannot tell 3 from 3.0."""
-    return {key: _from_value(value) for key, value in message.fields.items()}
+    """The mapping in a Struct, its keys sorted, as a map of the wire has no order of its own.
+
+    Numbers without a fraction come back as int: the wire cannot tell 3 from 3.0.
+    """
+    return {key: _from_value(value) for key, value in sorted(message.fields.items())}
 
 
 def fill_floats(field: str, target: MutableSequence[float], values: Embedding) -> None:

@@ -75,7 +75,8 @@ def test_metadata_survives_the_wire(metadata: dict[str, Any]) -> None:
 def test_numbers_without_a_fraction_come_back_as_int() -> None:
     back = _values.metadata_from_struct(_values.struct_from_metadata({"n": 3, "x": 2.5, "big": 1e300, "yes": True}))
     assert back == {"n": 3, "x": 2.5, "big": 1e300, "yes": True}
-    assert [type(value) for value in back.values()] == [int, float, float, bool]
+    assert {key: type(value) for key, value in back.items()} == {"n": int, "x": float, "big": float, "yes": bool}
+    assert list(back) == sorted(back)
 
 
 @pytest.mark.parametrize(
