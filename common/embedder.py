@@ -56,8 +56,8 @@ def create(settings: RouterSettings, cluster: Cluster) -> Embedder | None:
         embedder = HttpEmbedder(settings, cluster)
     if embedder is not None and embedder.model != cluster.embedding_model:
         raise EmbedderMismatchError(
-            f"this cluster stores embeddings of {_named(cluster.embedding_model)} with {cluster.dimensions} "
-            f"dimensions, but embedder: {settings.embedder} makes those of {_named(embedder.model)}. Set the embedder that the "
+            f"this cluster stores embeddings of {_named(cluster.embedding_model)}, {cluster.dimensions} dimensions, "
+            f"but embedder: {settings.embedder} makes those of {_named(embedder.model)}. Set the embedder that the "
             "cluster was made with, or make a new cluster: embeddings of two models cannot be compared"
         )
     return embedder

@@ -94,6 +94,7 @@ class WrongShard(FailedPrecondition):
 
     def __init__(self, message: str, *, epoch: int) -> None:
         super().__init__(message, metadata={"epoch": str(epoch)})
+        self.epoch = epoch
 
 
 class ResourceExhausted(MemshardError):

@@ -13,9 +13,6 @@ from common.errors import FieldViolation, MemshardError
 
 DOMAIN = "memshard"
 
-# google.rpc.Status carries the code as a number; grpc.StatusCode's value is (number, text).
-_CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
-
 _CLASSES: tuple[type[MemshardError], ...] = (
     errors.InvalidArgument,
     errors.NotFound,
@@ -59,6 +56,7 @@ def to_status(error: MemshardError) -> status_pb2.Status:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         attach(error_details_pb2.RetryInfo(retry_delay=delay))
+    # grpc.StatusCode's value is (number, text); google.rpc.Status carries the number.
     return status_pb2.Status(code=error.code.value[0], message=error.message, details=details)
 
 
@@ -68,8 +66,8 @@ async def abort(context: "grpc.aio.ServicerContext[bytes, bytes]", error: Memsha
     await context.abort(status.code, status.details, status.trailing_metadata)
 
 
-def from_rpc_error(error: grpc.aio.AioRpcError) -> MemshardError:
-    """The domain error that another memshard service, or gRPC itself, answered a call with."""
+def from_rpc_error(error: grpc.aio.AioRpcError) -> MemshardError | None:
+    """The domain error that another memshard service answered a call with; None when gRPC itself failed the call."""
     status = _details(error)
     info = error_details_pb2.ErrorInfo()
     bad_request = error_details_pb2.BadRequest()
@@ -82,25 +80,20 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> MemshardError:
         for message in (info, bad_request):
             if detail.Is(message.DESCRIPTOR):
                 detail.Unpack(message)
+    if info.domain != DOMAIN:
+        return None
     message = error.details() or error.code().name
-    if info.domain == DOMAIN and info.reason == errors.WrongShard.default_reason:
+    if info.reason == errors.WrongShard.default_reason:
         epoch = info.metadata.get("epoch", "")
         return errors.WrongShard(message, epoch=int(epoch) if epoch.isdecimal() else 0)
-    ours = info.domain == DOMAIN
-    by_code = _CLASS_BY_CODE.get(error.code(), errors.Unavailable)
-    cls = _CLASS_BY_REASON.get(info.reason, by_code) if ours else by_code
+    cls = _CLASS_BY_REASON.get(info.reason) or _CLASS_BY_CODE.get(error.code(), errors.Unavailable)
     return cls(
         message,
-        reason=info.reason if ours else None,
+        reason=info.reason,
         violations=tuple(FieldViolation(v.field, v.description) for v in bad_request.field_violations),
         retry_after_s=retry_after_s,
         metadata=dict(info.metadata),
     )
-
-
-def code_of(status: status_pb2.Status) -> grpc.StatusCode:
-    """The gRPC code of a google.rpc.Status; UNKNOWN for a number that is none."""
-    return _CODE_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
 
 
 def _details(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:

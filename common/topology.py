@@ -72,6 +72,10 @@ class Topology:
         owners = {owned.shard_id for owned in self.ranges}
         return tuple(sorted((s for s in self.shards if s.shard_id in owners), key=lambda s: s.shard_id))
 
+    def ranges_of(self, shard_id: str) -> list[tuple[int, int]]:
+        """The (first, last) slots of a shard, ascending."""
+        return [(owned.first, owned.last) for owned in self.ranges if owned.shard_id == shard_id]
+
     def slot_count(self, shard_id: str) -> int:
         """How many slots a shard owns."""
-        return sum(owned.last - owned.first + 1 for owned in self.ranges if owned.shard_id == shard_id)
+        return sum(last - first + 1 for first, last in self.ranges_of(shard_id))

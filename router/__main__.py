@@ -1,0 +1,75 @@
+"""The router service: `python -m router [--config FILE]`."""
+
+import argparse
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import asyncpg
+
+from common import catalog, config, embedder, lifecycle, postgres
+from common.catalog import Cluster
+from common.config import RouterSettings
+from common.rpc import generic_handler
+from common.topology import Topology
+from memshard.v1 import memory_pb2
+from router.dispatch import Dispatch
+from router.fanout import Fanout
+from router.location import LocationCache
+from router.service import MemoryServicer
+from router.shards import Shards
+from router.topology_watch import TopologyWatch
+
+_SERVICE = memory_pb2.DESCRIPTOR.services_by_name["MemoryService"]
+
+
+async def main(settings: RouterSettings) -> None:
+    """Reads the catalog once, then serves until SIGTERM, following the topology."""
+    cluster, topology = await _read_catalog(settings)
+    async with AsyncExitStack() as stack:
+        try:
+            embeds = embedder.create(settings, cluster)
+        except embedder.EmbedderMismatchError as error:
+            raise lifecycle.StartError(str(error)) from error
+        if embeds is not None:
+            stack.push_async_callback(embeds.close)
+        locations = LocationCache(settings)
+        stack.push_async_callback(locations.close)
+        shards = Shards(settings)
+        stack.push_async_callback(shards.close)
+        watch = TopologyWatch(
+            settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=shards.follow
+        )
+        servicer = MemoryServicer(
+            cluster,
+            embeds,
+            Dispatch(watch, shards),
+            Fanout(watch, shards, concurrency=settings.fanout_concurrency),
+            locations,
+        )
+        server = lifecycle.Server(
+            settings,
+            [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s)],
+            [_SERVICE.full_name],
+        )
+        await server.start()
+        await server.set_serving(True)
+        await server.run_until_stopped([watch.run])
+
+
+async def _read_catalog(settings: RouterSettings) -> tuple[Cluster, Topology]:
+    """What the cluster is and who owns what. Raises StartError."""
+    try:
+        connection = await postgres.connect(settings.catalog_dsn.get_secret_value(), what="the catalog")
+        try:
+            return await catalog.read_cluster(connection), await catalog.read_topology(connection)
+        finally:
+            await connection.close()
+    except (postgres.DatabaseUnreachableError, catalog.CatalogError, asyncpg.PostgresError) as error:
+        raise lifecycle.StartError(f"a router starts from the catalog: {error}. Check catalog_dsn") from error
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m router", description=__doc__)
+    parser.add_argument("--config", type=Path, help="YAML file with settings; MEMSHARD_ROUTER_… variables come first")
+    arguments = parser.parse_args()
+    lifecycle.run("router", lambda: config.load(RouterSettings, arguments.config), main)

@@ -1,0 +1,96 @@
+"""One question to every shard: concurrently, bounded, within the caller's time, with whoever failed on record."""
+
+import asyncio
+import copy
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from common.deadline import Deadline
+from common.errors import MemshardError, Unavailable, WrongShard
+from common.status import to_status
+from common.topology import Shard
+from memshard.v1 import memory_pb2 as pb
+from router.dispatch import set_route, still_moving
+from router.shards import RETRY_AFTER_S, Q, R, Rpc, Shards
+from router.topology_watch import TopologyWatch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered(Generic[R]):
+    """What the shards answered, in the order of their ids, and why the others did not."""
+
+    answers: tuple[tuple[Shard, R], ...]
+    failed: tuple[tuple[Shard, MemshardError], ...]
+
+    def summary(self) -> pb.ShardSummary:
+        """The shards section of a read report."""
+        return pb.ShardSummary(
+            total=len(self.answers) + len(self.failed),
+            succeeded=len(self.answers),
+            failed=[pb.ShardFailure(shard_id=shard.shard_id, status=to_status(error)) for shard, error in self.failed],
+        )
+
+    def require_all(self) -> None:
+        """Raises Unavailable / SHARDS_MISSING when a shard failed."""
+        if self.failed:
+            names = ", ".join(f"{shard.shard_id} ({error.reason})" for shard, error in self.failed)
+            raise Unavailable(
+                f"these shards did not answer: {names}", reason="SHARDS_MISSING", retry_after_s=RETRY_AFTER_S
+            )
+
+    def require_any(self) -> None:
+        """Raises Unavailable / SHARDS_MISSING when every shard failed: an empty answer would be a lie."""
+        if not self.answers:
+            self.require_all()
+
+
+class Fanout:
+    """Asks all shards that own slots, at most `concurrency` at a time for one question."""
+
+    def __init__(self, watch: TopologyWatch, shards: Shards, *, concurrency: int) -> None:
+        self._watch = watch
+        self._shards = shards
+        self._concurrency = concurrency
+
+    async def ask_all(self, rpc: Rpc[Q, R], question: Q, deadline: Deadline) -> Gathered[R]:
+        """The answers of all shards to `question`, each with a route of its own.
+
+        Each shard answers for exactly the slots that one snapshot gives it. When one says that the snapshot is stale,
+        all are asked again by a newer one: answers by two snapshots could miss a slot, or count it twice.
+        """
+        gathered = await self._round(rpc, question, deadline)
+        stale = [error for _, error in gathered.failed if isinstance(error, WrongShard)]
+        if not stale:
+            return gathered
+        await self._watch.refresh(max(error.epoch for error in stale), deadline)
+        gathered = await self._round(rpc, question, deadline)
+        failed = tuple(
+            (shard, still_moving() if isinstance(error, WrongShard) else error) for shard, error in gathered.failed
+        )
+        return Gathered(gathered.answers, failed)
+
+    async def _round(self, rpc: Rpc[Q, R], question: Q, deadline: Deadline) -> Gathered[R]:
+        topology = self._watch.topology
+        places = asyncio.Semaphore(self._concurrency)
+        answers: list[tuple[Shard, R]] = []
+        failed: list[tuple[Shard, MemshardError]] = []
+
+        async def ask(shard: Shard) -> None:
+            request = copy.deepcopy(question)
+            set_route(request, topology, shard, topology.ranges_of(shard.shard_id))
+            try:
+                async with places:
+                    answers.append((shard, await self._shards.call(shard, rpc, request, deadline)))
+            except MemshardError as error:
+                failed.append((shard, error))
+
+        async with asyncio.TaskGroup() as group:
+            for shard in topology.serving():
+                group.create_task(ask(shard))
+        return Gathered(_by_id(answers), _by_id(failed))
+
+
+def _by_id(items: list[tuple[Shard, T]]) -> tuple[tuple[Shard, T], ...]:
+    return tuple(sorted(items, key=lambda item: item[0].shard_id))

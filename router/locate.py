@@ -1,0 +1,76 @@
+"""Finding a memory by id alone: where it was last known, else everywhere."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.deadline import Deadline
+from common.errors import Ambiguous, NotFound, Unavailable
+from memshard.internal.v1 import shard_pb2
+from memshard.v1 import memory_pb2 as pb
+from router.dispatch import Dispatch
+from router.fanout import Fanout
+from router.location import LocationCache
+from router.shards import GET
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A memory, and which shards were asked for it."""
+
+    memory: pb.Memory
+    shards: pb.ShardSummary
+
+
+class Locator:
+    """Fetches memories whose user is not known."""
+
+    def __init__(self, locations: LocationCache, dispatch: Dispatch, fanout: Fanout) -> None:
+        self._locations = locations
+        self._dispatch = dispatch
+        self._fanout = fanout
+
+    async def get(self, memory_id: str, deadline: Deadline, *, include_embedding: bool) -> Located:
+        """The one memory with this id, whoever's it is.
+
+        Raises Ambiguous when several users have it, NotFound when all shards say that nobody has, and Unavailable
+        when nobody who answered has it but not all answered.
+        """
+        request = shard_pb2.GetRequest(id=memory_id, include_embedding=include_embedding)
+        located = await self._where_known(request, deadline)
+        return located or await self._everywhere(request, deadline)
+
+    async def _where_known(self, request: shard_pb2.GetRequest, deadline: Deadline) -> Located | None:
+        """The memory, if the location cache leads to it: one call for each slot known, which is nearly always one."""
+        slots = await self._locations.find(request.id)
+        asked: set[str] = set()
+        found: list[shard_pb2.FoundMemory] = []
+        for slot in sorted(slots):
+            try:
+                shard, answer = await self._dispatch.to_owner(slot, GET, request, deadline)
+            except Unavailable:
+                # Somebody else may have it; and if nobody has, asking everybody says who could not be asked.
+                return None
+            asked.add(shard.shard_id)
+            found.extend(answer.found)
+        if not found:
+            return None
+        return Located(_only(found, request.id), pb.ShardSummary(total=len(asked), succeeded=len(asked)))
+
+    async def _everywhere(self, request: shard_pb2.GetRequest, deadline: Deadline) -> Located:
+        gathered = await self._fanout.ask_all(GET, request, deadline)
+        found = [found for _, answer in gathered.answers for found in answer.found]
+        if not found:
+            gathered.require_all()
+            await self._locations.forget(request.id)
+            raise NotFound(f"there is no memory {request.id}")
+        if not gathered.failed:
+            await self._locations.learn(request.id, frozenset(item.slot for item in found))
+        return Located(_only(found, request.id), gathered.summary())
+
+
+def _only(found: Sequence[shard_pb2.FoundMemory], memory_id: str) -> pb.Memory:
+    """The memory that was found, once for each user. Raises Ambiguous when several users have one."""
+    by_user = {item.memory.user_id: item.memory for item in found}
+    if len(by_user) > 1:
+        raise Ambiguous(f"several users have a memory {memory_id}; say whose is meant with user_id")
+    return next(iter(by_user.values()))

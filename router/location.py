@@ -1,0 +1,122 @@
+"""The location cache: memory id → slots. Router memory first, then Redis; both may be empty, stale or wrong.
+
+It maps to slots, never to shards: slots move, a memory's slot does not. Usually an id has one slot; ids are unique per
+user only, so it may have several. What is found here is only where to look first, so a wrong entry costs a second
+look, and a Redis that is slow or dead costs at most its timeout, then nothing for a while.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+
+from cachetools import TTLCache
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from common import logs
+from common.config import RouterSettings
+from common.slots import SLOT_COUNT
+
+_log = logs.get_logger("location")
+
+Slots = frozenset[int]
+NOWHERE: Slots = frozenset()
+
+# An entry with more is not one of ours, or not worth following one by one.
+_MAX_SLOTS = 8
+# Seconds without Redis after it failed, so that a dead one costs its timeout once and not with every call.
+_REST_S = 1.0
+_MAX_CONNECTIONS = 64
+
+
+class LocationCache:
+    """Where memories are, as far as this router and Redis remember. No method raises for what Redis does."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self._memory: TTLCache[str, Slots] = TTLCache(settings.location_cache_entries, settings.location_cache_ttl_s)
+        self._ttl_s = settings.location_redis_ttl_s
+        self._timeout_s = settings.redis_timeout_s
+        self._redis = _connect(settings)
+        self._resting_until = 0.0
+
+    async def find(self, memory_id: str) -> Slots:
+        """The slots where a memory with this id was last known; empty when nothing is known."""
+        slots = self._memory.get(memory_id, NOWHERE)
+        if not slots:
+            slots = parse(await self._ask(lambda redis: redis.get(_key(memory_id))))
+            if slots:
+                self._memory[memory_id] = slots
+        return slots
+
+    async def learn(self, memory_id: str, slots: Slots) -> None:
+        """Remembers where a memory is, as all shards together just said."""
+        self._memory[memory_id] = slots
+        await self._ask(lambda redis: redis.set(_key(memory_id), render(slots), ex=self._ttl_s))
+
+    async def add(self, memory_id: str, slot: int) -> None:
+        """Remembers where a memory was just stored, besides wherever another user has one with the same id."""
+        here = frozenset((slot,))
+        self._memory[memory_id] = self._memory.get(memory_id, NOWHERE) | here
+        before = parse(
+            await self._ask(lambda redis: redis.set(_key(memory_id), render(here), ex=self._ttl_s, get=True))
+        )
+        if before - here:
+            await self.learn(memory_id, before | here)
+
+    async def forget(self, memory_id: str) -> None:
+        """Drops what is known of a memory."""
+        self._memory.pop(memory_id, None)
+        await self._ask(lambda redis: redis.delete(_key(memory_id)))
+
+    async def close(self) -> None:
+        """Closes the connections to Redis."""
+        if self._redis is not None:
+            await self._redis.aclose()
+
+    async def _ask(self, command: Callable[[Redis], Awaitable[object]]) -> object:
+        """Redis' reply, or None when there is no Redis, or it failed or rests."""
+        loop = asyncio.get_running_loop()
+        if self._redis is None or loop.time() < self._resting_until:
+            return None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await command(self._redis)
+        except (RedisError, OSError, TimeoutError) as error:
+            self._resting_until = loop.time() + _REST_S
+            _log.warning("going on without Redis", error=type(error).__name__)
+            return None
+
+
+def parse(reply: object) -> Slots:
+    """The slots of an entry; none for anything that is not an entry of ours."""
+    if not isinstance(reply, bytes):
+        return NOWHERE
+    parts = reply.split(b",")
+    if len(parts) > _MAX_SLOTS or not all(part.isdigit() and len(part) <= 5 for part in parts):
+        return NOWHERE
+    slots = frozenset(map(int, parts))
+    return slots if max(slots) < SLOT_COUNT else NOWHERE
+
+
+def render(slots: Iterable[int]) -> str:
+    """An entry: slots in decimal, ascending, with commas between them."""
+    return ",".join(map(str, sorted(slots)))
+
+
+def _key(memory_id: str) -> str:
+    return f"loc:{memory_id}"
+
+
+def _connect(settings: RouterSettings) -> Redis | None:
+    if settings.redis_url is None:
+        return None
+    pool = BlockingConnectionPool.from_url(
+        settings.redis_url.get_secret_value(),
+        max_connections=_MAX_CONNECTIONS,
+        timeout=settings.redis_timeout_s,
+        socket_timeout=settings.redis_timeout_s,
+        socket_connect_timeout=settings.redis_timeout_s,
+        retry=Retry(NoBackoff(), 0),
+    )
+    return Redis(connection_pool=pool)

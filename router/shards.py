@@ -1,0 +1,110 @@
+"""Channels to the shards, and one call on one of them."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from common.config import RouterSettings
+from common.deadline import Deadline
+from common.errors import DeadlineExceeded, MemshardError, OutcomeUnknown, ResourceExhausted, Unavailable
+from common.status import from_rpc_error
+from common.topology import Shard, Topology
+from memshard.internal.v1 import shard_pb2, shard_pb2_grpc
+
+# Seconds after which a caller may try again: about what a shard process takes to be restarted.
+RETRY_AFTER_S = 1.0
+
+# Largest answer taken: 1,000 results of 64 KiB content, 32 KiB metadata and an embedding.
+_MAX_ANSWER_BYTES = 128 * 1024 * 1024
+
+_CHANNEL_OPTIONS = [
+    # With gRPC's defaults (up to 120 s) a channel comes back seconds after its server does.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
+    ("grpc.max_send_message_length", -1),
+    # Retrying is decided where the budget is known, not inside the channel.
+    ("grpc.enable_retries", 0),
+]
+
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Rpc(Generic[Q, R]):
+    """One rpc of ShardService, with the types of its request and answer."""
+
+    name: str
+    writes: bool = False
+
+
+STORE: Rpc[shard_pb2.StoreRequest, shard_pb2.StoreResponse] = Rpc("Store", writes=True)
+DELETE: Rpc[shard_pb2.DeleteRequest, shard_pb2.DeleteResponse] = Rpc("Delete", writes=True)
+GET: Rpc[shard_pb2.GetRequest, shard_pb2.GetResponse] = Rpc("Get")
+LIST: Rpc[shard_pb2.ListRequest, shard_pb2.ListResponse] = Rpc("List")
+SEARCH: Rpc[shard_pb2.SearchRequest, shard_pb2.SearchResponse] = Rpc("Search")
+
+
+class Shards:
+    """Calls to shards by name; one channel for each address."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self._margin_s = settings.shard_deadline_margin_s
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._stubs: dict[str, shard_pb2_grpc.ShardServiceAsyncStub] = {}
+
+    async def call(self, shard: Shard, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> R:
+        """The answer of `shard` to one rpc of ShardService.
+
+        Raises the shard's own domain error; Unavailable when it cannot be reached, OutcomeUnknown when that leaves a
+        write in doubt; DeadlineExceeded.
+        """
+        remaining_s = deadline.less(self._margin_s).remaining_s()
+        if remaining_s <= 0:
+            raise DeadlineExceeded(f"no time left to ask {shard.shard_id}")
+        try:
+            return cast("R", await getattr(self._stub(shard.address), rpc.name)(request, timeout=remaining_s))
+        except grpc.aio.AioRpcError as error:
+            raise _explained(error, shard, rpc) from error
+
+    async def follow(self, topology: Topology) -> None:
+        """Closes the channels to addresses that no shard has any more."""
+        current = {shard.address for shard in topology.shards}
+        for address in self._channels.keys() - current:
+            self._stubs.pop(address, None)
+            await self._channels.pop(address).close(grace=RETRY_AFTER_S)
+
+    async def close(self) -> None:
+        """Closes all channels."""
+        self._stubs.clear()
+        channels, self._channels = self._channels, {}
+        await asyncio.gather(*(channel.close() for channel in channels.values()))
+
+    def _stub(self, address: str) -> shard_pb2_grpc.ShardServiceAsyncStub:
+        stub = self._stubs.get(address)
+        if stub is None:
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            stub = self._stubs[address] = shard_pb2_grpc.ShardServiceStub(channel)
+        return stub
+
+
+def _explained(error: grpc.aio.AioRpcError, shard: Shard, rpc: Rpc[Any, Any]) -> MemshardError:
+    """A failed call in words that an agent may see: the shard's name, never its address."""
+    domain_error = from_rpc_error(error)
+    if domain_error is not None:
+        return domain_error
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"{shard.shard_id} did not answer in time")
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return ResourceExhausted(f"the answer of {shard.shard_id} is too large; ask for fewer results")
+    if rpc.writes:
+        return OutcomeUnknown(
+            f"{shard.shard_id} went away during the write; the same request again settles whether it happened",
+            retry_after_s=RETRY_AFTER_S,
+        )
+    return Unavailable(f"{shard.shard_id} does not answer", reason="SHARD_UNAVAILABLE", retry_after_s=RETRY_AFTER_S)

@@ -1,0 +1,121 @@
+"""The router's snapshot of the topology, kept fresh by the catalog's notifications and by polling.
+
+When the catalog is away the snapshot stays as it is and the router serves on: slots move seldom, and a shard that no
+longer owns one says so itself.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import asyncpg
+
+from common import catalog, logs, postgres
+from common.deadline import Deadline
+from common.postgres import Connection
+from common.topology import Topology
+
+_log = logs.get_logger("topology")
+
+_BACKOFF_S = (0.2, 5.0)
+# Longest that a request waits for a newer topology before it tries again with what there is.
+_REFRESH_TIMEOUT_S = 2.0
+
+_CATALOG_ERRORS = (
+    postgres.DatabaseUnreachableError,
+    catalog.CatalogError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    OSError,
+    TimeoutError,
+)
+
+
+class TopologyWatch:
+    """Holds the newest topology seen. `run` keeps it fresh; `refresh` asks for a look right now."""
+
+    def __init__(
+        self, dsn: str, first: Topology, *, poll_s: float, changed: Callable[[Topology], Awaitable[None]]
+    ) -> None:
+        self._dsn = dsn
+        self._poll_s = poll_s
+        self._changed = changed
+        self._topology = first
+        self._wanted = asyncio.Event()
+        self._looked = asyncio.Condition()
+        self._looks = 0
+
+    @property
+    def topology(self) -> Topology:
+        """The snapshot to route by."""
+        return self._topology
+
+    async def refresh(self, epoch: int, deadline: Deadline) -> None:
+        """Returns once the topology has reached `epoch`, or the catalog has been looked at, or two seconds are over."""
+        if 0 < epoch <= self._topology.epoch:
+            return
+        seen = self._looks
+        self._wanted.set()
+        limit = min(deadline.at, Deadline.after(_REFRESH_TIMEOUT_S).at)
+        try:
+            async with asyncio.timeout_at(limit), self._looked:
+                await self._looked.wait_for(lambda: self._looks > seen)
+        except TimeoutError:
+            _log.warning("no newer topology in time", epoch=self._topology.epoch, wanted=epoch)
+
+    async def run(self) -> None:
+        """Follows the catalog until cancelled, reconnecting with backoff."""
+        backoff_s, longest_s = _BACKOFF_S
+        while True:
+            try:
+                connection = await postgres.connect(self._dsn, what="the catalog")
+                try:
+                    await connection.add_listener(catalog.CHANNEL, self._notified)
+                    backoff_s = _BACKOFF_S[0]
+                    await self._follow(connection)
+                finally:
+                    # Without the round trip of a polite close, which would wait for a server that may be gone.
+                    connection.terminate()
+            except _CATALOG_ERRORS as error:
+                _log.warning(
+                    "the catalog is out of reach; serving from the snapshot",
+                    epoch=self._topology.epoch,
+                    error=type(error).__name__,
+                )
+            await self._announce_look()
+            await self._wait(backoff_s)
+            backoff_s = min(backoff_s * 2, longest_s)
+
+    async def _follow(self, connection: Connection) -> None:
+        while True:
+            async with asyncio.timeout(_REFRESH_TIMEOUT_S):
+                # Cleared before the look: a wish that arrives during it leads to another look.
+                self._wanted.clear()
+                if await catalog.read_epoch(connection) != self._topology.epoch:
+                    await self._take(connection)
+            await self._announce_look()
+            await self._wait(self._poll_s)
+
+    async def _take(self, connection: Connection) -> None:
+        topology = await catalog.read_topology(connection)
+        if topology.cluster_id != self._topology.cluster_id:
+            raise catalog.CatalogError("the catalog now belongs to another cluster")
+        if topology.epoch < self._topology.epoch:
+            raise catalog.CatalogError("the catalog has gone back to an older epoch")
+        self._topology = topology
+        await self._changed(topology)
+        _log.info("topology changed", epoch=topology.epoch, shards=len(topology.shards))
+
+    async def _announce_look(self) -> None:
+        async with self._looked:
+            self._looks += 1
+            self._looked.notify_all()
+
+    async def _wait(self, seconds: float) -> None:
+        """Until something wants a look, or `seconds` have passed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wanted.wait()
+
+    def _notified(self, *_: object) -> None:
+        self._wanted.set()

@@ -1,0 +1,240 @@
+"""What a request may be: the contract's bounds, checked before anything is done. Pure; each fault names its field.
+
+Functions return the request in its normal form (ids in lower case, defaults filled in) and raise InvalidArgument.
+"""
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf import struct_pb2, timestamp_pb2
+
+from common.catalog import Cluster, Precision
+from common.errors import InvalidArgument
+from memshard.ids import new_id
+from memshard.v1 import memory_pb2 as pb
+
+MAX_NAME_BYTES = 256  # user_id by the contract; the other names keep the same bound.
+MAX_CONTENT_BYTES = 64 * 1024
+MAX_METADATA_BYTES = 32 * 1024
+MAX_METADATA_DEPTH = 8
+MAX_RESULTS = 1000
+DEFAULT_LIMIT = 10
+DEFAULT_PAGE_SIZE = 100
+DEFAULT_IMPORTANCE = 0.5
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+# Timestamps of the protobuf contract: 0001-01-01 to 9999-12-31.
+_TIMESTAMP_SECONDS = range(-62_135_596_800, 253_402_300_800)
+
+bad = InvalidArgument.field
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Which results of a search are wanted: `limit` of them after the first `offset`."""
+
+    limit: int
+    offset: int
+
+    @property
+    def k(self) -> int:
+        """How many results each shard has to give."""
+        return self.limit + self.offset
+
+
+def new_memory(given: pb.Memory, cluster: Cluster) -> pb.Memory:
+    """A memory to store, without the fields that only the server writes. An empty id becomes a new UUIDv7."""
+    user_id(given.user_id, "memory.user_id")
+    _content(given.content)
+    memory = pb.Memory(
+        id=memory_id(given.id, "memory.id") if given.id else new_id(),
+        user_id=given.user_id,
+        agent_id=_name(given.agent_id, "memory.agent_id"),
+        session_id=_name(given.session_id, "memory.session_id"),
+        type=_memory_type(given.type),
+        content=given.content,
+        importance=_importance(given),
+        embedding=given.embedding,
+        embedding_model=_model(given.embedding_model, cluster),
+    )
+    metadata(given.metadata)
+    memory.metadata.CopyFrom(given.metadata)
+    if given.HasField("expire_time"):
+        _expire_time(given.expire_time)
+        memory.expire_time.CopyFrom(given.expire_time)
+    if given.embedding:
+        embedding(given.embedding, cluster, "memory.embedding")
+    return memory
+
+
+def user_id(value: str, field: str) -> str:
+    """A required user: 1 to 256 bytes without NUL. Every byte counts: no case or Unicode form is folded."""
+    if not value:
+        raise bad(field, "INVALID_USER_ID", "must not be empty")
+    return optional_user_id(value, field)
+
+
+def optional_user_id(value: str, field: str) -> str:
+    """A user, or empty for all."""
+    return _name(value, field, "INVALID_USER_ID")
+
+
+def memory_id(value: str, field: str) -> str:
+    """A UUID in its 36-character form; returned in lower case."""
+    if not _UUID.fullmatch(value):
+        raise bad(field, "INVALID_ID", "must be a UUID like 0190b5a4-7b3c-7def-8123-456789abcdef")
+    return value.lower()
+
+
+def request_id(value: str) -> str:
+    """A request id, or empty."""
+    return _name(value, "request_id", "INVALID_REQUEST_ID")
+
+
+def page_size(value: int) -> int:
+    """A page size with its default."""
+    if not 0 <= value <= MAX_RESULTS:
+        raise bad("page_size", "OUT_OF_RANGE", f"must be 0 to {MAX_RESULTS}")
+    return value or DEFAULT_PAGE_SIZE
+
+
+def window(limit: int, offset: int) -> Window:
+    """Limit and offset of a search, with the default limit."""
+    if not 0 <= limit <= MAX_RESULTS:
+        raise bad("limit", "OUT_OF_RANGE", f"must be 0 to {MAX_RESULTS}")
+    limit = limit or DEFAULT_LIMIT
+    if not 0 <= offset <= MAX_RESULTS - limit:
+        raise bad("offset", "OUT_OF_RANGE", f"must be 0 or more, and limit + offset at most {MAX_RESULTS}")
+    return Window(limit, offset)
+
+
+def min_score(request: pb.SearchMemoriesRequest) -> float | None:
+    """The least score wanted, if any."""
+    if not request.HasField("min_score"):
+        return None
+    if not math.isfinite(request.min_score):
+        raise bad("min_score", "NOT_FINITE", "must be a finite number")
+    return request.min_score
+
+
+def query_text(value: str) -> str:
+    """The text of a search, or empty."""
+    if len(value.encode()) > MAX_CONTENT_BYTES:
+        raise bad("query", "TOO_LARGE", f"must be at most {MAX_CONTENT_BYTES} bytes")
+    _no_nul(value, "query", "INVALID_QUERY")
+    return value
+
+
+def embedding(values: Sequence[float], cluster: Cluster, field: str) -> None:
+    """An embedding of the cluster's dimensions that is still a direction once it is rounded to the stored precision."""
+    if len(values) != cluster.dimensions:
+        raise bad(field, "WRONG_DIMENSION", f"has {len(values)} numbers; this cluster's have {cluster.dimensions}")
+    array = np.array(values, dtype=np.float32)
+    if not np.isfinite(array).all():
+        raise bad(field, "NOT_FINITE", "has a NaN or infinite number")
+    if not array.any():
+        raise bad(field, "ZERO_VECTOR", "is all zeros, which has no direction to compare")
+    if cluster.precision is Precision.HALF:
+        with np.errstate(over="ignore"):
+            rounded = array.astype(np.float16)
+        if not np.isfinite(rounded).all():
+            raise bad(field, "OUT_OF_RANGE", "has a number beyond ±65504, the range of half precision")
+        if not rounded.any():
+            raise bad(field, "ZERO_VECTOR", "is all zeros once rounded to half precision")
+
+
+def metadata(value: struct_pb2.Struct) -> None:
+    """Metadata within its bounds, and such that PostgreSQL's jsonb takes it as it is."""
+    if value.ByteSize() > MAX_METADATA_BYTES:
+        raise bad("memory.metadata", "METADATA_TOO_LARGE", f"must be at most {MAX_METADATA_BYTES} bytes")
+    _struct(value, 1)
+
+
+def read_options(options: pb.ReadOptions) -> None:
+    """A known read level. Tokens are checked by whoever has the key."""
+    if options.level not in pb.ReadLevel.values():
+        raise bad("read.level", "INVALID_ENUM", f"{options.level} is no read level")
+
+
+def _content(value: str) -> None:
+    if not value:
+        raise bad("memory.content", "INVALID_CONTENT", "must not be empty")
+    if len(value.encode()) > MAX_CONTENT_BYTES:
+        raise bad("memory.content", "INVALID_CONTENT", f"must be at most {MAX_CONTENT_BYTES} bytes of UTF-8")
+    _no_nul(value, "memory.content", "INVALID_CONTENT")
+
+
+def _name(value: str, field: str, reason: str = "INVALID_NAME") -> str:
+    if len(value.encode()) > MAX_NAME_BYTES:
+        raise bad(field, reason, f"must be at most {MAX_NAME_BYTES} bytes")
+    _no_nul(value, field, reason)
+    return value
+
+
+def _no_nul(value: str, field: str, reason: str) -> None:
+    if "\0" in value:
+        raise bad(field, reason, "must not contain the character NUL")
+
+
+def _memory_type(value: int) -> pb.MemoryType.ValueType:
+    if value == pb.MEMORY_TYPE_UNSPECIFIED:
+        return pb.MEMORY_TYPE_EPISODIC
+    if value not in pb.MemoryType.values():
+        raise bad("memory.type", "INVALID_ENUM", f"{value} is no memory type")
+    return pb.MemoryType.ValueType(value)
+
+
+def _importance(memory: pb.Memory) -> float:
+    if not memory.HasField("importance"):
+        return DEFAULT_IMPORTANCE
+    # Written so that NaN, which compares as false, is out of range.
+    if not 0 <= memory.importance <= 1:
+        raise bad("memory.importance", "OUT_OF_RANGE", "must be 0 to 1")
+    return memory.importance
+
+
+def _model(value: str, cluster: Cluster) -> str:
+    _name(value, "memory.embedding_model")
+    if value and cluster.embedding_model and value != cluster.embedding_model:
+        raise bad(
+            "memory.embedding_model",
+            "WRONG_MODEL",
+            f"this cluster holds embeddings of {cluster.embedding_model}; those of two models cannot be compared",
+        )
+    return value or cluster.embedding_model
+
+
+def _expire_time(value: timestamp_pb2.Timestamp) -> None:
+    if value.seconds not in _TIMESTAMP_SECONDS or not 0 <= value.nanos < 1_000_000_000:
+        raise bad("memory.expire_time", "INVALID_TIMESTAMP", "is no time between the years 1 and 9999")
+    if value.ToMicroseconds() <= time.time() * 1e6:
+        raise bad("memory.expire_time", "EXPIRE_TIME_IN_PAST", "is in the past")
+
+
+def _struct(value: struct_pb2.Struct, depth: int) -> None:
+    if depth > MAX_METADATA_DEPTH:
+        raise bad("memory.metadata", "METADATA_TOO_DEEP", f"must be at most {MAX_METADATA_DEPTH} deep")
+    for key, item in value.fields.items():
+        _no_nul(key, "memory.metadata", "INVALID_METADATA")
+        _value(item, depth)
+
+
+def _value(value: struct_pb2.Value, depth: int) -> None:
+    kind = value.WhichOneof("kind")
+    if kind == "struct_value":
+        _struct(value.struct_value, depth + 1)
+    elif kind == "list_value":
+        if depth + 1 > MAX_METADATA_DEPTH:
+            raise bad("memory.metadata", "METADATA_TOO_DEEP", f"must be at most {MAX_METADATA_DEPTH} deep")
+        for item in value.list_value.values:
+            _value(item, depth + 1)
+    elif kind == "string_value":
+        _no_nul(value.string_value, "memory.metadata", "INVALID_METADATA")
+    elif kind == "number_value" and not math.isfinite(value.number_value):
+        raise bad("memory.metadata", "INVALID_METADATA", "has a NaN or infinite number, which JSON has not")
+    elif kind is None:
+        raise bad("memory.metadata", "INVALID_METADATA", "has a value of no kind")
