@@ -55,7 +55,7 @@ def fill_floats(field: str, target: MutableSequence[float], values: Embedding) -
         raise invalid(field, "must be a sequence of numbers")
     try:
         target.extend(plain)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise invalid(field, "must be a flat sequence of numbers") from error
 
 
@@ -63,7 +63,10 @@ def number(field: str, value: float) -> float:
     """The number as a float. Any real number will do, also a scalar of numpy."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise invalid(field, f"must be a number, not {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise invalid(field, "is too large a number") from error
 
 
 def count(field: str, value: int, *, least: int) -> int:

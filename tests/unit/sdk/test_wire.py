@@ -162,7 +162,9 @@ def test_embedding_may_be_any_sequence_or_array() -> None:
         ({"embedding": np.ones((2, 2))}, "embedding"),
         ({"embedding": "1.0"}, "embedding"),
         ({"embedding": 1.0}, "embedding"),
+        ({"embedding": [10**400]}, "embedding"),
         ({"importance": "high"}, "importance"),
+        ({"importance": 10**400}, "importance"),
         ({"expire_time": datetime(2030, 1, 1)}, "expire_time"),
     ],
 )
