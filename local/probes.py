@@ -1,0 +1,90 @@
+"""Whether a process answers: one question with a bound each, asked of the process itself."""
+
+import asyncio
+import os
+from enum import Enum, auto
+from typing import Any
+
+# This process starts others while it uses gRPC, whose handlers for fork would only get in the way.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+import asyncpg
+import grpc.aio
+import psutil
+import redis.asyncio
+import redis.exceptions
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from common.postgres import CONNECT_ERRORS
+from local.ports import HOST
+
+PROBE_TIMEOUT_S = 2.0
+
+_CHANNEL_OPTIONS = (
+    # No backoff left from an earlier probe, and no way through a proxy to our own machine.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+async def serves(port: int, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
+    """Whether the gRPC server on `port` says that it is SERVING."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            # Only when somebody listens: a channel to nobody waits before it tries again.
+            _, writer = await asyncio.open_connection(HOST, port)
+            writer.close()
+            await writer.wait_closed()
+            async with grpc.aio.insecure_channel(f"{HOST}:{port}", options=_CHANNEL_OPTIONS) as channel:
+                stub: Any = health_pb2_grpc.HealthStub(channel)  # Its type stubs leave out what it offers.
+                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+    except (OSError, TimeoutError, grpc.aio.AioRpcError):
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class Answer(Enum):
+    """What PostgreSQL says to SELECT 1."""
+
+    UP = auto()
+    RECOVERING = auto()
+    """It replays its log after a crash, which takes as long as it takes. (Or it is about to shut down.)"""
+    DOWN = auto()
+
+
+async def ask_postgres(dsn: str, timeout_s: float = PROBE_TIMEOUT_S) -> Answer:
+    """Asks PostgreSQL for SELECT 1."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            connection = await asyncpg.connect(dsn)
+            try:
+                return Answer.UP if await connection.fetchval("SELECT 1") == 1 else Answer.DOWN
+            finally:
+                connection.terminate()
+    except asyncpg.CannotConnectNowError:
+        return Answer.RECOVERING
+    except CONNECT_ERRORS:
+        return Answer.DOWN
+
+
+async def answers_ping(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
+    """Whether Redis answers PING."""
+    client = redis.asyncio.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return bool(await client.ping())
+    except (OSError, TimeoutError, redis.exceptions.RedisError):
+        return False
+    finally:
+        await client.aclose()
+
+
+def lives(pid: int | None, created_at: float | None) -> bool:
+    """Whether the process still lives, and is the one that was made then."""
+    if pid is None or created_at is None:
+        return False
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - created_at) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

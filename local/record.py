@@ -1,0 +1,172 @@
+"""What is kept about a cluster from its making on, and how the options of an `up` meet it."""
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from local.errors import DataDirectoryError, OptionsError
+from local.layout import Layout, write_atomically
+
+Embedder = Literal["local", "http", "none"]
+
+DEFAULT_SHARDS = 2
+MAX_SHARDS = 64
+DEFAULT_DIMENSIONS = 1536
+DEFAULT_LOCAL_DIMENSIONS = 256
+# The model in the wordllama wheel was trained so that its first 64 or 128 numbers are embeddings too.
+LOCAL_DIMENSIONS = (64, 128, 256)
+LOCAL_MODEL = "wordllama-l2-supercat"
+# halfvec's limit for an index (pgvector).
+MAX_DIMENSIONS = 4000
+
+_PASSWORD_BYTES = 24
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Record(_Kept):
+    """What was chosen when the cluster was made, and the ports that it uses inside."""
+
+    shards: int
+    embedder: Embedder
+    embedder_model: str
+    """The model's name in the catalog; empty when callers bring their own embeddings."""
+    embedder_url: str | None = None
+    """Where the `http` embedder is. The one choice that may change."""
+    dimensions: int
+    precision: Literal["half"] = "half"
+    ports: dict[str, int] = {}
+    """Port of every process but the routers, by name."""
+    complete: bool = False
+    """Whether making it came to its end. Until then nobody has stored anything in it."""
+
+    def shard_ids(self) -> list[str]:
+        """The shards' names, in order."""
+        return [f"shard-{number}" for number in range(self.shards)]
+
+    def save(self, layout: Layout) -> None:
+        """Writes it, durably."""
+        write_atomically(layout.record, self.model_dump_json(indent=2) + "\n", durable=True)
+
+
+class Secrets(_Kept):
+    """The passwords: of PostgreSQL's roles, and of Redis."""
+
+    postgres: str
+    memshard_owner: str
+    memshard_app: str
+    redis: str
+
+    @classmethod
+    def generate(cls) -> "Secrets":
+        """New random passwords, of letters that need no quoting in URLs, SQL and configuration files."""
+        return cls(**{name: secrets.token_urlsafe(_PASSWORD_BYTES) for name in cls.model_fields})
+
+    def save(self, layout: Layout) -> None:
+        """Writes them, durably, for the owner only."""
+        write_atomically(layout.secrets, self.model_dump_json(indent=2) + "\n", durable=True)
+
+    def __repr__(self) -> str:
+        """Without the passwords: a representation ends up in logs."""
+        return "Secrets(…)"
+
+    __str__ = __repr__
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of an `up`; None is "not given"."""
+
+    shards: int | None = None
+    embedder: Embedder | None = None
+    embedder_url: str | None = None
+    embedder_model: str | None = None
+    dimensions: int | None = None
+
+
+def load_record(layout: Layout) -> Record:
+    """Raises DataDirectoryError when there is no cluster, or its record cannot be read."""
+    return _load(layout.record, Record)
+
+
+def load_secrets(layout: Layout) -> Secrets:
+    """Raises DataDirectoryError when the passwords cannot be read."""
+    return _load(layout.secrets, Secrets)
+
+
+def settle(options: Options, kept: Record | None) -> Record:
+    """What the cluster is, or is to be: what is kept, when the options do not contradict it, else from the options.
+
+    Raises OptionsError.
+    """
+    if kept is None:
+        return _chosen(options)
+    contradictions = [
+        f"--{name.replace('_', '-')} {_shown(value)}, not {_shown(given)}"
+        for name in ("shards", "embedder", "embedder_model", "dimensions")
+        if (given := getattr(options, name)) is not None and given != (value := getattr(kept, name))
+    ]
+    if contradictions:
+        raise OptionsError(
+            f"this cluster was made with {'; '.join(contradictions)}. "
+            "Drop the option to keep what it is, or make another cluster with another --data-dir"
+        )
+    _check_only_for_http(options, kept.embedder)
+    if options.embedder_url:
+        return kept.model_copy(update={"embedder_url": options.embedder_url})
+    return kept
+
+
+def _chosen(options: Options) -> Record:
+    embedder = options.embedder or "local"
+    shards = DEFAULT_SHARDS if options.shards is None else options.shards
+    if not 1 <= shards <= MAX_SHARDS:
+        raise OptionsError(f"--shards must be 1 to {MAX_SHARDS}")
+    _check_only_for_http(options, embedder)
+    if embedder == "http" and not (options.embedder_url and options.embedder_model):
+        raise OptionsError("--embedder http needs --embedder-url and --embedder-model")
+    default = DEFAULT_LOCAL_DIMENSIONS if embedder == "local" else DEFAULT_DIMENSIONS
+    dimensions = default if options.dimensions is None else options.dimensions
+    if embedder == "local" and dimensions not in LOCAL_DIMENSIONS:
+        raise OptionsError(
+            f"--dimensions must be {', '.join(map(str, LOCAL_DIMENSIONS[:-1]))} or {LOCAL_DIMENSIONS[-1]} with the "
+            "local embedder; other models: --embedder http, or --embedder none"
+        )
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise OptionsError(f"--dimensions must be 1 to {MAX_DIMENSIONS}")
+    model = {"local": f"{LOCAL_MODEL}-{dimensions}", "http": options.embedder_model or "", "none": ""}[embedder]
+    return Record(
+        shards=shards,
+        embedder=embedder,
+        embedder_model=model,
+        embedder_url=options.embedder_url,
+        dimensions=dimensions,
+    )
+
+
+def _check_only_for_http(options: Options, embedder: Embedder) -> None:
+    if embedder != "http" and (options.embedder_url or options.embedder_model):
+        raise OptionsError("--embedder-url and --embedder-model go with --embedder http only")
+
+
+def _shown(value: object) -> str:
+    return str(value) if value != "" else "(none)"
+
+
+_K = TypeVar("_K", bound=_Kept)
+
+
+def _load(path: Path, model: type[_K]) -> _K:
+    try:
+        return model.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataDirectoryError(f"{path} is missing") from error
+    except OSError as error:
+        raise DataDirectoryError(f"{path}: {error.strerror}; are you the user who made this cluster?") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise DataDirectoryError(f"{path} is damaged, or from a newer version of memshard") from error

@@ -1,0 +1,65 @@
+"""Settings files and environment of the services, as the embedded cluster runs them."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from common.config import SETTINGS
+from local.layout import Layout, write_atomically
+from local.leftovers import MARK
+from local.ports import HOST
+from local.record import Record
+
+Service = Literal["router", "shard"]
+
+# Below the bound after which the supervisor kills a service that does not end.
+DRAIN_TIMEOUT_S = 10.0
+
+
+def shard_settings(shard_id: str, port: int, *, database: str, migration: str, catalog: str) -> dict[str, Any]:
+    """A shard's settings; the last three are URLs."""
+    return {
+        **_common(port, catalog),
+        "shard_id": shard_id,
+        "database_dsn": database,
+        "migration_dsn": migration,
+    }
+
+
+def router_settings(record: Record, port: int, *, catalog: str, redis: str) -> dict[str, Any]:
+    """A router's settings; the last two are URLs."""
+    settings = {**_common(port, catalog), "redis_url": redis, "embedder": record.embedder}
+    if record.embedder == "http":
+        settings |= {"embedder_url": record.embedder_url, "embedder_model": record.embedder_model}
+    return settings
+
+
+def write_settings(layout: Layout, name: str, settings: Mapping[str, Any]) -> Path:
+    """Writes a service's settings, which hold passwords; returns the file."""
+    file = layout.settings(name)
+    write_atomically(file, yaml.safe_dump(dict(settings), sort_keys=False), durable=False)
+    return file
+
+
+def environment(service: Service, settings: Mapping[str, Any], root: Path) -> dict[str, str]:
+    """A service's environment: ours, with the mark, and without what would override its file.
+
+    What the file does not say, like the key of an embedder, the person may give in the environment.
+    """
+    prefix = SETTINGS[service].model_config.get("env_prefix", "")
+    overriding = {f"{prefix}{name}".upper() for name in settings}
+    kept = {name: value for name, value in os.environ.items() if name.upper() not in overriding}
+    return {**kept, "PYTHONUNBUFFERED": "1", MARK: str(root)}
+
+
+def _common(port: int, catalog: str) -> dict[str, Any]:
+    return {
+        "host": HOST,
+        "port": port,
+        "catalog_dsn": catalog,
+        "log_format": "json",
+        "drain_timeout_s": DRAIN_TIMEOUT_S,
+    }

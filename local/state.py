@@ -1,0 +1,79 @@
+"""What runs, as the supervisor writes it whenever a process starts or ends."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.topology import Topology
+from local.layout import Layout, write_atomically
+
+Role = Literal["supervisor", "router", "shard", "replica", "postgres-primary", "postgres-standby", "redis"]
+
+
+class _State(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class ProcessState(_State):
+    """One process; `pid` is None while it is not running."""
+
+    name: str
+    role: Role
+    shard_id: str | None = None
+    pid: int | None = None
+    created_at: float | None = None
+    port: int | None = None
+
+
+class ShardState(_State):
+    """One shard in the topology. `primary` is the address of its service."""
+
+    shard_id: str
+    status: str
+    slots: int
+    primary: str
+    replicas: list[str] = []
+
+
+class TopologyState(_State):
+    """The topology, as it was last seen."""
+
+    epoch: int
+    shards: list[ShardState]
+
+    @classmethod
+    def of(cls, topology: Topology) -> "TopologyState":
+        """Of a topology that was read from the catalog."""
+        return cls(
+            epoch=topology.epoch,
+            shards=[
+                ShardState(
+                    shard_id=shard.shard_id,
+                    status=shard.status.value,
+                    slots=topology.slot_count(shard.shard_id),
+                    primary=shard.address,
+                )
+                for shard in topology.shards
+            ],
+        )
+
+
+class State(_State):
+    """The state file."""
+
+    addresses: list[str] = []
+    """The routers'."""
+    processes: list[ProcessState] = []
+    topology: TopologyState | None = None
+
+    def save(self, layout: Layout) -> None:
+        """Writes it. Not durably: after a loss of power nothing of it is true anyway."""
+        write_atomically(layout.state, self.model_dump_json(indent=2) + "\n", durable=False)
+
+
+def load_state(layout: Layout) -> State:
+    """The state file; empty when there is none that can be read, since what runs is found without it too."""
+    try:
+        return State.model_validate_json(layout.state.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError):
+        return State()

@@ -1,0 +1,207 @@
+"""`memshard up`: from options and a data directory to a running cluster, and back."""
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from local import bootstrap, leftovers, lock, logs, ports
+from local.account import make_traversable, postgres_account
+from local.binaries import require_local_embedder
+from local.cluster import Plan, Programs, port_names
+from local.errors import DataDirectoryError, LocalClusterError, OptionsError
+from local.layout import Layout
+from local.record import Embedder, Options, Secrets, load_record, load_secrets, settle
+from local.steps import Steps
+from local.supervisor import Hooks, Supervisor
+
+DEFAULT_PORT = 50051
+DEFAULT_ROUTERS = 1
+MAX_ROUTERS = 16
+
+# Someone who only looks at the lock holds it for an instant.
+_LOCK_TIMEOUT_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What an `up` was asked for."""
+
+    data_dir: Path
+    options: Options = field(default_factory=Options)
+    port: int = DEFAULT_PORT
+    routers: int = DEFAULT_ROUTERS
+
+    def router_ports(self) -> tuple[int, ...]:
+        """One port for each router. Raises OptionsError."""
+        if not 1 <= self.routers <= MAX_ROUTERS:
+            raise OptionsError(f"--routers must be 1 to {MAX_ROUTERS}")
+        if not 1 <= self.port <= 65536 - self.routers:
+            raise OptionsError("--port must be 1 to 65535, with room above it for every router")
+        return tuple(range(self.port, self.port + self.routers))
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What there is to say about a cluster that is ready."""
+
+    addresses: tuple[str, ...]
+    data_dir: str
+    log_dir: str
+    embedder: Embedder
+    dimensions: int
+    seconds: float
+
+
+class Observer(Protocol):
+    """Who follows an `up`."""
+
+    def progress(self, name: str) -> None:
+        """The process or step `name` is ready."""
+
+    def ready(self, ready: Ready) -> None:
+        """The cluster is ready."""
+
+    def stopping(self) -> None:
+        """The end has begun."""
+
+
+async def run(request: Request, observer: Observer) -> None:
+    """Runs the cluster until SIGINT, SIGTERM or SIGHUP.
+
+    Raises LocalClusterError, and CancelledError when a signal came before there was anything to stop.
+    """
+    began = time.monotonic()
+    layout = Layout.of(request.data_dir)
+    router_ports = request.router_ports()
+    addresses = tuple(f"{ports.HOST}:{port}" for port in router_ports)
+    layout.claim()
+    with _interruptible() as interruption, lock.held(layout, addresses, _LOCK_TIMEOUT_S), _logger(layout) as log:
+        ended = await leftovers.end_all(layout.root)
+        if ended:
+            log.warning("ended %d processes that an earlier supervisor left behind", ended)
+        ports.require_free(router_ports)
+        plan, programs = await prepare(layout, request.options, router_ports, log)
+
+        def ready() -> None:
+            observer.ready(
+                Ready(
+                    addresses=addresses,
+                    data_dir=str(layout.root),
+                    log_dir=str(layout.logs),
+                    embedder=plan.record.embedder,
+                    dimensions=plan.record.dimensions,
+                    seconds=time.monotonic() - began,
+                )
+            )
+
+        hooks = Hooks(observer.progress, ready, observer.stopping)
+        supervisor = supervise(plan, programs, hooks, log)
+        interruption.action = supervisor.stop
+        await supervisor.run()
+
+
+async def prepare(
+    layout: Layout, options: Options, router_ports: Sequence[int], log: logging.Logger
+) -> tuple[Plan, Programs]:
+    """Everything before the first process: what is kept is read, or the cluster's directories are made.
+
+    To be called with the lock held. Raises LocalClusterError.
+    """
+    kept = load_record(layout) if layout.exists() else None
+    if kept is not None and not kept.complete:
+        log.warning("an earlier start was cut off while it made the cluster; making it again")
+        bootstrap.discard_unfinished(layout)
+        kept = None
+    record = settle(options, kept)
+    if record.embedder == "local":
+        require_local_embedder()
+    account = postgres_account()
+    make_traversable(layout.postgres, account)
+    try:
+        chosen = ports.choose(port_names(record), record.ports, avoid=router_ports)
+        record = record.model_copy(update={"ports": chosen})
+        if record != kept:
+            record.save(layout)  # First of all: the mark that this directory is ours.
+        layout.make_directories()
+        programs = Programs.find(layout, account)
+        if kept is None:
+            secrets = Secrets.generate()
+            secrets.save(layout)
+        else:
+            secrets = load_secrets(layout)
+    except OSError as error:
+        raise DataDirectoryError(f"{error.filename or layout.root}: {error.strerror}") from error
+    plan = Plan(layout, record, secrets, tuple(router_ports))
+    if kept is None:
+        await bootstrap.make_data_directories(plan.servers(), programs.postgres_bin, account, secrets)
+    else:
+        bootstrap.require_data_directories(plan.servers())
+    return plan, programs
+
+
+def supervise(
+    plan: Plan, programs: Programs, hooks: Hooks, log: logging.Logger, *, services: bool = True
+) -> Supervisor:
+    """The supervisor of a cluster; without its `services` only the databases and what is in them."""
+    steps = Steps(plan)
+    return Supervisor(
+        plan.layout,
+        [*plan.databases(programs), *(plan.services() if services else [])],
+        steps.all(),
+        addresses=plan.addresses(),
+        topology=lambda: steps.topology,
+        hooks=hooks,
+        log=log,
+    )
+
+
+@contextmanager
+def _logger(layout: Layout) -> Iterator[logging.Logger]:
+    logger, handler = logs.supervisor_logger(layout.log("supervisor"))
+    logger.info("supervisor's pid %d", os.getpid())
+    try:
+        yield logger
+    except LocalClusterError as error:
+        logger.error("%s", error)  # noqa: TRY400  # It is written for people.
+        raise
+    except Exception:
+        logger.exception("the supervisor failed")
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+@dataclass(slots=True)
+class _Interruption:
+    """What a signal does at the moment."""
+
+    action: Callable[[], object]
+
+    def act(self) -> None:
+        """Does it."""
+        self.action()
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Interruption]:
+    """SIGINT, SIGTERM and SIGHUP cancel the current task, until their action is set to something else."""
+    task = asyncio.current_task()
+    assert task is not None
+    interruption = _Interruption(task.cancel)
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, interruption.act)
+    try:
+        yield interruption
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
