@@ -1,7 +1,178 @@
 """The cluster commands of the memshard command line: up, down, status, config."""
 
+# ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+from cli.terminal import fail
+
+DEFAULT_PORT = 50051
+
+
+class EmbedderName(StrEnum):
+    """Who turns text into embeddings."""
+
+    LOCAL = "local"
+    HTTP = "http"
+    NONE = "none"
+
+
+class ServiceName(StrEnum):
+    """The services that have settings."""
+
+    ROUTER = "router"
+    SHARD = "shard"
+
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        envvar="MEMSHARD_DATA_DIR",
+        metavar="DIR",
+        help="Where the cluster lives. Default: /var/lib/memshard for root, else ~/.local/share/memshard.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
     """Adds the cluster commands to app."""
+    app.command()(up)
+    app.command()(down)
+    app.command()(status)
+    config = typer.Typer(help="Write and check the settings files of the services.", no_args_is_help=True)
+    config.command()(generate)
+    config.command()(validate)
+    app.add_typer(config, name="config")
+
+
+def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
+    shards: Annotated[
+        int | None, typer.Option("--shards", metavar="N", help="How many shards; fixed when it is made. Default: 2.")
+    ] = None,
+    replicas: Annotated[int, typer.Option("--replicas", metavar="M", help="Read replicas of each shard.")] = 0,
+    routers: Annotated[int, typer.Option("--routers", metavar="R", help="How many routers, on ports P, P+1, …")] = 1,
+    data_dir: DataDir = None,
+    port: Annotated[int, typer.Option("--port", metavar="P", help="Port of the first router.")] = DEFAULT_PORT,
+    embedder: Annotated[
+        EmbedderName | None,
+        typer.Option(
+            "--embedder",
+            help="Who turns text into embeddings: a small model inside (the default), an OpenAI-compatible server, "
+            "or nobody: callers bring them. Fixed when it is made.",
+        ),
+    ] = None,
+    embedder_url: Annotated[
+        str | None, typer.Option("--embedder-url", metavar="URL", help="The server, like https://api.example.com/v1.")
+    ] = None,
+    embedder_model: Annotated[
+        str | None, typer.Option("--embedder-model", metavar="NAME", help="The model to ask the server for.")
+    ] = None,
+    dimensions: Annotated[
+        int | None,
+        typer.Option("--dimensions", metavar="D", help="Length of an embedding. Default: 256 with local, else 1536."),
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; it runs on.")] = False,
+) -> None:
+    """Start a cluster on this machine; the first time, make it. Ctrl-C stops it.
+
+    An embedding server's key comes from the environment, as MEMSHARD_ROUTER_EMBEDDER_API_KEY.
+    """
+    from cli.cluster_view import Terminal
+    from local import detach as background
+    from local import up as foreground
+    from local.layout import Layout
+    from local.record import Options
+
+    if replicas:
+        fail("read replicas are not offered yet: leave out --replicas", code=2)
+    options = Options(shards, embedder.value if embedder else None, embedder_url, embedder_model, dimensions)
+    layout = Layout.of(data_dir)
+    request = foreground.Request(layout.root, options, port, routers)
+    terminal = Terminal(layout.root, detached=detach)
+    with _failures_shown():
+        terminal.starting()
+        if detach:
+            background.launch(request, terminal)
+        else:
+            asyncio.run(foreground.run(request, terminal))
+            terminal.stopped()
+
+
+def down(data_dir: DataDir = None) -> None:
+    """Stop the cluster, and whatever is left of one."""
+    from local.down import down as end
+    from local.layout import Layout
+
+    layout = Layout.of(data_dir)
+    with _failures_shown():
+        outcome = asyncio.run(end(layout))
+    if outcome.supervisor:
+        typer.echo(f"The cluster in {layout.root} has stopped.")
+    if outcome.leftovers:
+        typer.echo(f"{outcome.leftovers} processes that a supervisor had left behind have been stopped.")
+    if not outcome.supervisor and not outcome.leftovers:
+        typer.echo(f"Nothing runs in {layout.root}.")
+
+
+def status(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, data_dir: DataDir = None) -> None:
+    """Show every process and shard. Exit code 1 when something is not healthy, or nothing runs."""
+    from cli.cluster_view import show_status
+    from local.layout import Layout
+    from local.status import status as look
+
+    with _failures_shown():
+        found = asyncio.run(look(Layout.of(data_dir)))
+    if json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        show_status(found)
+    if not found.healthy():
+        raise typer.Exit(1)
+
+
+def generate(service: Annotated[ServiceName, typer.Argument(help="Whose settings.")]) -> None:
+    """Print a settings file with every setting, its meaning and its default."""
+    from common import config
+
+    typer.echo(config.generate(config.SETTINGS[service.value]), nl=False)
+
+
+def validate(
+    service: Annotated[ServiceName, typer.Argument(help="Whose settings.")],
+    file: Annotated[Path | None, typer.Argument(help="The file; without one the environment alone is checked.")] = None,
+) -> None:
+    """Check a service's settings: file and environment, as the service would read them."""
+    from common import config
+
+    try:
+        config.load(config.SETTINGS[service.value], file)
+    except config.ConfigError as error:
+        fail(str(error))
+    typer.echo(f"The settings of the {service.value} are valid.")
+
+
+@contextmanager
+def _failures_shown() -> Iterator[None]:
+    """Ends the command with one line, and the log of what failed where there is one."""
+    from local.errors import LocalClusterError, OptionsError, StartError
+
+    try:
+        yield
+    except StartError as error:
+        if error.log_tail:
+            typer.echo(error.log_tail, err=True)
+        fail(str(error))
+    except OptionsError as error:
+        fail(str(error), code=2)
+    except LocalClusterError as error:
+        fail(str(error))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        fail("stopped before the cluster was ready", code=130)

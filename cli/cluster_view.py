@@ -1,0 +1,107 @@
+"""What the cluster commands show: the progress of a start, what to do next, the table of what runs."""
+
+import shlex
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from cli.options import DEFAULT_ADDRESS
+from cli.terminal import console
+from local.status import ClusterStatus
+from local.up import Ready
+
+_SAMPLE = "Alice drinks green tea, never coffee"
+_QUESTION = "what does Alice drink?"
+
+
+class Terminal:
+    """Follows an `up`, for the person at the terminal."""
+
+    def __init__(self, root: Path, *, detached: bool) -> None:
+        self._console = console()
+        self._root = root
+        self._detached = detached
+        self._was_ready = False
+
+    def starting(self) -> None:
+        """Something is about to happen."""
+        self._print(f"Starting the cluster in {self._root}")
+
+    def progress(self, name: str) -> None:
+        """The process or step `name` is ready."""
+        self._print(f"  {name} ready")
+
+    def ready(self, ready: Ready) -> None:
+        """The cluster is ready: where it is, and what to do with it."""
+        self._was_ready = True
+        self._print(f"\nmemshard is ready in {ready.seconds:.1f} s", style="bold")
+        self._print(f"  address   {', '.join(ready.addresses)}")
+        self._print(f"  data      {ready.data_dir}")
+        self._print(f"  logs      {ready.log_dir}")
+        self._print("\nTry it:")
+        for line in first_commands(ready):
+            self._print(f"  {line}")
+        if self._detached:
+            self._print(f"\nIt runs until `{_command('down', self._root)}`.")
+        else:
+            self._print("\nCtrl-C stops it.")
+
+    def stopping(self) -> None:
+        """The end has begun."""
+        self._print("\nStopping: calls in flight are finished first")
+
+    def stopped(self) -> None:
+        """Everything has ended."""
+        self._print("Stopped." if self._was_ready else "Stopped before it was ready.")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._console.print(Text(text, style=style or ""), soft_wrap=True)
+
+
+def first_commands(ready: Ready) -> list[str]:
+    """Lines to paste that store a first memory and find it."""
+    address = ready.addresses[0]
+    to = "" if address.rpartition(":")[2] == DEFAULT_ADDRESS.rpartition(":")[2] else f" --address {address}"
+    if ready.embedder == "none":
+        memory = f'{{"user_id": "alice", "content": "{_SAMPLE}", "embedding": [0.1] * {ready.dimensions}}}'
+        return [
+            f"python3 -c 'import json; print(json.dumps({memory}))' | memshard import -{to}",
+            f"memshard list --user alice{to}",
+        ]
+    return [f'memshard add --user alice "{_SAMPLE}"{to}', f'memshard search --user alice "{_QUESTION}"{to}']
+
+
+def show_status(status: ClusterStatus) -> None:
+    """Tables of the processes and the shards."""
+    out = console()
+    if not status.processes:
+        out.print(f"There is no cluster in {status.data_dir}; `memshard up` makes one.", soft_wrap=True)
+        return
+    processes = Table("process", "role", "pid", "port", "health", box=None, pad_edge=False)
+    for process in status.processes:
+        health = "healthy" if process.healthy else "not running" if process.pid is None else "unhealthy"
+        processes.add_row(
+            process.name,
+            process.role,
+            str(process.pid or "-"),
+            str(process.port or "-"),
+            Text(health, style="green" if process.healthy else "red"),
+        )
+    out.print(processes)
+    if status.shards:
+        shards = Table("shard", "status", "slots", "primary", "replicas", box=None, pad_edge=False)
+        for shard in status.shards:
+            replicas = ", ".join(shard.replicas) or "-"
+            shards.add_row(shard.shard_id, shard.status, str(shard.slots), shard.primary, replicas)
+        out.print()
+        out.print(shards)
+    known = "" if status.catalog == "live" else f" ({status.catalog}: the catalog does not answer)"
+    epoch = status.epoch if status.epoch is not None else "unknown"
+    out.print(f"\nepoch {epoch}{known}, data in {status.data_dir}", soft_wrap=True)
+    if not status.runs():
+        out.print(f"Nothing runs; `{_command('up', Path(status.data_dir))}` starts it.", soft_wrap=True)
+
+
+def _command(name: str, root: Path) -> str:
+    return f"memshard {name} --data-dir {shlex.quote(str(root))}"
