@@ -1,0 +1,178 @@
+"""A whole embedded cluster of the test's own, started and stopped by the commands that people use."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from itertools import cycle, islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from local import leftovers
+from local.cluster import Plan
+from local.layout import Layout
+from local.record import load_record, load_secrets
+
+_MEMSHARD = Path(sys.executable).parent / "memshard"
+_UP_TIMEOUT_S = 90.0
+_COMMAND_TIMEOUT_S = 100.0
+# Below the embedded cluster's own ports, and those of outgoing connections.
+_PORTS = range(12_000, 19_900)
+# Test runs side by side begin at different places.
+_candidates = islice(cycle(_PORTS), os.getpid() * 37 % len(_PORTS), None)
+
+
+class LocalCluster:
+    """`async with LocalCluster(...) as cluster:` a running cluster in a fresh directory on a free port.
+
+    At its end `memshard down` runs; a process that survives that is a failure.
+    """
+
+    def __init__(
+        self, *, shards: int = 2, routers: int = 1, embedder: str = "local", dimensions: int | None = None
+    ) -> None:
+        self.data_dir = Path(tempfile.mkdtemp(prefix="memshard-test-")).resolve()
+        self.layout = Layout.of(self.data_dir)
+        self.port = free_port(routers)
+        self.address = f"127.0.0.1:{self.port}"
+        self.options = ["--shards", str(shards), "--embedder", embedder]
+        self.options += ["--dimensions", str(dimensions)] if dimensions else []
+        self._start = ["--port", str(self.port), "--routers", str(routers)]
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.up()
+        except BaseException:
+            await self._clean_up()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        logs = self.logs() if error is not None else ""
+        survivors = await self._clean_up()
+        if error is not None:
+            sys.stderr.write(logs)  # pytest shows it with the failure.
+        elif survivors:
+            raise AssertionError(f"`memshard down` left behind: {survivors}")
+
+    async def up(self, *options: str) -> str:
+        """`memshard up --detach`; returns what it printed."""
+        return await self.run("up", *self.options, *self._start, "--detach", *options, timeout_s=_UP_TIMEOUT_S)
+
+    async def down(self) -> str:
+        """`memshard down`; returns what it printed."""
+        return await self.run("down")
+
+    async def status(self) -> dict[str, Any]:
+        """`memshard status --json`, parsed, whatever its exit code."""
+        _, output = await command("status", "--json", "--data-dir", str(self.data_dir))
+        parsed: dict[str, Any] = json.loads(output)
+        return parsed
+
+    async def healthy(self) -> bool:
+        """Whether every process is, by `memshard status`."""
+        return all(process["healthy"] for process in (await self.status())["processes"])
+
+    async def run(self, *arguments: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> str:
+        """A memshard command on this data directory, which must succeed; returns what it printed."""
+        code, output = await command(*arguments, "--data-dir", str(self.data_dir), timeout_s=timeout_s)
+        if code != 0:
+            raise AssertionError(f"memshard {' '.join(arguments)} ended with {code}:\n{output}")
+        return output
+
+    def pid(self, name: str) -> int:
+        """Pid of the process that `memshard status` calls `name`, from the state file. LookupError: it doesn't run."""
+        state = json.loads(self.layout.state.read_text())
+        for process in state["processes"]:
+            if process["name"] == name and process["pid"] is not None:
+                return int(process["pid"])
+        raise LookupError(f"{name} does not run")
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> int:
+        """Sends a signal to a process; returns its pid."""
+        pid = self.pid(name)
+        os.kill(pid, number)
+        return pid
+
+    def plan(self) -> Plan:
+        """What the cluster consists of."""
+        return Plan(self.layout, load_record(self.layout), load_secrets(self.layout), (self.port,))
+
+    def catalog_dsn(self, *, owner: bool = False) -> str:
+        """URL of the catalog, as the role of the services, or as its owner."""
+        plan = self.plan()
+        server = plan.catalog_server()
+        return server.owner_dsn(plan.secrets) if owner else server.app_dsn(plan.secrets)
+
+    def shard_dsn(self, shard_id: str, *, owner: bool = False) -> str:
+        """URL of a shard's database, as the role of the service, or as its owner."""
+        plan = self.plan()
+        server = plan.shard_server(shard_id)
+        return server.owner_dsn(plan.secrets) if owner else server.app_dsn(plan.secrets)
+
+    def redis_url(self) -> str:
+        """URL of Redis."""
+        return self.plan().redis_url()
+
+    def logs(self) -> str:
+        """The text of all logs."""
+        files = sorted(self.layout.logs.glob("*.log*"))
+        return "".join(f"--- {file.name}\n{file.read_text(errors='replace')}\n" for file in files)
+
+    async def _clean_up(self) -> list[str]:
+        """Stops everything and deletes the directory; returns what `memshard down` had left running."""
+        try:
+            if self.layout.root.exists():
+                await self.down()
+        finally:
+            survivors = [" ".join(found.process.cmdline()) for found in leftovers.find(self.layout.root)]
+            await leftovers.end_all(self.layout.root)
+            shutil.rmtree(self.data_dir, ignore_errors=True)
+        return survivors
+
+
+async def command(*arguments: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> tuple[int, str]:
+    """Runs memshard; returns exit code and everything it printed."""
+    process = await asyncio.create_subprocess_exec(
+        str(_MEMSHARD), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        async with asyncio.timeout(timeout_s):
+            output, _ = await process.communicate()
+    except BaseException:
+        if process.returncode is None:
+            process.terminate()
+        await process.communicate()
+        raise
+    return process.returncode or 0, output.decode()
+
+
+def free_port(count: int = 1) -> int:
+    """The first of `count` ports in a row that nobody listens on, out of reach of outgoing connections.
+
+    Each call gives others, since what asks for one may take a while to listen on it.
+    """
+    for _ in range(_PORTS.stop - _PORTS.start):
+        first = next(_candidates)
+        if all(_free(port) for port in range(first, first + count)):
+            for _ in range(count - 1):
+                next(_candidates)
+            return first
+    raise LookupError("no free port")
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

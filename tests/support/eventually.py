@@ -1,0 +1,33 @@
+"""Waiting for something to become true, with a deadline instead of a sleep."""
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_INTERVAL_S = 0.05
+
+
+async def eventually(condition: Callable[[], T | Awaitable[T]], *, within_s: float = 10.0) -> T:
+    """Asks until the condition returns something true, and returns that.
+
+    An exception counts as "not yet". Raises AssertionError with the last failure when the time is up.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        failure: Exception | None = None
+        result: T | None = None
+        try:
+            answer = condition()
+            result = await answer if inspect.isawaitable(answer) else answer
+        except Exception as error:
+            failure = error
+        if failure is None and result:
+            return result
+        if time.monotonic() >= deadline:
+            last = f"{type(failure).__name__}: {failure}" if failure else f"it was {result!r}"
+            raise AssertionError(f"not true within {within_s:g} s; {last}") from failure
+        await asyncio.sleep(_INTERVAL_S)
