@@ -119,4 +119,4 @@ def _connect(settings: RouterSettings) -> Redis | None:
         socket_connect_timeout=settings.redis_timeout_s,
         retry=Retry(NoBackoff(), 0),
     )
-    return Redis(connection_pool=pool)
+    return Redis.from_pool(pool)  # Which closes the pool with the client.

@@ -1,5 +1,7 @@
 """Channels to the shards, and one call on one of them."""
 
+from __future__ import annotations  # The asyncio stubs exist for type checkers only.
+
 import asyncio
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast

@@ -62,7 +62,9 @@ def new_memory(given: pb.Memory, cluster: Cluster) -> pb.Memory:
         embedding_model=_model(given.embedding_model, cluster),
     )
     metadata(given.metadata)
-    memory.metadata.CopyFrom(given.metadata)
+    if given.metadata.fields:
+        # Empty is the same as absent, so that a memory reads the same however often it was stored.
+        memory.metadata.CopyFrom(given.metadata)
     if given.HasField("expire_time"):
         _expire_time(given.expire_time)
         memory.expire_time.CopyFrom(given.expire_time)

@@ -1,0 +1,198 @@
+"""Finding a memory by id alone: how many shards are asked, and that Redis is never believed."""
+
+import asyncio
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_asyncio
+from google.protobuf.message import Message
+from redis.asyncio import Redis
+
+from common.config import RouterSettings
+from common.deadline import Deadline
+from common.errors import Ambiguous, NotFound, Unavailable
+from common.topology import Shard, Topology
+from memshard.v1 import memory_pb2 as pb
+from router.dispatch import Dispatch
+from router.fanout import Fanout
+from router.locate import Locator
+from router.location import LocationCache
+from router.shards import Rpc, Shards
+from router.topology_watch import TopologyWatch
+from tests.support.cluster import LocalCluster, free_port
+from tests.support.wire import store_request, topology_of, user_slot
+
+if TYPE_CHECKING:
+    from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
+
+SHARDS = 3
+
+
+class CountingShards(Shards):
+    """Real calls to real shards, counted."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        super().__init__(settings)
+        self.calls: Counter[str] = Counter()
+
+    async def call(self, shard: Shard, rpc: Rpc, request: Message, deadline: Deadline) -> Message:  # type: ignore[type-arg]
+        self.calls[shard.shard_id] += 1
+        return await super().call(shard, rpc, request, deadline)
+
+
+@dataclass
+class Router:
+    """The part of a router that finds memories, freshly started: its own memory is empty."""
+
+    locator: Locator
+    shards: CountingShards
+
+    async def get(self, memory_id: str) -> pb.Memory:
+        located = await self.locator.get(memory_id, Deadline.after(10), include_embedding=False)
+        return located.memory
+
+    async def calls_for(self, memory_id: str, expected_user: str) -> int:
+        before = self.shards.calls.total()
+        assert (await self.get(memory_id)).user_id == expected_user
+        return self.shards.calls.total() - before
+
+
+@asynccontextmanager
+async def router(topology: Topology, redis_url: str | None) -> AsyncIterator[Router]:
+    settings = RouterSettings(catalog_dsn="postgresql://unused", redis_url=redis_url)  # type: ignore[arg-type]
+    async with AsyncExitStack() as stack:
+        shards = CountingShards(settings)
+        stack.push_async_callback(shards.close)
+        locations = LocationCache(settings)
+        stack.push_async_callback(locations.close)
+        watch = TopologyWatch("postgresql://unused", topology, poll_s=60, changed=shards.follow)
+        yield Router(Locator(locations, Dispatch(watch, shards), Fanout(watch, shards, concurrency=8)), shards)
+
+
+@pytest_asyncio.fixture(scope="session")
+async def topology(cluster: LocalCluster) -> Topology:
+    return await topology_of(cluster.catalog_dsn())
+
+
+@pytest_asyncio.fixture
+async def redis(cluster: LocalCluster) -> AsyncIterator[Redis]:
+    client = Redis.from_url(cluster.redis_url())
+    yield client
+    await client.aclose()
+
+
+@pytest_asyncio.fixture
+async def memory_id(api: "MemoryServiceAsyncStub", user: str) -> str:
+    return (await api.StoreMemory(store_request(user, "found by its id"))).memory.id
+
+
+async def test_a_stored_memory_is_found_with_one_call(
+    cluster: LocalCluster, topology: Topology, memory_id: str, user: str
+) -> None:
+    async with router(topology, cluster.redis_url()) as fresh:
+        assert await fresh.calls_for(memory_id, user) == 1
+
+
+async def test_one_call_on_a_hit_all_shards_on_a_miss_and_one_the_next_time(
+    cluster: LocalCluster, topology: Topology, redis: Redis, memory_id: str, user: str
+) -> None:
+    await redis.delete(f"loc:{memory_id}")
+    async with router(topology, cluster.redis_url()) as fresh:
+        assert await fresh.calls_for(memory_id, user) == SHARDS
+        assert await fresh.calls_for(memory_id, user) == 1
+    assert await redis.get(f"loc:{memory_id}") == str(user_slot(user)).encode()
+    assert 0 < await redis.ttl(f"loc:{memory_id}") <= 86400
+    async with router(topology, cluster.redis_url()) as another:
+        assert await another.calls_for(memory_id, user) == 1
+
+
+@pytest.mark.parametrize("entry", ["wrong slot", "garbage", "out of range", "list"])
+async def test_a_wrong_entry_costs_a_second_look_never_an_answer(
+    cluster: LocalCluster, topology: Topology, redis: Redis, memory_id: str, user: str, entry: str
+) -> None:
+    key = f"loc:{memory_id}"
+    await redis.delete(key)
+    if entry == "list":
+        await redis.lpush(key, "7")
+    else:
+        other = (user_slot(user) + 1) % 16384
+        await redis.set(key, {"wrong slot": str(other), "garbage": b"\xff\x00,,", "out of range": "99999"}[entry])
+    async with router(topology, cluster.redis_url()) as fresh:
+        assert await fresh.calls_for(memory_id, user) <= SHARDS + 1
+        assert await fresh.calls_for(memory_id, user) == 1
+
+
+async def test_a_location_of_a_deleted_memory_is_not_found(
+    api: "MemoryServiceAsyncStub",
+    cluster: LocalCluster,
+    topology: Topology,
+    redis: Redis,
+    memory_id: str,
+    user: str,
+) -> None:
+    async with router(topology, cluster.redis_url()) as fresh:
+        await fresh.get(memory_id)
+        await api.DeleteMemory(pb.DeleteMemoryRequest(id=memory_id, user_id=user))
+        await redis.set(f"loc:{memory_id}", user_slot(user))
+        with pytest.raises(NotFound):
+            await fresh.get(memory_id)
+
+
+async def test_a_dead_redis_costs_calls_but_no_answer(topology: Topology, memory_id: str, user: str) -> None:
+    async with router(topology, f"redis://127.0.0.1:{free_port()}/0") as fresh:
+        assert await fresh.calls_for(memory_id, user) == SHARDS
+        assert await fresh.calls_for(memory_id, user) == 1  # From the router's own memory.
+
+
+async def test_a_redis_that_never_answers_costs_its_timeout_once(topology: Topology, memory_id: str, user: str) -> None:
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await reader.read(1024):
+                pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(swallow, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with router(topology, f"redis://127.0.0.1:{port}/0") as fresh:
+        assert await fresh.calls_for(memory_id, user) == SHARDS
+        assert await fresh.calls_for(memory_id, user) == 1
+    server.close()
+    await server.wait_closed()
+
+
+async def test_no_redis_at_all_is_fine(topology: Topology, memory_id: str, user: str) -> None:
+    async with router(topology, None) as fresh:
+        assert await fresh.calls_for(memory_id, user) == SHARDS
+
+
+async def test_one_id_of_several_users_is_ambiguous_cached_or_not(
+    api: "MemoryServiceAsyncStub", cluster: LocalCluster, topology: Topology, redis: Redis, memory_id: str, user: str
+) -> None:
+    for n in range(3):
+        await api.StoreMemory(store_request(f"{user}-{n}", "the same id", memory_id))
+    for _ in range(2):
+        async with router(topology, cluster.redis_url()) as fresh:
+            for _ in range(2):
+                with pytest.raises(Ambiguous):
+                    await fresh.get(memory_id)
+        await redis.delete(f"loc:{memory_id}")
+
+
+async def test_not_found_takes_every_shards_word_for_it(topology: Topology, memory_id: str, user: str) -> None:
+    down = topology.owner((user_slot(user) + 8192) % 16384)
+    unreachable = replace(
+        topology,
+        shards=tuple(
+            replace(shard, address=f"127.0.0.1:{free_port()}") if shard == down else shard for shard in topology.shards
+        ),
+    )
+    async with router(unreachable, None) as fresh:
+        with pytest.raises(Unavailable):
+            await fresh.get(str(uuid.uuid4()))
+        assert (await fresh.get(memory_id)).user_id == user  # Found elsewhere: an answer all the same.
