@@ -202,4 +202,5 @@ def _content(text: str | None) -> str:
         content = data.decode("utf-8")
     except UnicodeDecodeError as error:
         fail(f"content: standard input is not UTF-8: {error.reason} at byte {error.start}")
-    return content.removesuffix("\n").removesuffix("\r")
+    content = content.removesuffix("\n").removesuffix("\r")
+    return content or fail("content: standard input is empty")

@@ -32,10 +32,19 @@ def register(app: typer.Typer) -> None:
     app.command("import")(import_)
 
 
+def _readable(file: Path) -> Path:
+    if str(file) != "-":
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise typer.BadParameter(f"cannot read {file}: {error.strerror}") from None
+    return file
+
+
 def import_(
     file: Annotated[
         Path,
-        typer.Argument(exists=True, dir_okay=False, readable=True, allow_dash=True, help="- reads standard input."),
+        typer.Argument(callback=_readable, help="- reads standard input."),
     ],
     user: Annotated[
         str | None, typer.Option("--user", "-u", callback=not_empty, help="Whose are the lines that name no user.")
@@ -63,8 +72,10 @@ def import_(
             fail(f"{file}: {error.strerror or error}")
         except KeyboardInterrupt:
             progress.stop()
-            typer.echo(f"\nInterrupted. {_stored(tally)} Run it again to go on.", err=True)
+            typer.echo(f"Interrupted. {_stored(tally)} Run it again to go on.", err=True)
             raise typer.Exit(130) from None
+    if gave_up is not None and not tally.seen:
+        fail(describe(gave_up, address))
     if as_json:
         typer.echo(json_text(tally.document(complete=gave_up is None)))
     else:
@@ -103,7 +114,7 @@ class _Tally:
             self.stored += 1
         elif isinstance(error, AlreadyExists):
             self.conflicts += 1
-            message = f"{record.user_id} has another memory with the id {record.id}"
+            message = f"{record.user_id} has a memory {record.id} with other content"
             self._tell(record.source, "id", error.reason, message)
         else:
             self.invalid += isinstance(error, InvalidArgument)
@@ -146,7 +157,7 @@ class _Tally:
         if len(self.problems) == _MAX_PROBLEMS:
             return
         self.problems.append({"source": source, "field": field_name, "reason": reason, "message": message})
-        line = f"{source}: " + (f"{field_name} " if field_name else "") + message + (f" [{reason}]" if reason else "")
+        line = f"{source}: " + (f"{field_name}: " if field_name else "") + message + (f" [{reason}]" if reason else "")
         if len(self.problems) == _MAX_PROBLEMS:
             line += " (further problems are only counted)"
         # Through the bar's console, which draws the bar anew below the line.

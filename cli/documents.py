@@ -11,7 +11,7 @@ from memshard import DeleteResult, Memory, ReadReport, SearchResult, StoreResult
 
 
 def memory_document(memory: Memory) -> dict[str, Any]:
-    """A memory, keyed as in the wire contract, so that `memshard import` takes it. Its embedding only if it is there."""
+    """A memory, keyed as in the wire contract, so that `memshard import` takes it; the embedding if there is one."""
     document: dict[str, Any] = {
         "id": memory.id,
         "user_id": memory.user_id,

@@ -5,7 +5,7 @@ import json
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, BinaryIO, Final, TypeAlias
 
 from memshard import MemoryType
@@ -134,14 +134,14 @@ def _fields(document: dict[str, Any]) -> dict[str, Any]:
         if reader is not None and value is not None:
             try:
                 fields[name] = reader(value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise _WrongField(name, str(error)) from None
     return fields
 
 
 def _content_id(user_id: str, content: str, fields: dict[str, Any], seen: dict[int, int]) -> str:
     # Only what is given counts, so that a field added to the format later leaves the ids of older files alone.
-    given = {name: value for name, value in fields.items() if value not in ("", None)}
+    given = {name: value for name, value in fields.items() if value not in ("", None, MemoryType.EPISODIC)}
     canonical = json.dumps([user_id, content, given], sort_keys=True, default=str)
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     # 64 bits tell the lines of one file apart; a collision would only begin a count at 1 in place of 0, each time.
@@ -171,22 +171,22 @@ def _type(value: Any) -> MemoryType:
     return known or MemoryType.EPISODIC  # Unspecified is stored as episodic.
 
 
-def _object(value: Any) -> dict[str, Any]:
+def _object(value: Any) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise TypeError("must be an object")
-    return value
+    return value or None
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError("must be a number")
-    return value
+    return float(value)
 
 
 def _numbers(value: Any) -> list[float] | None:
     if not isinstance(value, list) or any(isinstance(n, bool) or not isinstance(n, int | float) for n in value):
         raise TypeError("must be a list of numbers")
-    return value or None
+    return [float(number) for number in value] or None
 
 
 def _time(value: Any) -> datetime:
@@ -196,7 +196,7 @@ def _time(value: Any) -> datetime:
         raise ValueError("must be a time such as 2030-01-31T12:00:00Z") from None
     if moment.tzinfo is None:
         raise ValueError("must name its time zone, as 2030-01-31T12:00:00Z does")
-    return moment
+    return moment.astimezone(UTC)
 
 
 # None reads nothing: what the service alone sets is in the output of `memshard get --json`, which can be imported.

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from enum import IntEnum
 from typing import Final
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.terminal import printable, printable_line
-from memshard import DegradationLevel, Memory, ReadReport, ScoreKind, SearchResult
+from memshard import DegradationLevel, Memory, ReadReport, SearchResult
 
 _EXCERPT_CHARS: Final = 280
 """About five lines beside a time at 80 columns; `memshard get` shows the whole."""
@@ -28,14 +29,14 @@ def memory_table(memory: Memory) -> Table:
         "user": memory.user_id,
         "agent": memory.agent_id,
         "session": memory.session_id,
-        "type": memory.type.name.lower(),
+        "type": _name(memory.type),
         "importance": "" if memory.importance is None else f"{memory.importance:g}",
         "metadata": json.dumps(memory.metadata, ensure_ascii=False) if memory.metadata else "",
-        "embedding": " ".join(filter(None, (memory.embedding_state.name.lower(), memory.embedding_model))),
+        "embedding": " ".join(filter(None, (_name(memory.embedding_state), memory.embedding_model))),
         "stored": _time(memory.create_time),
         "updated": _time(memory.update_time) if memory.version > 1 else "",
         "expires": _time(memory.expire_time),
-        "version": str(memory.version),
+        "version": str(memory.version or ""),
     }
     for name, value in fields.items():
         if value:
@@ -56,7 +57,7 @@ def listing_table(memories: Iterable[Memory], *, header: bool = True) -> Table:
 
 def search_table(result: SearchResult, *, with_user: bool) -> Table:
     """Matches, best first, with their scores; `with_user` says whose each is."""
-    kind = "" if result.score_kind is ScoreKind.UNSPECIFIED else f" ({result.score_kind.name.lower()})"
+    kind = f" ({_name(result.score_kind)})" if result.score_kind else ""
     table = _table(True)
     table.add_column(f"Score{kind}", width=_TIME_CHARS, no_wrap=True)
     table.add_column("Memory", overflow="fold", ratio=1)
@@ -79,12 +80,12 @@ def gaps(report: ReadReport) -> list[str]:
             + (f" ({reasons})" if reasons else "")
         )
     if report.degradation_level > DegradationLevel.NORMAL:
-        sentences.append(f"the service is degraded ({report.degradation_level.name.lower()})")
+        sentences.append(f"the service is degraded ({_name(report.degradation_level)})")
     return sentences
 
 
 def _table(header: bool) -> Table:
-    return Table(box=box.SIMPLE_HEAD if header else None, show_header=header, expand=True, pad_edge=False)
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=header, expand=True, pad_edge=False)
 
 
 def _summary(memory: Memory, *, with_user: bool) -> Text:
@@ -96,6 +97,10 @@ def _summary(memory: Memory, *, with_user: bool) -> Text:
         text.append(f"\nuser {printable_line(memory.user_id)}", style="not bold dim")
     text.append(f"\n{content}", style="not bold")
     return text
+
+
+def _name(value: IntEnum) -> str:
+    return value.name.lower().replace("_", " ") if value else ""
 
 
 def _time(moment: datetime | None) -> str:

@@ -40,8 +40,10 @@ _OPTIONS: Final[tuple[tuple[str, str | int], ...]] = (
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     # gRPC's defaults wait up to two minutes between connection attempts: seconds of outage after a router is back.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # In spite of its name this is how long a connection attempt may take. A router that is busy at that moment needs
+    # longer to answer than a reconnect should wait: with 100 ms here it could not be reached at all.
+    ("grpc.min_reconnect_backoff_ms", 2000),
     # The largest answer is a search of 1,000 memories of 64 KiB of text, with their embeddings.
     ("grpc.max_receive_message_length", 128 * _MIB),
     ("grpc.max_send_message_length", 16 * _MIB),

@@ -53,8 +53,8 @@ def store_request(  # noqa: PLR0913 - Each argument is a field of the memory.
         content=_values.text("content", content),
         embedding_model=_values.text("embedding_model", embedding_model),
     )
-    if metadata is not None:
-        memory.metadata.CopyFrom(_values.struct_from_metadata(metadata))
+    if metadata is not None and (struct := _values.struct_from_metadata(metadata)).fields:
+        memory.metadata.CopyFrom(struct)  # Empty is the same as none, also to who compares requests.
     if importance is not None:
         memory.importance = _values.number("importance", importance)
     if embedding is not None:

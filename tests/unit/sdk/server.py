@@ -9,6 +9,7 @@ import grpc
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+
 from memshard.v1 import memory_pb2 as pb
 
 Handler = Callable[[Any, grpc.ServicerContext], Message]

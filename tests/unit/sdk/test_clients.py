@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_status import rpc_status
+
 from memshard import (
     AlreadyExists,
     AsyncMemoryClient,
@@ -22,7 +23,6 @@ from memshard import (
     Unimplemented,
 )
 from memshard.v1 import memory_pb2 as pb
-
 from tests.unit.sdk.server import info, serving, status
 
 

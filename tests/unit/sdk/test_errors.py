@@ -4,14 +4,14 @@ import pickle
 from typing import Any
 
 import grpc
-import memshard
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from hypothesis import given
 from hypothesis import strategies as st
-from memshard import FieldViolation, errors
 
+import memshard
+from memshard import FieldViolation, errors
 from tests.unit.sdk.server import info, status
 
 _Code = grpc.StatusCode

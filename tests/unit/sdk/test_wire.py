@@ -10,6 +10,7 @@ import pytest
 from google.protobuf import struct_pb2
 from hypothesis import given
 from hypothesis import strategies as st
+
 from memshard import (
     DegradationLevel,
     Durability,
@@ -24,7 +25,6 @@ from memshard import (
     _wire,
 )
 from memshard.v1 import memory_pb2 as pb
-
 from tests.unit.sdk.server import info, status
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]))

@@ -87,6 +87,8 @@ Global___Commit: _TypeAlias = Commit  # noqa: Y015
 
 @_typing.final
 class StoreRequest(_message.Message):
+    """What to store, already checked by the router."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUTE_FIELD_NUMBER: _builtins.int
@@ -119,6 +121,8 @@ Global___StoreRequest: _TypeAlias = StoreRequest  # noqa: Y015
 
 @_typing.final
 class StoreResponse(_message.Message):
+    """The stored memory, or for a repeated request the one stored before."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MEMORY_FIELD_NUMBER: _builtins.int
@@ -145,6 +149,8 @@ Global___StoreResponse: _TypeAlias = StoreResponse  # noqa: Y015
 
 @_typing.final
 class GetRequest(_message.Message):
+    """Which memory to fetch."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUTE_FIELD_NUMBER: _builtins.int
@@ -175,6 +181,8 @@ Global___GetRequest: _TypeAlias = GetRequest  # noqa: Y015
 
 @_typing.final
 class GetResponse(_message.Message):
+    """Whoever has a memory with this id; empty when nobody in the slots asked for has."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     FOUND_FIELD_NUMBER: _builtins.int
@@ -197,6 +205,8 @@ Global___GetResponse: _TypeAlias = GetResponse  # noqa: Y015
 
 @_typing.final
 class FoundMemory(_message.Message):
+    """A memory and the slot it is in, which a router may remember."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MEMORY_FIELD_NUMBER: _builtins.int
@@ -220,6 +230,8 @@ Global___FoundMemory: _TypeAlias = FoundMemory  # noqa: Y015
 
 @_typing.final
 class DeleteRequest(_message.Message):
+    """Which memory to delete."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUTE_FIELD_NUMBER: _builtins.int
@@ -252,6 +264,8 @@ Global___DeleteRequest: _TypeAlias = DeleteRequest  # noqa: Y015
 
 @_typing.final
 class DeleteResponse(_message.Message):
+    """Whether there was something to delete."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DELETED_FIELD_NUMBER: _builtins.int
@@ -301,6 +315,8 @@ Global___ListPosition: _TypeAlias = ListPosition  # noqa: Y015
 
 @_typing.final
 class ListRequest(_message.Message):
+    """Whose memories to list, and from where."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUTE_FIELD_NUMBER: _builtins.int
@@ -336,6 +352,8 @@ Global___ListRequest: _TypeAlias = ListRequest  # noqa: Y015
 
 @_typing.final
 class ListResponse(_message.Message):
+    """One page. It may be shorter than asked for: large memories end it early."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MEMORIES_FIELD_NUMBER: _builtins.int
@@ -362,6 +380,8 @@ Global___ListResponse: _TypeAlias = ListResponse  # noqa: Y015
 
 @_typing.final
 class SearchRequest(_message.Message):
+    """What to look for, and how many results to give."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUTE_FIELD_NUMBER: _builtins.int
@@ -401,6 +421,8 @@ Global___SearchRequest: _TypeAlias = SearchRequest  # noqa: Y015
 
 @_typing.final
 class SearchResponse(_message.Message):
+    """The best that is in the slots asked for."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: _builtins.int
@@ -423,6 +445,8 @@ Global___SearchResponse: _TypeAlias = SearchResponse  # noqa: Y015
 
 @_typing.final
 class DescribeRequest(_message.Message):
+    """Asks a shard about itself. The one request without a route: it is how a lost one is found out."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -438,6 +462,8 @@ Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
 
 @_typing.final
 class DescribeResponse(_message.Message):
+    """What the shard's own database says, which is the authority on what it owns."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CLUSTER_ID_FIELD_NUMBER: _builtins.int

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ShardServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """One shard's rows, for the routers of its cluster.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -67,7 +68,8 @@ class ShardServiceStub:
 
 
 class ShardServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """One shard's rows, for the routers of its cluster.
+    """
 
     def Store(self, request, context):
         """Stores one memory, once: the same id and digest again is the same success.
@@ -153,7 +155,8 @@ def add_ShardServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ShardService:
-    """Missing associated documentation comment in .proto file."""
+    """One shard's rows, for the routers of its cluster.
+    """
 
     @staticmethod
     def Store(request,

@@ -32,6 +32,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ShardServiceStub:
+    """One shard's rows, for the routers of its cluster."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -51,6 +53,8 @@ class ShardServiceStub:
 
 @_typing.type_check_only
 class ShardServiceAsyncStub(ShardServiceStub):
+    """One shard's rows, for the routers of its cluster."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Store: _aio.UnaryUnaryMultiCallable[_shard_pb2.StoreRequest, _shard_pb2.StoreResponse]  # type: ignore[assignment]
     """Stores one memory, once: the same id and digest again is the same success."""
@@ -66,6 +70,8 @@ class ShardServiceAsyncStub(ShardServiceStub):
     """Who this shard is and what it owns."""
 
 class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
+    """One shard's rows, for the routers of its cluster."""
+
     @_abc_1.abstractmethod
     def Store(
         self,
