@@ -33,9 +33,9 @@ def memory_table(memory: Memory) -> Table:
         "importance": "" if memory.importance is None else f"{memory.importance:g}",
         "metadata": json.dumps(memory.metadata, ensure_ascii=False) if memory.metadata else "",
         "embedding": " ".join(filter(None, (_name(memory.embedding_state), memory.embedding_model))),
-        "stored": _time(memory.create_time),
-        "updated": _time(memory.update_time) if memory.version > 1 else "",
-        "expires": _time(memory.expire_time),
+        "stored": _moment(memory.create_time),
+        "updated": _moment(memory.update_time) if memory.version > 1 else "",
+        "expires": _moment(memory.expire_time),
         "version": str(memory.version or ""),
     }
     for name, value in fields.items():
@@ -105,3 +105,7 @@ def _name(value: IntEnum) -> str:
 
 def _time(moment: datetime | None) -> str:
     return "" if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _moment(moment: datetime | None) -> str:
+    return "" if moment is None else f"{_time(moment)} UTC"
