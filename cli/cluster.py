@@ -37,6 +37,7 @@ DataDir = Annotated[
         "--data-dir",
         envvar="MEMSHARD_DATA_DIR",
         metavar="DIR",
+        readable=False,  # Said by us, with what to do.
         help="Where the cluster lives. Default: /var/lib/memshard for root, else ~/.local/share/memshard.",
     ),
 ]
@@ -104,6 +105,8 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
         else:
             asyncio.run(foreground.run(request, terminal))
             terminal.stopped()
+            if not terminal.was_ready:
+                raise typer.Exit(130)
 
 
 def down(data_dir: DataDir = None) -> None:
@@ -147,7 +150,9 @@ def generate(service: Annotated[ServiceName, typer.Argument(help="Whose settings
 
 def validate(
     service: Annotated[ServiceName, typer.Argument(help="Whose settings.")],
-    file: Annotated[Path | None, typer.Argument(help="The file; without one the environment alone is checked.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(readable=False, help="The file; without one, the environment alone.")
+    ] = None,
 ) -> None:
     """Check a service's settings: file and environment, as the service would read them."""
     from common import config
@@ -174,5 +179,7 @@ def _failures_shown() -> Iterator[None]:
         fail(str(error), code=2)
     except LocalClusterError as error:
         fail(str(error))
+    except OSError as error:  # Such as a directory of another user's.
+        fail(f"{error.filename or 'the data directory'}: {error.strerror or error}")
     except (KeyboardInterrupt, asyncio.CancelledError):
         fail("stopped before the cluster was ready", code=130)

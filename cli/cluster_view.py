@@ -22,7 +22,7 @@ class Terminal:
         self._console = console()
         self._root = root
         self._detached = detached
-        self._was_ready = False
+        self.was_ready = False
 
     def starting(self) -> None:
         """Something is about to happen."""
@@ -34,7 +34,7 @@ class Terminal:
 
     def ready(self, ready: Ready) -> None:
         """The cluster is ready: where it is, and what to do with it."""
-        self._was_ready = True
+        self.was_ready = True
         self._print(f"\nmemshard is ready in {ready.seconds:.1f} s", style="bold")
         self._print(f"  address   {', '.join(ready.addresses)}")
         self._print(f"  data      {ready.data_dir}")
@@ -53,7 +53,7 @@ class Terminal:
 
     def stopped(self) -> None:
         """Everything has ended."""
-        self._print("Stopped." if self._was_ready else "Stopped before it was ready.")
+        self._print("Stopped." if self.was_ready else "Stopped before it was ready.")
 
     def _print(self, text: str, style: str | None = None) -> None:
         self._console.print(Text(text, style=style or ""), soft_wrap=True)
@@ -96,9 +96,9 @@ def show_status(status: ClusterStatus) -> None:
             shards.add_row(shard.shard_id, shard.status, str(shard.slots), shard.primary, replicas)
         out.print()
         out.print(shards)
-    known = "" if status.catalog == "live" else f" ({status.catalog}: the catalog does not answer)"
-    epoch = status.epoch if status.epoch is not None else "unknown"
-    out.print(f"\nepoch {epoch}{known}, data in {status.data_dir}", soft_wrap=True)
+    epoch = f"epoch {status.epoch}" if status.epoch is not None else "epoch unknown"
+    silent = {"live": "", "last known": ", the last known; the catalog does not answer"}.get(status.catalog, "")
+    out.print(f"\n{epoch}{silent}\ndata in {status.data_dir}", soft_wrap=True)
     if not status.runs():
         out.print(f"Nothing runs; `{_command('up', Path(status.data_dir))}` starts it.", soft_wrap=True)
 

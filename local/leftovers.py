@@ -86,9 +86,10 @@ def find_postgres(pgdata: Path) -> list[psutil.Process]:
 
 
 async def end_all(root: Path) -> int:
-    """Ends every process of the data directory `root`: services, then Redis, then PostgreSQL; returns how many.
+    """Ends every process of the data directory `root`: services, then Redis, then PostgreSQL.
 
-    Services and servers get the time that an orderly end takes, then none. Raises LocalClusterError when one survives.
+    They get the time that an orderly end takes, then none. Returns how many there were, a server with its backends
+    being one. Raises LocalClusterError when one survives.
     """
     found = find(root)
     for ended, number, timeout_s in (
@@ -104,7 +105,8 @@ async def end_all(root: Path) -> int:
             await _end(living, number, timeout_s)
     for pgdata in {leftover.cwd for leftover in find(root) if leftover.kind is Kind.BACKEND}:
         await fence(pgdata)
-    return len(found)
+    leaders = [leftover for leftover in found if leftover.kind is not Kind.BACKEND]
+    return len(leaders or found)
 
 
 async def fence(pgdata: Path, grace_s: float = ORPHAN_GRACE_S) -> None:

@@ -1,0 +1,104 @@
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from common import embedder
+from local import record
+from local.errors import DataDirectoryError, OptionsError
+from local.layout import Layout
+from local.record import Options, Record, Secrets, load_record, load_secrets, settle
+
+KEPT = Record(
+    shards=2, embedder="local", embedder_model="wordllama-l2-supercat-256", dimensions=256, ports={"redis": 20001}
+)
+HTTP = Record(shards=2, embedder="http", embedder_model="m", embedder_url="http://a/v1", dimensions=1536)
+
+
+def test_defaults_of_a_new_cluster() -> None:
+    made = settle(Options(), None)
+    assert (made.shards, made.embedder, made.dimensions) == (2, "local", 256)
+    assert made.embedder_model == "wordllama-l2-supercat-256"
+    assert not made.complete
+
+
+@pytest.mark.parametrize("dimensions", [64, 128, 256])
+def test_the_local_model_is_named_with_its_dimensions(dimensions: int) -> None:
+    assert settle(Options(dimensions=dimensions), None).embedder_model == f"wordllama-l2-supercat-{dimensions}"
+
+
+def test_the_local_model_is_the_routers() -> None:
+    assert embedder.LOCAL_MODEL == record.LOCAL_MODEL
+    assert embedder.LOCAL_DIMENSIONS == record.LOCAL_DIMENSIONS
+
+
+def test_callers_that_bring_embeddings_have_no_model() -> None:
+    made = settle(Options(embedder="none"), None)
+    assert (made.embedder_model, made.dimensions) == ("", 1536)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (Options(shards=0), "--shards"),
+        (Options(shards=65), "--shards"),
+        (Options(dimensions=100), "--dimensions"),
+        (Options(embedder="none", dimensions=4001), "--dimensions"),
+        (Options(embedder="none", dimensions=0), "--dimensions"),
+        (Options(embedder="http", embedder_url="http://a/v1"), "--embedder-model"),
+        (Options(embedder="http", embedder_model="m"), "--embedder-url"),
+        (Options(embedder_model="m"), "--embedder http only"),
+        (Options(embedder="none", embedder_url="http://a/v1"), "--embedder http only"),
+    ],
+)
+def test_options_that_make_no_cluster(options: Options, named: str) -> None:
+    with pytest.raises(OptionsError, match=named):
+        settle(options, None)
+
+
+def test_what_is_not_given_stays_as_it_was() -> None:
+    assert settle(Options(), KEPT) == KEPT
+    assert settle(Options(shards=2, embedder="local", dimensions=256), KEPT) == KEPT
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (Options(shards=3), "--shards 2, not 3"),
+        (Options(embedder="none"), "--embedder local, not none"),
+        (Options(dimensions=64), "--dimensions 256, not 64"),
+        (Options(embedder_model="m"), "--embedder-model wordllama-l2-supercat-256, not m"),
+    ],
+)
+def test_a_contradiction_says_what_the_cluster_was_made_with_and_what_to_do(options: Options, said: str) -> None:
+    with pytest.raises(OptionsError) as raised:
+        settle(options, KEPT)
+    assert said in str(raised.value)
+    assert "--data-dir" in str(raised.value)
+
+
+def test_the_address_of_an_embedder_may_change() -> None:
+    assert settle(Options(embedder_url="http://b/v1"), HTTP).embedder_url == "http://b/v1"
+    with pytest.raises(OptionsError, match="--embedder http only"):
+        settle(Options(embedder_url="http://b/v1"), KEPT)
+
+
+def test_record_and_secrets_come_back_and_are_private(tmp_path: Path) -> None:
+    layout = Layout.of(tmp_path)
+    secrets = Secrets.generate()
+    KEPT.save(layout)
+    secrets.save(layout)
+    assert load_record(layout) == KEPT
+    assert load_secrets(layout) == secrets
+    assert stat.S_IMODE(layout.secrets.stat().st_mode) == 0o600
+    assert secrets.redis not in repr(secrets)
+    assert secrets.redis not in f"{secrets}"
+
+
+@pytest.mark.parametrize("text", ["", "{", json.dumps({"shards": 2}), "[]", "\udcff"])
+def test_a_damaged_record_is_said_to_be(tmp_path: Path, text: str) -> None:
+    layout = Layout.of(tmp_path)
+    layout.record.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DataDirectoryError, match=r"cluster\.json is damaged"):
+        load_record(layout)
