@@ -4,7 +4,7 @@ from typing import cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -12,6 +12,8 @@ from common import errors
 from common.errors import FieldViolation, MemshardError
 
 DOMAIN = "memshard"
+# Those of the largest int64.
+_MAX_EPOCH_DIGITS = 19
 
 _CLASSES: tuple[type[MemshardError], ...] = (
     errors.InvalidArgument,
@@ -72,20 +74,17 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> MemshardError | None:
     info = error_details_pb2.ErrorInfo()
     bad_request = error_details_pb2.BadRequest()
     retry = error_details_pb2.RetryInfo()
-    retry_after_s = None
     for detail in status.details if status else ():
-        if detail.Is(retry.DESCRIPTOR):
-            detail.Unpack(retry)
-            retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
-        for message in (info, bad_request):
-            if detail.Is(message.DESCRIPTOR):
-                detail.Unpack(message)
+        for message in (info, bad_request, retry):
+            _read(detail, message)
+    retry_after_s = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
     if info.domain != DOMAIN:
         return None
     message = error.details() or error.code().name
     if info.reason == errors.WrongShard.default_reason:
         epoch = info.metadata.get("epoch", "")
-        return errors.WrongShard(message, epoch=int(epoch) if epoch.isdecimal() else 0)
+        known = epoch.isdecimal() and len(epoch) <= _MAX_EPOCH_DIGITS
+        return errors.WrongShard(message, epoch=int(epoch) if known else 0)
     cls = _CLASS_BY_REASON.get(info.reason) or _CLASS_BY_CODE.get(error.code(), errors.Unavailable)
     return cls(
         message,
@@ -94,6 +93,15 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> MemshardError | None:
         retry_after_s=retry_after_s,
         metadata=dict(info.metadata),
     )
+
+
+def _read(detail: any_pb2.Any, message: Message) -> None:
+    """Fills `message` if `detail` is one of its kind. A garbled detail is left out; it must not hide the status."""
+    if detail.TypeName() == message.DESCRIPTOR.full_name:
+        try:
+            detail.Unpack(message)
+        except DecodeError:
+            message.Clear()
 
 
 def _details(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
