@@ -39,11 +39,10 @@ def generate(out: Path) -> None:
     )
     if code:
         raise SystemExit(code)
-    for folder in (path.parent for path in out.rglob("*_pb2.py")):
-        while folder != out:
-            if not (folder / "__init__.py").exists() and folder.name != "memshard":
-                (folder / "__init__.py").touch()
-            folder = folder.parent
+    for folder in {parent for stub in out.rglob("*_pb2.py") for parent in stub.parents}:
+        # memshard/ itself is the client, written by hand.
+        if folder.is_relative_to(out / "memshard") and folder != out / "memshard":
+            (folder / "__init__.py").touch()
 
 
 if __name__ == "__main__":
