@@ -6,6 +6,7 @@ default. Every field says its meaning, unit and the reason of its default; `mems
 
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
@@ -35,8 +36,20 @@ def _redis_url(value: SecretStr) -> SecretStr:
     return value
 
 
+def _http_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # Its text quotes the URL, which may hold a password.
+        usable = False
+    if not usable:
+        raise ValueError("must be a URL, like https://api.example.com/v1")
+    return value
+
+
 PostgresDsn = Annotated[SecretStr, AfterValidator(_postgres_dsn)]
 RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
@@ -122,7 +135,7 @@ class RouterSettings(ServiceSettings):
     """Who turns text into embeddings. `local`: the model in the wordllama wheel. `http`: a server with an
     OpenAI-compatible /embeddings. `none`: callers bring embeddings."""
 
-    embedder_url: str | None = None
+    embedder_url: HttpUrl | None = None
     """Base URL of the `http` embedder, like https://api.example.com/v1."""
 
     embedder_model: str | None = None
@@ -234,10 +247,18 @@ def _checked(file: Path) -> Path:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: must be UTF-8") from None
+    except yaml.YAMLError as error:
+        # Where it breaks, but not in the parser's words: they quote the file, which has passwords.
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{file}: {where}not YAML; is a quote, a bracket or an indent amiss?") from None
     if document is not None and not isinstance(document, dict):
         raise ConfigError(f"{file}: must be a mapping of settings, not a {type(document).__name__}")
+    for name in document or ():
+        if not isinstance(name, str):
+            raise ConfigError(f"{file}: {name!r} is no setting of this service")
     return file
 
 
