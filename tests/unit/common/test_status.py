@@ -31,7 +31,7 @@ def _answered(status: status_pb2.Status) -> grpc.aio.AioRpcError:
     return _failed(sent.code, sent.details, *sent.trailing_metadata)
 
 
-def _failed(code: grpc.StatusCode, details: str, *trailers: tuple[str, bytes]) -> grpc.aio.AioRpcError:
+def _failed(code: grpc.StatusCode, details: str, *trailers: tuple[str, str | bytes]) -> grpc.aio.AioRpcError:
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailers), details)
 
 
