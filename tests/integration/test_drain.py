@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -32,7 +32,8 @@ async def drained_with_a_store_in_flight(cluster: LocalCluster, user: str, name:
         grpc.aio.insecure_channel(address) as channel,
         database(cluster.shard_dsn(shard.shard_id)) as fence,
     ):
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        health: Any = health_pb2_grpc.HealthStub(channel)  # Its published stubs lack the methods.
+        watch = health.Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         transaction = fence.transaction()
         await transaction.start()

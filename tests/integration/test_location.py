@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from google.protobuf.message import Message
 from redis.asyncio import Redis
 
 from common.config import RouterSettings
@@ -22,7 +21,7 @@ from router.dispatch import Dispatch
 from router.fanout import Fanout
 from router.locate import Locator
 from router.location import LocationCache
-from router.shards import Rpc, Shards
+from router.shards import Q, R, Rpc, Shards
 from router.topology_watch import TopologyWatch
 from tests.support.cluster import LocalCluster, free_port
 from tests.support.wire import store_request, topology_of, user_slot
@@ -40,7 +39,7 @@ class CountingShards(Shards):
         super().__init__(settings)
         self.calls: Counter[str] = Counter()
 
-    async def call(self, shard: Shard, rpc: Rpc, request: Message, deadline: Deadline) -> Message:  # type: ignore[type-arg]
+    async def call(self, shard: Shard, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> R:
         self.calls[shard.shard_id] += 1
         return await super().call(shard, rpc, request, deadline)
 
@@ -121,7 +120,12 @@ async def test_a_wrong_entry_costs_a_second_look_never_an_answer(
         await redis.lpush(key, "7")
     else:
         other = (user_slot(user) + 1) % 16384
-        await redis.set(key, {"wrong slot": str(other), "garbage": b"\xff\x00,,", "out of range": "99999"}[entry])
+        entries: dict[str, str | bytes] = {
+            "wrong slot": str(other),
+            "garbage": b"\xff\x00,,",
+            "out of range": "99999",
+        }
+        await redis.set(key, entries[entry])
     async with router(topology, cluster.redis_url()) as fresh:
         assert await fresh.calls_for(memory_id, user) <= SHARDS + 1
         assert await fresh.calls_for(memory_id, user) == 1

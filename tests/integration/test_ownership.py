@@ -49,7 +49,11 @@ class Place:
         request = shard_pb2.StoreRequest(
             route=route(self.topology, self.shard, self.slot),
             memory=memory_pb2.Memory(
-                id=str(uuid.uuid4()), user_id=self.user_id, content=content, type=1, embedding=[0.1] * DIMENSIONS
+                id=str(uuid.uuid4()),
+                user_id=self.user_id,
+                content=content,
+                type=memory_pb2.MEMORY_TYPE_EPISODIC,
+                embedding=[0.1] * DIMENSIONS,
             ),
             digest=b"\0" * 32,
         )
@@ -175,10 +179,10 @@ async def test_a_slot_that_is_gone_is_not_read(place: Place, rpc: str) -> None:
     assert reason_of(refused.value) == "WRONG_SHARD"
 
 
-@pytest.mark.parametrize("wrong", [{"cluster_id": str(uuid.uuid4())}, {"shard_id": "shard-77"}])
-async def test_a_request_meant_for_another_shard_or_cluster_is_refused(place: Place, wrong: dict[str, str]) -> None:
+@pytest.mark.parametrize("wrong", [shard_pb2.Route(cluster_id=str(uuid.uuid4())), shard_pb2.Route(shard_id="shard-77")])
+async def test_a_request_meant_for_another_shard_or_cluster_is_refused(place: Place, wrong: shard_pb2.Route) -> None:
     elsewhere = route(place.topology, place.shard, place.slot)
-    elsewhere.MergeFrom(shard_pb2.Route(**wrong))
+    elsewhere.MergeFrom(wrong)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await place.stub.List(shard_pb2.ListRequest(route=elsewhere, user_id=place.user_id, page_size=1))
     assert reason_of(refused.value) == "WRONG_SHARD"

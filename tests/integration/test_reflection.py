@@ -24,7 +24,7 @@ class Stranger:
     def call(self, rpc: str, **fields: Any) -> Any:
         method = self._service.methods_by_name[rpc]
         answer = GetMessageClass(method.output_type)
-        call = self._channel.unary_unary(
+        call: grpc.UnaryUnaryMultiCallable[Any, Any] = self._channel.unary_unary(
             f"/{self._service.full_name}/{rpc}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=answer.FromString,
@@ -61,7 +61,7 @@ async def test_every_service_offers_reflection_and_health(cluster: LocalCluster)
     for address, service in services.items():
         with grpc.insecure_channel(address) as channel:
             assert service in ProtoReflectionDescriptorDatabase(channel).get_services()
-            health = health_pb2_grpc.HealthStub(channel)
+            health: Any = health_pb2_grpc.HealthStub(channel)  # Its published stubs lack the methods.
             for name in ("", service):
                 answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
                 assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -49,6 +49,7 @@ async def move(cluster: LocalCluster, slot: int, *, notify: bool) -> tuple[Shard
         await connection.execute("UPDATE identity SET epoch = $1", topology.epoch + 1)
     async with database(cluster.catalog_dsn(owner=True)) as connection, connection.transaction():
         found = await connection.fetchrow("SELECT * FROM slot_ranges WHERE $1 BETWEEN first AND last", slot)
+        assert found is not None
         await connection.execute("DELETE FROM slot_ranges WHERE first = $1", found["first"])
         for first, last, shard_id in (
             (found["first"], slot - 1, source.shard_id),

@@ -3,23 +3,25 @@
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
-
-T = TypeVar("T")
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, overload
 
 _INTERVAL_S = 0.05
 
 
-async def eventually(condition: Callable[[], T | Awaitable[T]], *, within_s: float = 10.0) -> T:
-    """Asks until the condition returns something true, and returns that.
+@overload
+async def eventually(condition: Callable[[], Coroutine[Any, Any, T]], *, within_s: float = 10.0) -> Any: ...
+@overload
+async def eventually(condition: Callable[[], T], *, within_s: float = 10.0) -> Any: ...
+async def eventually(condition: Callable[[], Any], *, within_s: float = 10.0) -> Any:
+    """Asks until the condition, a function or a coroutine function, gives something true, and returns that.
 
     An exception counts as "not yet". Raises AssertionError with the last failure when the time is up.
     """
     deadline = time.monotonic() + within_s
     while True:
         failure: Exception | None = None
-        result: T | None = None
+        result: Any = None
         try:
             answer = condition()
             result = await answer if inspect.isawaitable(answer) else answer
