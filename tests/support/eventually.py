@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, overload
 
+T = TypeVar("T")
+
 _INTERVAL_S = 0.05
 
 
 @overload
-async def eventually(condition: Callable[[], Coroutine[Any, Any, T]], *, within_s: float = 10.0) -> Any: ...
+async def eventually(condition: Callable[[], Coroutine[Any, Any, T]], *, within_s: float = 10.0) -> T: ...
 @overload
-async def eventually(condition: Callable[[], T], *, within_s: float = 10.0) -> Any: ...
+async def eventually(condition: Callable[[], T], *, within_s: float = 10.0) -> T: ...
 async def eventually(condition: Callable[[], Any], *, within_s: float = 10.0) -> Any:
     """Asks until the condition, a function or a coroutine function, gives something true, and returns that.
 
