@@ -12,11 +12,12 @@ from typing import Any
 
 import grpc
 import uvloop
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common import logs
 from common.config import ConfigError, ServiceSettings
+from common.health import Health
 
 _log = logs.get_logger("lifecycle")
 
@@ -34,8 +35,7 @@ class Server:
         self, settings: ServiceSettings, handlers: Sequence[grpc.GenericRpcHandler], service_names: Sequence[str]
     ) -> None:
         self._settings = settings
-        self._names = ("", *service_names)
-        self._health = health.aio.HealthServicer()
+        self._health = Health(service_names)
         self._serving: bool | None = None
         self._stop = asyncio.Event()
         self._server = grpc.aio.server(
@@ -72,9 +72,7 @@ class Server:
         if serving == self._serving:
             return
         self._serving = serving
-        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in self._names:
-            await self._health.set(name, state)
+        self._health.set(serving)
         _log.info("health changed", serving=serving)
 
     async def run_until_stopped(self, background: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> None:
@@ -91,7 +89,7 @@ class Server:
 
     async def _drain(self) -> None:
         _log.info("draining", timeout_s=self._settings.drain_timeout_s)
-        await self._health.enter_graceful_shutdown()
+        self._health.stop()
         await self._server.stop(self._settings.drain_timeout_s)
         _log.info("stopped")
 

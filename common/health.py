@@ -1,0 +1,65 @@
+"""grpc.health.v1: what balancers and watchers are told about this process."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+_Response = health_pb2.HealthCheckResponse
+
+
+class Health(health_pb2_grpc.HealthServicer):
+    """One state for all services of the process, NOT_SERVING at first.
+
+    grpcio's own servicer never ends a watch, so that a server that is watched would drain until its time runs out.
+    """
+
+    def __init__(self, service_names: Iterable[str]) -> None:
+        self._names = frozenset(("", *service_names))
+        self._serving = False
+        self._stopping = False
+        self._changed = asyncio.Event()
+
+    def set(self, serving: bool) -> None:
+        """Whether calls can be answered. Without effect once the process stops."""
+        if not self._stopping:
+            self._change(serving)
+
+    def stop(self) -> None:
+        """NOT_SERVING for good; watchers hear it as the last thing before their streams end."""
+        self._stopping = True
+        self._change(False)
+
+    async def Check(  # noqa: N802  # The rpc's name.
+        self, request: health_pb2.HealthCheckRequest, context: "grpc.aio.ServicerContext[bytes, bytes]"
+    ) -> health_pb2.HealthCheckResponse:
+        if request.service not in self._names:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service here")
+        return self._health_of(request.service)
+
+    async def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: "grpc.aio.ServicerContext[bytes, bytes]"
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        told = None
+        while True:
+            # Taken before the health is read, so that no change in between is missed.
+            changed = self._changed
+            health = self._health_of(request.service)
+            if health != told:
+                yield health
+                told = health
+            elif self._stopping:
+                return
+            else:
+                await changed.wait()
+
+    def _health_of(self, service: str) -> health_pb2.HealthCheckResponse:
+        if service not in self._names:
+            return _Response(status=_Response.SERVICE_UNKNOWN)
+        return _Response(status=_Response.SERVING if self._serving else _Response.NOT_SERVING)
+
+    def _change(self, serving: bool) -> None:
+        self._serving = serving
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
