@@ -223,4 +223,4 @@ def test_settings_show_no_secret_and_do_not_change(tmp_path: Path) -> None:
     assert _SECRET not in repr(settings)
     assert _SECRET not in str(settings)
     with pytest.raises(ValueError, match="frozen"):
-        settings.port = 1  # type: ignore[misc]  # That is the point.
+        settings.port = 1
