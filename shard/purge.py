@@ -39,22 +39,22 @@ async def run(database: Database, *, ttl_s: float, interval_s: float) -> None:
         await asyncio.sleep(interval_s)
 
 
-async def purge(database: Database, *, ttl_s: float) -> int:
-    """Removes what is older than `ttl_s`; returns how many rows went."""
+async def purge(database: Database, *, ttl_s: float, batch: int = _BATCH) -> int:
+    """Removes what is older than `ttl_s`, at most `batch` rows with one statement; returns how many rows went."""
     removed = 0
     for statement in (_PURGE_TOMBSTONES, _PURGE_REQUESTS):
         while True:
             deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
             async with deadline.bound(), database.reading(deadline) as connection:
-                count = await _delete_batch(connection, statement, ttl_s)
+                count = await _delete_batch(connection, statement, ttl_s, batch)
             removed += count
-            if count < _BATCH:
+            if count < batch:
                 break
     if removed:
         _log.info("purged", rows=removed)
     return removed
 
 
-async def _delete_batch(connection: Connection, statement: str, ttl_s: float) -> int:
-    status = await connection.execute(statement, float(ttl_s), _BATCH)
+async def _delete_batch(connection: Connection, statement: str, ttl_s: float, batch: int) -> int:
+    status = await connection.execute(statement, float(ttl_s), batch)
     return int(status.rsplit(" ", 1)[1])

@@ -1,0 +1,42 @@
+"""What a deleted memory leaves behind is cleaned up after its day, in batches."""
+
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from memshard.v1 import memory_pb2 as pb
+from shard import purge
+from shard.database import Database
+from tests.support.cluster import LocalCluster
+from tests.support.wire import store_request, topology_of, user_slot
+
+if TYPE_CHECKING:
+    from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
+
+DAY_S = 86400.0
+MEMORIES = 7
+
+
+async def test_tombstones_and_request_ids_go_after_a_day_and_not_before(
+    cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    stored = [(await api.StoreMemory(store_request(user, f"memory {n}"))).memory for n in range(MEMORIES)]
+    for memory in stored:
+        await api.DeleteMemory(pb.DeleteMemoryRequest(id=memory.id, user_id=user))
+    kept = (await api.StoreMemory(store_request(user, "kept"))).memory
+    shard = (await topology_of(cluster.catalog_dsn())).owner(user_slot(user))
+    async with asyncpg.create_pool(cluster.shard_dsn(shard.shard_id), min_size=1, max_size=1) as pool:
+        database = Database(pool)
+        assert await purge.purge(database, ttl_s=DAY_S) == 0
+        for table, column in (("memories", "deleted_at"), ("applied_requests", "applied_at")):
+            await pool.execute(
+                f"UPDATE {table} SET {column} = {column} - interval '25 hours' "
+                f"WHERE user_id = $1 AND {column} IS NOT NULL",
+                user,
+            )
+        assert await purge.purge(database, ttl_s=DAY_S, batch=2) == 2 * MEMORIES
+    listed = await api.ListMemories(pb.ListMemoriesRequest(user_id=user))
+    assert [memory.id for memory in listed.memories] == [kept.id]
+    # The id is free again, for anything.
+    again = await api.StoreMemory(store_request(user, "something else", stored[0].id))
+    assert again.memory.version == 1
