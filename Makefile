@@ -2,23 +2,30 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
+# What a cluster needs, and all that checking a change needs: `make up` on a new machine waits for the first only.
+RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up test check lint types layers proto proto-check faults clean
+.PHONY: help setup up test check lint types layers proto faults clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP)  ## Create .venv and install pinned dependencies
 
-$(STAMP): constraints.txt pyproject.toml sdk/pyproject.toml
+$(RUNTIME): constraints.txt pyproject.toml sdk/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "memshard needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another with make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check -e ./sdk -e '.[local,dev]'
+	$(PIP) -e ./sdk -e '.[local]'
 	@touch $@
 
-up: $(STAMP)  ## Start a cluster in the foreground; Ctrl-C stops it (ARGS="--shards 3")
+$(STAMP): $(RUNTIME)
+	$(PIP) -e ./sdk -e '.[local,dev]'
+	@touch $@
+
+up: $(RUNTIME)  ## Start a cluster in the foreground; Ctrl-C stops it (ARGS="--shards 3")
 	@$(BIN)/memshard up $(ARGS)
 
 test: $(STAMP)  ## Run every test (ARGS="-k name")
