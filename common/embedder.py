@@ -117,7 +117,8 @@ class HttpEmbedder:
 
     async def embed(self, texts: Sequence[str]) -> Vectors:
         batches = [texts[start : start + _MAX_HTTP_BATCH] for start in range(0, len(texts), _MAX_HTTP_BATCH)]
-        return np.concatenate([await self._batch(batch) for batch in batches])
+        nothing = np.empty((0, self.dimensions), dtype=np.float32)
+        return np.concatenate([nothing, *[await self._batch(batch) for batch in batches]])
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -127,15 +128,20 @@ class HttpEmbedder:
             answer = await self._client.post("embeddings", json={"model": self.model, "input": list(texts)})
             answer.raise_for_status()
             data = sorted(answer.json()["data"], key=lambda item: item["index"])
-            vectors = np.array([item["embedding"] for item in data], dtype=np.float32)
+            if [item["index"] for item in data] != list(range(len(texts))):
+                raise _unavailable(f"its answer is not one embedding for each of {len(texts)} texts")
+            with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite, and is refused below.
+                vectors = np.array([item["embedding"] for item in data], dtype=np.float32)
         except httpx.HTTPStatusError as error:
             raise _unavailable(f"it answered {error.response.status_code}") from error
         except httpx.HTTPError as error:
             raise _unavailable(type(error).__name__) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise _unavailable("its answer has another shape than OpenAI's") from error
-        if vectors.shape != (len(texts), self.dimensions) or not np.isfinite(vectors).all():
+        if vectors.shape != (len(texts), self.dimensions):
             raise _unavailable(f"it gave an array {vectors.shape}, not ({len(texts)}, {self.dimensions})")
+        if not np.isfinite(vectors).all():
+            raise _unavailable("it gave a NaN or infinite number")
         return vectors
 
 
