@@ -51,7 +51,12 @@ def get_logger(name: str) -> Logger:
 
 
 def describe_bug(error: BaseException) -> dict[str, str]:
-    """An unexpected exception as log fields: its type and the places it came through, not its text."""
+    """An unexpected exception as log fields: its type and the places it came through, not its text.
+
+    Of a group, the first exception that is not a group itself.
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
     frames = traceback.extract_tb(error.__traceback__)
     return {
         "error": f"{type(error).__module__}.{type(error).__qualname__}",

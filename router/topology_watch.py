@@ -44,6 +44,7 @@ class TopologyWatch:
         self._wanted = asyncio.Event()
         self._looked = asyncio.Condition()
         self._looks = 0
+        self._looking = False
 
     @property
     def topology(self) -> Topology:
@@ -54,12 +55,13 @@ class TopologyWatch:
         """Returns once the topology has reached `epoch`, or the catalog has been looked at, or two seconds are over."""
         if 0 < epoch <= self._topology.epoch:
             return
-        seen = self._looks
+        # A look that is under way may have read the epoch before it was raised: it does not count.
+        enough = self._looks + (2 if self._looking else 1)
         self._wanted.set()
         limit = min(deadline.at, Deadline.after(_REFRESH_TIMEOUT_S).at)
         try:
             async with asyncio.timeout_at(limit), self._looked:
-                await self._looked.wait_for(lambda: self._looks > seen)
+                await self._looked.wait_for(lambda: self._looks >= enough or 0 < epoch <= self._topology.epoch)
         except TimeoutError:
             _log.warning("no newer topology in time", epoch=self._topology.epoch, wanted=epoch)
 
@@ -71,6 +73,7 @@ class TopologyWatch:
                 connection = await postgres.connect(self._dsn, what="the catalog")
                 try:
                     await connection.add_listener(catalog.CHANNEL, self._notified)
+                    connection.add_termination_listener(self._notified)
                     backoff_s = _BACKOFF_S[0]
                     await self._follow(connection)
                 finally:
@@ -91,6 +94,7 @@ class TopologyWatch:
             async with asyncio.timeout(_REFRESH_TIMEOUT_S):
                 # Cleared before the look: a wish that arrives during it leads to another look.
                 self._wanted.clear()
+                self._looking = True
                 if await catalog.read_epoch(connection) != self._topology.epoch:
                     await self._take(connection)
             await self._announce_look()
@@ -107,6 +111,7 @@ class TopologyWatch:
         _log.info("topology changed", epoch=topology.epoch, shards=len(topology.shards))
 
     async def _announce_look(self) -> None:
+        self._looking = False
         async with self._looked:
             self._looks += 1
             self._looked.notify_all()

@@ -14,7 +14,7 @@ from common.rpc import generic_handler
 from memshard.internal.v1 import shard_pb2
 from shard import identity, purge
 from shard.commits import Commits
-from shard.database import Database, is_writable, open_pool
+from shard.database import Database, close_pool, is_writable, open_pool
 from shard.service import ShardServicer
 
 _SERVICE = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
@@ -29,9 +29,9 @@ async def main(settings: ShardSettings) -> None:
             pool = await open_pool(settings)
         except (*CONNECT_ERRORS, ValueError) as error:  # ValueError: the extension's types are missing.
             raise lifecycle.StartError(f"the shard's database cannot be used: {explain(error)}") from error
-        stack.push_async_callback(pool.close)
+        stack.push_async_callback(close_pool, pool)
         database, commits = Database(pool), Commits()
-        stack.push_async_callback(commits.settled)
+        stack.push_async_callback(commits.settled, settings.drain_timeout_s)
         servicer = ShardServicer(settings, known, database, commits)
         server = lifecycle.Server(
             settings,

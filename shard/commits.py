@@ -29,10 +29,12 @@ class Commits:
         task.add_done_callback(self._finished)
         return await asyncio.shield(task)
 
-    async def settled(self) -> None:
-        """Waits until every write has ended, in whichever way."""
-        while self._running:
-            await asyncio.wait(self._running)
+    async def settled(self, timeout_s: float) -> None:
+        """Waits until every write has ended, in whichever way; what has not after `timeout_s` stays in doubt."""
+        if self._running:
+            _, pending = await asyncio.wait(self._running, timeout=timeout_s)
+            if pending:
+                _log.warning("writes left in doubt", count=len(pending))
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)

@@ -1,5 +1,6 @@
 """The pool of connections to the shard's own database, and what its failures mean to a caller."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
@@ -85,6 +86,15 @@ async def open_pool(settings: ShardSettings) -> Pool:
         timeout=CONNECT_TIMEOUT_S,
         server_settings={"application_name": f"memshard {settings.shard_id}"},
     )
+
+
+async def close_pool(pool: Pool) -> None:
+    """Closes the pool politely, or not at all politely when the database does not answer."""
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await pool.close()
+    except TimeoutError:
+        pool.terminate()
 
 
 async def is_writable(database: Database) -> bool:
