@@ -29,6 +29,9 @@ DEFAULT_IMPORTANCE = 0.5
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 # Timestamps of the protobuf contract: 0001-01-01 to 9999-12-31.
 _TIMESTAMP_SECONDS = range(-62_135_596_800, 253_402_300_800)
+# pgvector sums squares in float32, where those of lengths beyond about 1e-19 and 1e19 vanish or overflow: without an
+# error, [1e20, 1e20] scores 0 against [1, 2]. Half precision cannot get that far.
+_SINGLE_LENGTHS = (1e-15, 1e18)
 
 bad = InvalidArgument.field
 
@@ -147,6 +150,10 @@ def embedding(values: Sequence[float], cluster: Cluster, field: str) -> None:
             raise bad(field, "OUT_OF_RANGE", "has a number beyond ±65504, the range of half precision")
         if not rounded.any():
             raise bad(field, "ZERO_VECTOR", "is all zeros once rounded to half precision")
+    else:
+        low, high = _SINGLE_LENGTHS
+        if not low <= np.linalg.norm(array.astype(np.float64)) <= high:
+            raise bad(field, "OUT_OF_RANGE", f"must have a length of {low:g} to {high:g}; scale it to 1")
 
 
 def metadata(value: struct_pb2.Struct) -> None:
