@@ -46,18 +46,18 @@ class LocationCache:
         if not slots:
             slots = parse(await self._ask(lambda redis: redis.get(_key(memory_id))))
             if slots:
-                self._memory[memory_id] = slots
+                self._remember(memory_id, slots)
         return slots
 
     async def learn(self, memory_id: str, slots: Slots) -> None:
         """Remembers where a memory is, as all shards together just said."""
-        self._memory[memory_id] = slots
+        self._remember(memory_id, slots)
         await self._ask(lambda redis: redis.set(_key(memory_id), render(slots), ex=self._ttl_s))
 
     async def add(self, memory_id: str, slot: int) -> None:
         """Remembers where a memory was just stored, besides wherever another user has one with the same id."""
         here = frozenset((slot,))
-        self._memory[memory_id] = self._memory.get(memory_id, NOWHERE) | here
+        self._remember(memory_id, self._memory.get(memory_id, NOWHERE) | here)
         before = parse(
             await self._ask(lambda redis: redis.set(_key(memory_id), render(here), ex=self._ttl_s, get=True))
         )
@@ -73,6 +73,10 @@ class LocationCache:
         """Closes the connections to Redis."""
         if self._redis is not None:
             await self._redis.aclose()
+
+    def _remember(self, memory_id: str, slots: Slots) -> None:
+        if self._memory.maxsize:  # A cache of no entries refuses the first with an error.
+            self._memory[memory_id] = slots
 
     async def _ask(self, command: Callable[[Redis], Awaitable[object]]) -> object:
         """Redis' reply, or None when there is no Redis, or it failed or rests."""
