@@ -1,0 +1,93 @@
+"""Location entries: what is written is read; whatever else is found under a key is nothing, and no error."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from common.config import RouterSettings
+from common.slots import SLOT_COUNT
+from router.location import NOWHERE, LocationCache, parse, render
+
+_slots = st.integers(0, SLOT_COUNT - 1)
+
+
+@given(st.frozensets(_slots, min_size=1, max_size=8))
+def test_entry_is_read_as_it_was_written(slots: frozenset[int]) -> None:
+    assert parse(render(slots).encode()) == slots
+
+
+def test_entry_is_the_same_text_for_the_same_slots() -> None:
+    assert render({30, 4, 200}) == render([200, 30, 4]) == "4,30,200"
+
+
+@given(st.binary(max_size=64) | st.text(alphabet="0123456789,-+_ \0٣", max_size=64).map(str.encode))
+def test_garbage_is_slots_or_nothing(entry: bytes) -> None:
+    assert all(0 <= slot < SLOT_COUNT for slot in parse(entry))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *(
+            None,
+            b"",
+            b",",
+            b"1,",
+            b",1",
+            b"1,,2",
+            b"-1",
+            b"+1",
+            b" 1",
+            b"1\n",
+            b"1_0",
+            b"1.5",
+            b"0x1",
+            "\u0663".encode(),
+        ),
+        *(b"16384", b"1,16384", b"99999", b"000001", b"9" * 5000, b"1,2,3,4,5,6,7,8,9", "12", 12, True, [b"1"]),
+    ],
+)
+def test_entry_that_is_not_ours_is_nothing(entry: object) -> None:
+    assert parse(entry) == NOWHERE
+
+
+def test_entry_that_is_ours_is_followed() -> None:
+    assert parse(b"0") == {0}
+    assert parse(b"16383,7,7") == {7, 16383}
+
+
+# The router's own memory, with no Redis behind it.
+
+
+def _cache(entries: int) -> LocationCache:
+    return LocationCache(RouterSettings(catalog_dsn=SecretStr("postgresql://nowhere"), location_cache_entries=entries))
+
+
+async def test_what_was_stored_learned_or_forgotten_is_remembered() -> None:
+    cache = _cache(10)
+    assert await cache.find("a") == NOWHERE
+    await cache.add("a", 1)
+    await cache.add("a", 2)  # Another user has a memory with the same id.
+    assert await cache.find("a") == {1, 2}
+    await cache.learn("a", frozenset((2,)))
+    assert await cache.find("a") == {2}
+    await cache.forget("a")
+    await cache.forget("a")
+    assert await cache.find("a") == NOWHERE
+
+
+async def test_memory_is_bounded() -> None:
+    cache = _cache(10)
+    for i in range(25):
+        await cache.add(str(i), i)
+    found = [i for i in range(25) if await cache.find(str(i))]
+    assert found == list(range(15, 25))
+
+
+async def test_router_may_remember_nothing_at_all() -> None:
+    cache = _cache(0)
+    await cache.add("a", 1)
+    await cache.learn("a", frozenset((1,)))
+    assert await cache.find("a") == NOWHERE
+    await cache.forget("a")
