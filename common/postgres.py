@@ -16,8 +16,20 @@ else:
 
 CONNECT_TIMEOUT_S = 5.0
 
+# The connection, or the server behind it, went away. asyncpg says so in several ways, depending on where its protocol
+# stood at that moment; InternalClientError, its word for a bug of its own, is one of them. OSError covers refused and
+# reset connections.
+CONNECTION_LOST = (
+    OSError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.TooManyConnectionsError,
+)
+
 # What a connection attempt raises when the server is not there, not ready, or says no.
-CONNECT_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+CONNECT_ERRORS = (*CONNECTION_LOST, TimeoutError, asyncpg.PostgresError)
 
 
 class DatabaseUnreachableError(Exception):

@@ -8,8 +8,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-import asyncpg
-
 from common import catalog, logs, postgres
 from common.deadline import Deadline
 from common.postgres import Connection
@@ -21,14 +19,7 @@ _BACKOFF_S = (0.2, 5.0)
 # Longest that a request waits for a newer topology before it tries again with what there is.
 _REFRESH_TIMEOUT_S = 2.0
 
-_CATALOG_ERRORS = (
-    postgres.DatabaseUnreachableError,
-    catalog.CatalogError,
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    OSError,
-    TimeoutError,
-)
+_EXPECTED = (postgres.DatabaseUnreachableError, catalog.CatalogError, *postgres.CONNECT_ERRORS)
 
 
 class TopologyWatch:
@@ -79,12 +70,16 @@ class TopologyWatch:
                 finally:
                     # Without the round trip of a polite close, which would wait for a server that may be gone.
                     connection.terminate()
-            except _CATALOG_ERRORS as error:
+            except _EXPECTED as error:
                 _log.warning(
                     "the catalog is out of reach; serving from the snapshot",
                     epoch=self._topology.epoch,
                     error=type(error).__name__,
                 )
+            except Exception as bug:
+                # Serving from the snapshot matters more than being told here and now: a router that left while the
+                # catalog is away could not start again.
+                _log.error("following the catalog failed by a bug", **logs.describe_bug(bug))
             await self._announce_look()
             await self._wait(backoff_s)
             backoff_s = min(backoff_s * 2, longest_s)

@@ -11,24 +11,13 @@ from pgvector.asyncpg import register_vector
 from common.config import ShardSettings
 from common.deadline import Deadline
 from common.errors import OutcomeUnknown, Unavailable
-from common.postgres import CONNECT_TIMEOUT_S, Connection, Pool
+from common.postgres import CONNECT_TIMEOUT_S, CONNECTION_LOST, Connection, Pool
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
 # Seconds after which a caller may try again: a primary that was killed is back in about one.
 _RETRY_AFTER_S = 1.0
-
-# The connection, or the server behind it, went away. OSError covers refused and reset connections.
-_LOST = (
-    OSError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.TooManyConnectionsError,
-)
 
 
 class Database:
@@ -43,7 +32,7 @@ class Database:
         connection = await self._acquire(deadline)
         try:
             yield connection
-        except _LOST as error:
+        except CONNECTION_LOST as error:
             raise _unavailable() from error
         finally:
             await self._release(connection)
@@ -54,7 +43,7 @@ class Database:
         connection = await self._acquire(deadline)
         try:
             yield connection
-        except _LOST as error:
+        except CONNECTION_LOST as error:
             raise OutcomeUnknown(
                 "the database went away during the write; the same request again settles whether it happened",
                 retry_after_s=_RETRY_AFTER_S,
@@ -65,13 +54,13 @@ class Database:
     async def _acquire(self, deadline: Deadline) -> "PoolConnectionProxy[asyncpg.Record]":
         try:
             return await self._pool.acquire(timeout=deadline.remaining_s())
-        except _LOST as error:
+        except CONNECTION_LOST as error:
             raise _unavailable() from error
 
     async def _release(self, connection: "PoolConnectionProxy[asyncpg.Record]") -> None:
         # A connection that died cannot be tidied up. The pool replaces it, and its complaint must not take the place
         # of the error that the caller is about to see.
-        with suppress(*_LOST):
+        with suppress(*CONNECTION_LOST):
             await self._pool.release(connection)
 
 
@@ -103,7 +92,7 @@ async def is_writable(database: Database) -> bool:
     try:
         async with deadline.bound(), database.reading(deadline) as connection:
             return not await connection.fetchval("SELECT pg_is_in_recovery()")
-    except (Unavailable, TimeoutError):
+    except (Unavailable, TimeoutError, asyncpg.PostgresError):
         return False
 
 
