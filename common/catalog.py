@@ -124,7 +124,7 @@ async def create(
     """
     if not 1 <= dimensions <= MAX_DIMENSIONS[precision]:
         raise ValueError(f"dimensions must be 1 to {MAX_DIMENSIONS[precision]} at {precision} precision")
-    await migrate(connection, _MIGRATIONS)
+    await upgrade(connection)
     cluster_id, token_key = str(uuid.uuid4()), secrets.token_bytes(TOKEN_KEY_BYTES)
     ranges = share_out({shard.shard_id: shard.weight for shard in shards})
     async with connection.transaction():
@@ -139,6 +139,11 @@ async def create(
             _CREATE_RANGE, [(first, last, shard_id) for shard_id, (first, last) in ranges.items()]
         )
     return await read_cluster(connection)
+
+
+async def upgrade(connection: Connection) -> None:
+    """Brings the catalog's tables up to date, as the role that owns them. Raises NewerSchemaError."""
+    await migrate(connection, _MIGRATIONS)
 
 
 async def read_cluster(connection: Connection) -> Cluster:

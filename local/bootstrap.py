@@ -14,6 +14,7 @@ import asyncpg
 
 from common import catalog
 from common.catalog import CatalogError, EpochConflictError, Precision
+from common.migrations import NewerSchemaError
 from common.postgres import CONNECT_ERRORS, DatabaseUnreachableError, connect
 from common.topology import Shard, Topology
 from local.account import Account
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 _ADDRESS_TRIES = 5
 
-_CREATE_ROLE = "CREATE ROLE {role} LOGIN PASSWORD '{password}'"
-_CREATE_DATABASE = "CREATE DATABASE {database} OWNER {owner}"
+# These statements take no parameters, so the server makes them from parameters, quoting names (%I) and values (%L).
+_CREATE_ROLE = "SELECT format('CREATE ROLE %I LOGIN PASSWORD %L', $1::text, $2::text)"
+_CREATE_DATABASE = "SELECT format('CREATE DATABASE %I OWNER %I', $1::text, $2::text)"
 # The owner of the database may create in `public` (pg_database_owner); nobody else may, in any PostgreSQL.
 _CLOSE_SCHEMA = "REVOKE CREATE ON SCHEMA public FROM PUBLIC"
 _ADD_VECTOR = "CREATE EXTENSION vector"
@@ -77,8 +79,8 @@ async def make_database(server: Server, secrets: Secrets, *, vector: bool) -> No
     """Makes the roles and the database of a new server, with pgvector if wanted."""
     async with _as(SUPERUSER, secrets.postgres, server, database="postgres") as connection:
         for role, password in ((OWNER, secrets.memshard_owner), (APP, secrets.memshard_app)):
-            await connection.execute(_CREATE_ROLE.format(role=role, password=password))
-        await connection.execute(_CREATE_DATABASE.format(database=server.database, owner=OWNER))
+            await connection.execute(await connection.fetchval(_CREATE_ROLE, role, password))
+        await connection.execute(await connection.fetchval(_CREATE_DATABASE, server.database, OWNER))
     async with _as(SUPERUSER, secrets.postgres, server) as connection:
         await connection.execute(_CLOSE_SCHEMA)
         if vector:
@@ -101,8 +103,9 @@ async def make_catalog(server: Server, secrets: Secrets, record: Record, address
 
 
 async def tell_addresses(server: Server, secrets: Secrets, addresses: Mapping[str, str]) -> Topology:
-    """Tells the catalog where the shards are now, if that is news to it; returns the topology."""
+    """Brings the catalog up to date, tells it where the shards are now if that is news, and returns the topology."""
     async with _as(OWNER, secrets.memshard_owner, server) as connection:
+        await catalog.upgrade(connection)
         for _ in range(_ADDRESS_TRIES):
             topology = await catalog.read_topology(connection)
             known = {shard.shard_id: shard.address for shard in topology.shards}
@@ -127,7 +130,7 @@ async def _as(role: str, password: str, server: Server, database: str | None = N
             yield connection
         finally:
             await connection.close()
-    except (DatabaseUnreachableError, CatalogError) as error:
+    except (DatabaseUnreachableError, CatalogError, NewerSchemaError) as error:
         raise LocalClusterError(str(error)) from error
     except asyncpg.PostgresError as error:
         raise LocalClusterError(f"{server.name}: {error}") from error
