@@ -17,6 +17,8 @@ from tests.unit.router.memories import struct
 _KEY = b"k" * 32
 _TOKENS, _OTHER_CLUSTER = Tokens(_KEY), Tokens(b"o" * 32)
 _POSITION = shard_pb2.ListPosition(create_time_us=1_700_000_000_123_456, id=b"i" * 16)
+# Enough names for protobuf to write them in the order they came, unless it is told not to.
+_MAP = {str(i): i for i in range(50)}
 
 _positions = st.builds(
     shard_pb2.ListPosition,
@@ -33,7 +35,7 @@ def _listing(**changes: object) -> pb.ListMemoriesRequest:
             comparison=pb.Comparison(
                 field="metadata.a",
                 operator=pb.OPERATOR_EQ,
-                value=struct_pb2.Value(struct_value=struct({"a": 1, "b": 2})),
+                value=struct_pb2.Value(struct_value=struct(_MAP)),
             )
         ),
         **changes,
@@ -83,7 +85,7 @@ def test_token_of_another_listing_is_refused(changes: dict[str, object]) -> None
 
 def test_order_of_a_filters_map_does_not_make_another_listing() -> None:
     turned = _listing()
-    turned.filter.comparison.value.struct_value.CopyFrom(struct({"b": 2, "a": 1}))
+    turned.filter.comparison.value.struct_value.CopyFrom(struct(dict(reversed(_MAP.items()))))
     turned.page_token = _TOKENS.next_page(_listing(), _POSITION)
     assert _TOKENS.page_start(turned) == _POSITION
 

@@ -285,29 +285,29 @@ def test_bad_argument_is_refused_with_its_reason_and_field(call: Callable[[], An
 
 
 @pytest.mark.parametrize(
-    ("taken", "expected"),
+    ("call", "expected"),
     [
-        (validate.user_id("u" * 256, "user_id"), "u" * 256),
-        (validate.optional_user_id("", "user_id"), ""),
-        (validate.request_id(""), ""),
-        (validate.request_id("r" * 256), "r" * 256),
-        (validate.page_size(0), 100),
-        (validate.page_size(1), 1),
-        (validate.page_size(1000), 1000),
-        (validate.window(0, 0), validate.Window(10, 0)),
-        (validate.window(0, 990), validate.Window(10, 990)),
-        (validate.window(1, 999), validate.Window(1, 999)),
-        (validate.window(1000, 0), validate.Window(1000, 0)),
-        (validate.window(1, 999).k, 1000),
-        (validate.min_score(pb.SearchMemoriesRequest()), None),
-        (validate.min_score(pb.SearchMemoriesRequest(min_score=0)), 0.0),
-        (validate.min_score(pb.SearchMemoriesRequest(min_score=-1)), -1.0),
-        (validate.query_text(""), ""),
-        (validate.query_text("x" * 65536), "x" * 65536),
+        (lambda: validate.user_id("u" * 256, "user_id"), "u" * 256),
+        (lambda: validate.optional_user_id("", "user_id"), ""),
+        (lambda: validate.request_id(""), ""),
+        (lambda: validate.request_id("r" * 256), "r" * 256),
+        (lambda: validate.page_size(0), 100),
+        (lambda: validate.page_size(1), 1),
+        (lambda: validate.page_size(1000), 1000),
+        (lambda: validate.window(0, 0), validate.Window(10, 0)),
+        (lambda: validate.window(0, 990), validate.Window(10, 990)),
+        (lambda: validate.window(1, 999), validate.Window(1, 999)),
+        (lambda: validate.window(1000, 0), validate.Window(1000, 0)),
+        (lambda: validate.window(1, 999).k, 1000),
+        (lambda: validate.min_score(pb.SearchMemoriesRequest()), None),
+        (lambda: validate.min_score(pb.SearchMemoriesRequest(min_score=0)), 0.0),
+        (lambda: validate.min_score(pb.SearchMemoriesRequest(min_score=-1)), -1.0),
+        (lambda: validate.query_text(""), ""),
+        (lambda: validate.query_text("x" * 65536), "x" * 65536),
     ],
 )
-def test_argument_at_its_bounds_is_taken(taken: object, expected: object) -> None:
-    assert taken == expected
+def test_argument_at_its_bounds_is_taken(call: Callable[[], object], expected: object) -> None:
+    assert call() == expected
 
 
 def test_every_read_level_is_taken() -> None:
