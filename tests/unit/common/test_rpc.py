@@ -163,7 +163,8 @@ async def test_handler_knows_the_callers_deadline() -> None:
         await call(timeout_s=30.0)
         await call()
     theirs, default = seen
-    assert 0 < theirs <= 30
+    # Both ends read a clock of their own, a little apart.
+    assert 20 < theirs < 40
     assert 900 < default <= 1000
 
 

@@ -203,7 +203,7 @@ def test_embedding_that_is_taken_compares_to_itself_as_equal(numbers: list[float
         pytest.param({"embedding": None}, id="no embedding"),
         pytest.param({"embedding_model": None}, id="no model"),
         pytest.param({"expire_time": {"seconds": 253402300799, "nanos": 999999999}}, id="the end of time"),
-        pytest.param({"expire_time": {"seconds": int(time.time()) + 60}}, id="in a minute"),
+        pytest.param({"expire_time": {"seconds": int(time.time()) + 3600}}, id="in an hour"),
     ],
 )
 def test_memory_at_the_bounds_is_taken_as_it_is(changes: dict[str, Any]) -> None:
