@@ -96,10 +96,7 @@ class LocalEmbedder:
 
     def _embed(self, texts: list[str]) -> Vectors:
         # Not normalised by WordLlama, which divides by zero for a text without a known token.
-        vectors: Vectors = self._llama.embed(texts, norm=False)
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        normalised: Vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
-        return normalised
+        return _normalised(self._llama.embed(texts, norm=False))
 
 
 class HttpEmbedder:
@@ -142,12 +139,21 @@ class HttpEmbedder:
             raise _unavailable(f"it gave an array {vectors.shape}, not ({len(texts)}, {self.dimensions})")
         if not np.isfinite(vectors).all():
             raise _unavailable("it gave a NaN or infinite number")
-        return vectors
+        # Only directions are compared, and numbers of any size fit half precision this way.
+        return _normalised(vectors)
 
 
 def local_model_name(dimensions: int) -> str:
     """What embeddings of the local model are called in a catalog."""
     return f"{LOCAL_MODEL}-{dimensions}"
+
+
+def _normalised(vectors: Vectors) -> Vectors:
+    """Each row at length 1; a row of zeros stays one. Summed in float64, where no square of a float32 overflows."""
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    normalised = np.zeros(vectors.shape, dtype=np.float32)
+    np.divide(vectors, norms, out=normalised, where=norms > 0, casting="same_kind")
+    return normalised
 
 
 def _named(model: str) -> str:

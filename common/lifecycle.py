@@ -21,11 +21,15 @@ from common.health import Health
 
 _log = logs.get_logger("lifecycle")
 
-EXIT_CANNOT_START = 1
+EXIT_FAILED = 1
 
 
 class StartError(Exception):
     """The service cannot start; the message says why and what to do."""
+
+
+class StopError(Exception):
+    """The service stopped by itself, because part of it failed; its log says where."""
 
 
 class Server:
@@ -55,7 +59,11 @@ class Server:
 
     async def start(self) -> None:
         """Listens. Raises StartError when the port cannot be had."""
-        address = f"{self._settings.host}:{self._settings.port}"
+        host = self._settings.host
+        # A bare IPv6 address has colons of its own.
+        address = (
+            f"[{host}]:{self._settings.port}" if ":" in host and "[" not in host else f"{host}:{self._settings.port}"
+        )
         await self.set_serving(False)
         try:
             self._server.add_insecure_port(address)
@@ -78,14 +86,21 @@ class Server:
     async def run_until_stopped(self, background: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> None:
         """Runs the background tasks until SIGTERM or SIGINT, then drains.
 
-        A background task that fails takes the service down: it is restarted rather than left half alive.
+        A background task that ends takes the service down, drained all the same: it is restarted rather than left half
+        alive. Raises StopError then.
         """
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work()) for work in background]
-            await self._stop.wait()
-            await self._drain()
-            for task in tasks:
-                task.cancel()
+        tasks = [asyncio.create_task(work()) for work in background]
+        stop = asyncio.create_task(self._stop.wait())
+        done, _ = await asyncio.wait([stop, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for failed in done - {stop}:
+            if error := failed.exception():
+                _log.error("a background task failed by a bug", **logs.describe_bug(error))
+        await self._drain()
+        for task in (stop, *tasks):
+            task.cancel()
+        await asyncio.gather(stop, *tasks, return_exceptions=True)
+        if stop not in done:
+            raise StopError
 
     async def _drain(self) -> None:
         _log.info("draining", timeout_s=self._settings.drain_timeout_s)
@@ -100,10 +115,12 @@ def run(service: str, load: Callable[[], ServiceSettings], main: Callable[[Any],
         settings = load()
     except ConfigError as error:
         print(f"{service}: {error}", file=sys.stderr)
-        sys.exit(EXIT_CANNOT_START)
+        sys.exit(EXIT_FAILED)
     logs.configure(service, settings.log_format, settings.log_level)
     try:
         uvloop.run(main(settings))
     except StartError as error:
         _log.error("cannot start", why=str(error))
-        sys.exit(EXIT_CANNOT_START)
+        sys.exit(EXIT_FAILED)
+    except StopError:
+        sys.exit(EXIT_FAILED)

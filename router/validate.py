@@ -167,6 +167,9 @@ def read_options(options: pb.ReadOptions) -> None:
     """A known read level. Tokens are checked by whoever has the key."""
     if options.level not in pb.ReadLevel.values():
         raise bad("read.level", "INVALID_ENUM", f"{options.level} is no read level")
+    staleness = options.max_staleness
+    if staleness.seconds < 0 or not 0 <= staleness.nanos < 1_000_000_000:
+        raise bad("read.max_staleness", "OUT_OF_RANGE", "must be 0 or more")
 
 
 def _content(value: str) -> None:

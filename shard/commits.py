@@ -26,8 +26,13 @@ class Commits:
         """The result of `write`; when the caller is cancelled, `write` goes on without it."""
         task = asyncio.create_task(write)
         self._running.add(task)
-        task.add_done_callback(self._finished)
-        return await asyncio.shield(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # Nobody is left to hear how it ended.
+            task.add_done_callback(_report)
+            raise
 
     async def settled(self, timeout_s: float) -> None:
         """Waits until every write has ended, in whichever way; what has not after `timeout_s` stays in doubt."""
@@ -36,9 +41,8 @@ class Commits:
             if pending:
                 _log.warning("writes left in doubt", count=len(pending))
 
-    def _finished(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
-        # Retrieving the exception keeps asyncio from complaining that nobody did, when the caller had gone. One that
-        # stayed gets it too, and its handler logs it; domain errors are answers, not events.
-        if not task.cancelled() and (error := task.exception()) and not isinstance(error, MemshardError):
-            _log.debug("a write failed", error=type(error).__name__)
+
+def _report(task: asyncio.Task[Any]) -> None:
+    """Logs a bug in a write whose caller has gone. Domain errors are answers, and the same request will hear them."""
+    if not task.cancelled() and (error := task.exception()) and not isinstance(error, MemshardError | TimeoutError):
+        _log.error("a write failed by a bug after its caller had gone", **logs.describe_bug(error))

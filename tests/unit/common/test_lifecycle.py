@@ -174,11 +174,18 @@ async def test_bad_settings_exit_and_are_named(tmp_path: Path) -> None:
 
 
 async def test_background_task_that_fails_takes_the_service_down(tmp_path: Path) -> None:
-    """So that it is started again, rather than left half alive."""
+    """So that it is started again, rather than left half alive; drained, and without the text of its exception."""
     async with _serving(tmp_path) as service:
+        in_flight = asyncio.ensure_future(service.memories.GetMemory(pb.GetMemoryRequest(id="kept")))
+        await eventually((tmp_path / "entered").exists)
         (tmp_path / "break").touch()
-        assert await service.process.wait() not in (0, None)
-        assert "RuntimeError" in await service.output()
+        await eventually(lambda: _refused(service))
+        (tmp_path / "release").touch()
+        assert (await in_flight).memory.id == "kept"
+        assert await service.process.wait() == 1
+        output = await service.output()
+        assert "RuntimeError" in output
+        assert "told to" not in output
 
 
 async def test_reflection_lists_the_services_and_has_their_contract(tmp_path: Path) -> None:
