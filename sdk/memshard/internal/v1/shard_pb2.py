@@ -22,50 +22,83 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from memshard.v1 import memory_pb2 as memshard_dot_v1_dot_memory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n memshard/internal/v1/shard.proto\x12\x14memshard.internal.v1\x1a\x18memshard/v1/memory.proto\"m\n\x05Route\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12/\n\x06ranges\x18\x04 \x03(\x0b\x32\x1f.memshard.internal.v1.SlotRange\"T\n\x06\x43ommit\x12\x10\n\x08timeline\x18\x01 \x01(\r\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12+\n\ndurability\x18\x03 \x01(\x0e\x32\x17.memshard.v1.Durability\"o\n\x0cStoreRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12#\n\x06memory\x18\x02 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"b\n\rStoreResponse\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"p\n\nGetRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x19\n\x11include_embedding\x18\x04 \x01(\x08\"?\n\x0bGetResponse\x12\x30\n\x05\x66ound\x18\x01 \x03(\x0b\x32!.memshard.internal.v1.FoundMemory\"@\n\x0b\x46oundMemory\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0c\n\x04slot\x18\x02 \x01(\r\"l\n\rDeleteRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"O\n\x0e\x44\x65leteResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x08\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"2\n\x0cListPosition\x12\x16\n\x0e\x63reate_time_us\x18\x01 \x01(\x03\x12\n\n\x02id\x18\x02 \x01(\x0c\"\xab\x01\n\x0bListRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x31\n\x05\x61\x66ter\x18\x04 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\x12\x19\n\x11include_embedding\x18\x05 \x01(\x08\"g\n\x0cListResponse\x12%\n\x08memories\x18\x01 \x03(\x0b\x32\x13.memshard.v1.Memory\x12\x30\n\x04next\x18\x02 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\"\xab\x01\n\rSearchRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tembedding\x18\x03 \x03(\x02\x12\t\n\x01k\x18\x04 \x01(\x05\x12\x16\n\tmin_score\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x19\n\x11include_embedding\x18\x06 \x01(\x08\x42\x0c\n\n_min_score\"<\n\x0eSearchResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.memshard.v1.ScoredMemory\"\x11\n\x0f\x44\x65scribeRequest\"w\n\x10\x44\x65scribeResponse\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12.\n\x05owned\x18\x04 \x03(\x0b\x32\x1f.memshard.internal.v1.SlotRange\"(\n\tSlotRange\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r2\x80\x04\n\x0cShardService\x12P\n\x05Store\x12\".memshard.internal.v1.StoreRequest\x1a#.memshard.internal.v1.StoreResponse\x12J\n\x03Get\x12 .memshard.internal.v1.GetRequest\x1a!.memshard.internal.v1.GetResponse\x12S\n\x06\x44\x65lete\x12#.memshard.internal.v1.DeleteRequest\x1a$.memshard.internal.v1.DeleteResponse\x12M\n\x04List\x12!.memshard.internal.v1.ListRequest\x1a\".memshard.internal.v1.ListResponse\x12S\n\x06Search\x12#.memshard.internal.v1.SearchRequest\x1a$.memshard.internal.v1.SearchResponse\x12Y\n\x08\x44\x65scribe\x12%.memshard.internal.v1.DescribeRequest\x1a&.memshard.internal.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n memshard/internal/v1/shard.proto\x12\x14memshard.internal.v1\x1a\x17google/rpc/status.proto\x1a\x18memshard/v1/memory.proto\"m\n\x05Route\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12/\n\x06ranges\x18\x04 \x03(\x0b\x32\x1f.memshard.internal.v1.SlotRange\"T\n\x06\x43ommit\x12\x10\n\x08timeline\x18\x01 \x01(\r\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12+\n\ndurability\x18\x03 \x01(\x0e\x32\x17.memshard.v1.Durability\"o\n\x0cStoreRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12#\n\x06memory\x18\x02 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"b\n\rStoreResponse\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"p\n\nGetRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x19\n\x11include_embedding\x18\x04 \x01(\x08\"?\n\x0bGetResponse\x12\x30\n\x05\x66ound\x18\x01 \x03(\x0b\x32!.memshard.internal.v1.FoundMemory\"@\n\x0b\x46oundMemory\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0c\n\x04slot\x18\x02 \x01(\r\"l\n\rDeleteRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"O\n\x0e\x44\x65leteResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x08\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"2\n\x0cListPosition\x12\x16\n\x0e\x63reate_time_us\x18\x01 \x01(\x03\x12\n\n\x02id\x18\x02 \x01(\x0c\"\xd0\x01\n\x0bListRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x31\n\x05\x61\x66ter\x18\x04 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\x12\x19\n\x11include_embedding\x18\x05 \x01(\x08\x12#\n\x06\x66ilter\x18\x06 \x01(\x0b\x32\x13.memshard.v1.Filter\"g\n\x0cListResponse\x12%\n\x08memories\x18\x01 \x03(\x0b\x32\x13.memshard.v1.Memory\x12\x30\n\x04next\x18\x02 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\"\xdf\x01\n\rSearchRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tembedding\x18\x03 \x03(\x02\x12\t\n\x01k\x18\x04 \x01(\x05\x12\x16\n\tmin_score\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x19\n\x11include_embedding\x18\x06 \x01(\x08\x12#\n\x06\x66ilter\x18\x07 \x01(\x0b\x32\x13.memshard.v1.Filter\x12\r\n\x05words\x18\x08 \x01(\tB\x0c\n\n_min_score\"P\n\x0eSearchResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.memshard.v1.ScoredMemory\x12\x12\n\nunembedded\x18\x02 \x01(\x03\"o\n\x11StoreBatchRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12.\n\x05items\x18\x02 \x03(\x0b\x32\x1f.memshard.internal.v1.StoreItem\"N\n\tStoreItem\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12#\n\x06memory\x18\x02 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"x\n\x12StoreBatchResponse\x12\x34\n\x08outcomes\x18\x01 \x03(\x0b\x32\".memshard.internal.v1.StoreOutcome\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"1\n\x0cStoreOutcome\x12!\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\"j\n\x0c\x43laimRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12.\n\x05items\x18\x02 \x03(\x0b\x32\x1f.memshard.internal.v1.ClaimItem\"`\n\tClaimItem\x12\x11\n\thome_slot\x18\x01 \x01(\r\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x13\n\x0bmemory_slot\x18\x05 \x01(\r\"E\n\rClaimResponse\x12\x34\n\x08outcomes\x18\x01 \x03(\x0b\x32\".memshard.internal.v1.ClaimOutcome\"1\n\x0c\x43laimOutcome\x12!\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\"[\n\x10\x46indClaimRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\"=\n\x11\x46indClaimResponse\x12\x18\n\x0bmemory_slot\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0e\n\x0c_memory_slot\"\xc8\x01\n\rUpdateRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12#\n\x06memory\x18\x02 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0e\n\x06\x66ields\x18\x03 \x03(\t\x12\x1d\n\x10\x65xpected_version\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x42\x13\n\x11_expected_version\"c\n\x0eUpdateResponse\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"\x89\x01\n\x13ListVersionsRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x16\n\x0e\x62\x65\x66ore_version\x18\x05 \x01(\x03\"K\n\x14ListVersionsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.memshard.v1.Memory\x12\x0c\n\x04more\x18\x02 \x01(\x08\"_\n\x0c\x45raseRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"|\n\rEraseResponse\x12\x17\n\x0fmemories_erased\x18\x01 \x01(\x03\x12\x17\n\x0fversions_erased\x18\x02 \x01(\x03\x12\x0b\n\x03ids\x18\x03 \x03(\t\x12,\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"\x11\n\x0f\x44\x65scribeRequest\"w\n\x10\x44\x65scribeResponse\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12.\n\x05owned\x18\x04 \x03(\x0b\x32\x1f.memshard.internal.v1.SlotRange\"(\n\tSlotRange\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r2\x9f\x08\n\x0cShardService\x12P\n\x05Store\x12\".memshard.internal.v1.StoreRequest\x1a#.memshard.internal.v1.StoreResponse\x12_\n\nStoreBatch\x12\'.memshard.internal.v1.StoreBatchRequest\x1a(.memshard.internal.v1.StoreBatchResponse\x12P\n\x05\x43laim\x12\".memshard.internal.v1.ClaimRequest\x1a#.memshard.internal.v1.ClaimResponse\x12\\\n\tFindClaim\x12&.memshard.internal.v1.FindClaimRequest\x1a\'.memshard.internal.v1.FindClaimResponse\x12S\n\x06Update\x12#.memshard.internal.v1.UpdateRequest\x1a$.memshard.internal.v1.UpdateResponse\x12J\n\x03Get\x12 .memshard.internal.v1.GetRequest\x1a!.memshard.internal.v1.GetResponse\x12S\n\x06\x44\x65lete\x12#.memshard.internal.v1.DeleteRequest\x1a$.memshard.internal.v1.DeleteResponse\x12M\n\x04List\x12!.memshard.internal.v1.ListRequest\x1a\".memshard.internal.v1.ListResponse\x12\x65\n\x0cListVersions\x12).memshard.internal.v1.ListVersionsRequest\x1a*.memshard.internal.v1.ListVersionsResponse\x12P\n\x05\x45rase\x12\".memshard.internal.v1.EraseRequest\x1a#.memshard.internal.v1.EraseResponse\x12S\n\x06Search\x12#.memshard.internal.v1.SearchRequest\x1a$.memshard.internal.v1.SearchResponse\x12Y\n\x08\x44\x65scribe\x12%.memshard.internal.v1.DescribeRequest\x1a&.memshard.internal.v1.DescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'memshard.internal.v1.shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROUTE']._serialized_start=84
-  _globals['_ROUTE']._serialized_end=193
-  _globals['_COMMIT']._serialized_start=195
-  _globals['_COMMIT']._serialized_end=279
-  _globals['_STOREREQUEST']._serialized_start=281
-  _globals['_STOREREQUEST']._serialized_end=392
-  _globals['_STORERESPONSE']._serialized_start=394
-  _globals['_STORERESPONSE']._serialized_end=492
-  _globals['_GETREQUEST']._serialized_start=494
-  _globals['_GETREQUEST']._serialized_end=606
-  _globals['_GETRESPONSE']._serialized_start=608
-  _globals['_GETRESPONSE']._serialized_end=671
-  _globals['_FOUNDMEMORY']._serialized_start=673
-  _globals['_FOUNDMEMORY']._serialized_end=737
-  _globals['_DELETEREQUEST']._serialized_start=739
-  _globals['_DELETEREQUEST']._serialized_end=847
-  _globals['_DELETERESPONSE']._serialized_start=849
-  _globals['_DELETERESPONSE']._serialized_end=928
-  _globals['_LISTPOSITION']._serialized_start=930
-  _globals['_LISTPOSITION']._serialized_end=980
-  _globals['_LISTREQUEST']._serialized_start=983
-  _globals['_LISTREQUEST']._serialized_end=1154
-  _globals['_LISTRESPONSE']._serialized_start=1156
-  _globals['_LISTRESPONSE']._serialized_end=1259
-  _globals['_SEARCHREQUEST']._serialized_start=1262
-  _globals['_SEARCHREQUEST']._serialized_end=1433
-  _globals['_SEARCHRESPONSE']._serialized_start=1435
-  _globals['_SEARCHRESPONSE']._serialized_end=1495
-  _globals['_DESCRIBEREQUEST']._serialized_start=1497
-  _globals['_DESCRIBEREQUEST']._serialized_end=1514
-  _globals['_DESCRIBERESPONSE']._serialized_start=1516
-  _globals['_DESCRIBERESPONSE']._serialized_end=1635
-  _globals['_SLOTRANGE']._serialized_start=1637
-  _globals['_SLOTRANGE']._serialized_end=1677
-  _globals['_SHARDSERVICE']._serialized_start=1680
-  _globals['_SHARDSERVICE']._serialized_end=2192
+  _globals['_ROUTE']._serialized_start=109
+  _globals['_ROUTE']._serialized_end=218
+  _globals['_COMMIT']._serialized_start=220
+  _globals['_COMMIT']._serialized_end=304
+  _globals['_STOREREQUEST']._serialized_start=306
+  _globals['_STOREREQUEST']._serialized_end=417
+  _globals['_STORERESPONSE']._serialized_start=419
+  _globals['_STORERESPONSE']._serialized_end=517
+  _globals['_GETREQUEST']._serialized_start=519
+  _globals['_GETREQUEST']._serialized_end=631
+  _globals['_GETRESPONSE']._serialized_start=633
+  _globals['_GETRESPONSE']._serialized_end=696
+  _globals['_FOUNDMEMORY']._serialized_start=698
+  _globals['_FOUNDMEMORY']._serialized_end=762
+  _globals['_DELETEREQUEST']._serialized_start=764
+  _globals['_DELETEREQUEST']._serialized_end=872
+  _globals['_DELETERESPONSE']._serialized_start=874
+  _globals['_DELETERESPONSE']._serialized_end=953
+  _globals['_LISTPOSITION']._serialized_start=955
+  _globals['_LISTPOSITION']._serialized_end=1005
+  _globals['_LISTREQUEST']._serialized_start=1008
+  _globals['_LISTREQUEST']._serialized_end=1216
+  _globals['_LISTRESPONSE']._serialized_start=1218
+  _globals['_LISTRESPONSE']._serialized_end=1321
+  _globals['_SEARCHREQUEST']._serialized_start=1324
+  _globals['_SEARCHREQUEST']._serialized_end=1547
+  _globals['_SEARCHRESPONSE']._serialized_start=1549
+  _globals['_SEARCHRESPONSE']._serialized_end=1629
+  _globals['_STOREBATCHREQUEST']._serialized_start=1631
+  _globals['_STOREBATCHREQUEST']._serialized_end=1742
+  _globals['_STOREITEM']._serialized_start=1744
+  _globals['_STOREITEM']._serialized_end=1822
+  _globals['_STOREBATCHRESPONSE']._serialized_start=1824
+  _globals['_STOREBATCHRESPONSE']._serialized_end=1944
+  _globals['_STOREOUTCOME']._serialized_start=1946
+  _globals['_STOREOUTCOME']._serialized_end=1995
+  _globals['_CLAIMREQUEST']._serialized_start=1997
+  _globals['_CLAIMREQUEST']._serialized_end=2103
+  _globals['_CLAIMITEM']._serialized_start=2105
+  _globals['_CLAIMITEM']._serialized_end=2201
+  _globals['_CLAIMRESPONSE']._serialized_start=2203
+  _globals['_CLAIMRESPONSE']._serialized_end=2272
+  _globals['_CLAIMOUTCOME']._serialized_start=2274
+  _globals['_CLAIMOUTCOME']._serialized_end=2323
+  _globals['_FINDCLAIMREQUEST']._serialized_start=2325
+  _globals['_FINDCLAIMREQUEST']._serialized_end=2416
+  _globals['_FINDCLAIMRESPONSE']._serialized_start=2418
+  _globals['_FINDCLAIMRESPONSE']._serialized_end=2479
+  _globals['_UPDATEREQUEST']._serialized_start=2482
+  _globals['_UPDATEREQUEST']._serialized_end=2682
+  _globals['_UPDATERESPONSE']._serialized_start=2684
+  _globals['_UPDATERESPONSE']._serialized_end=2783
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=2786
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=2923
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=2925
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=3000
+  _globals['_ERASEREQUEST']._serialized_start=3002
+  _globals['_ERASEREQUEST']._serialized_end=3097
+  _globals['_ERASERESPONSE']._serialized_start=3099
+  _globals['_ERASERESPONSE']._serialized_end=3223
+  _globals['_DESCRIBEREQUEST']._serialized_start=3225
+  _globals['_DESCRIBEREQUEST']._serialized_end=3242
+  _globals['_DESCRIBERESPONSE']._serialized_start=3244
+  _globals['_DESCRIBERESPONSE']._serialized_end=3363
+  _globals['_SLOTRANGE']._serialized_start=3365
+  _globals['_SLOTRANGE']._serialized_end=3405
+  _globals['_SHARDSERVICE']._serialized_start=3408
+  _globals['_SHARDSERVICE']._serialized_end=4463
 # @@protoc_insertion_point(module_scope)

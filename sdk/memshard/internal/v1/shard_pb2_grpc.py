@@ -40,6 +40,26 @@ class ShardServiceStub:
                 request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.StoreRequest.SerializeToString,
                 response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.StoreResponse.FromString,
                 _registered_method=True)
+        self.StoreBatch = channel.unary_unary(
+                '/memshard.internal.v1.ShardService/StoreBatch',
+                request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.StoreBatchRequest.SerializeToString,
+                response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.StoreBatchResponse.FromString,
+                _registered_method=True)
+        self.Claim = channel.unary_unary(
+                '/memshard.internal.v1.ShardService/Claim',
+                request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ClaimRequest.SerializeToString,
+                response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ClaimResponse.FromString,
+                _registered_method=True)
+        self.FindClaim = channel.unary_unary(
+                '/memshard.internal.v1.ShardService/FindClaim',
+                request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.FindClaimRequest.SerializeToString,
+                response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.FindClaimResponse.FromString,
+                _registered_method=True)
+        self.Update = channel.unary_unary(
+                '/memshard.internal.v1.ShardService/Update',
+                request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.UpdateRequest.SerializeToString,
+                response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.UpdateResponse.FromString,
+                _registered_method=True)
         self.Get = channel.unary_unary(
                 '/memshard.internal.v1.ShardService/Get',
                 request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.GetRequest.SerializeToString,
@@ -54,6 +74,16 @@ class ShardServiceStub:
                 '/memshard.internal.v1.ShardService/List',
                 request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ListRequest.SerializeToString,
                 response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ListResponse.FromString,
+                _registered_method=True)
+        self.ListVersions = channel.unary_unary(
+                '/memshard.internal.v1.ShardService/ListVersions',
+                request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ListVersionsRequest.SerializeToString,
+                response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ListVersionsResponse.FromString,
+                _registered_method=True)
+        self.Erase = channel.unary_unary(
+                '/memshard.internal.v1.ShardService/Erase',
+                request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.EraseRequest.SerializeToString,
+                response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.EraseResponse.FromString,
                 _registered_method=True)
         self.Search = channel.unary_unary(
                 '/memshard.internal.v1.ShardService/Search',
@@ -73,6 +103,34 @@ class ShardServiceServicer:
 
     def Store(self, request, context):
         """Stores one memory, once: the same id and digest again is the same success.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StoreBatch(self, request, context):
+        """Stores many memories, each once and with an outcome of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Claim(self, request, context):
+        """Takes ids for memories whose slot does not follow from user and id, or tells where they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindClaim(self, request, context):
+        """Where a memory with an id is, when its slot does not follow from user and id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Update(self, request, context):
+        """Changes one memory, once, and keeps the version from before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,8 +157,22 @@ class ShardServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListVersions(self, request, context):
+        """The versions of one memory, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Erase(self, request, context):
+        """Removes everything that is held of one user.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Search(self, request, context):
-        """The k memories nearest to an embedding, of one user or of all, exactly.
+        """The k memories nearest to an embedding, or that match words best, of one user or of all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,6 +193,26 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.StoreRequest.FromString,
                     response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.StoreResponse.SerializeToString,
             ),
+            'StoreBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.StoreBatch,
+                    request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.StoreBatchRequest.FromString,
+                    response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.StoreBatchResponse.SerializeToString,
+            ),
+            'Claim': grpc.unary_unary_rpc_method_handler(
+                    servicer.Claim,
+                    request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ClaimRequest.FromString,
+                    response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ClaimResponse.SerializeToString,
+            ),
+            'FindClaim': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindClaim,
+                    request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.FindClaimRequest.FromString,
+                    response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.FindClaimResponse.SerializeToString,
+            ),
+            'Update': grpc.unary_unary_rpc_method_handler(
+                    servicer.Update,
+                    request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.UpdateRequest.FromString,
+                    response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.UpdateResponse.SerializeToString,
+            ),
             'Get': grpc.unary_unary_rpc_method_handler(
                     servicer.Get,
                     request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.GetRequest.FromString,
@@ -135,6 +227,16 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ListRequest.FromString,
                     response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ListResponse.SerializeToString,
+            ),
+            'ListVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVersions,
+                    request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ListVersionsRequest.FromString,
+                    response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ListVersionsResponse.SerializeToString,
+            ),
+            'Erase': grpc.unary_unary_rpc_method_handler(
+                    servicer.Erase,
+                    request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.EraseRequest.FromString,
+                    response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.EraseResponse.SerializeToString,
             ),
             'Search': grpc.unary_unary_rpc_method_handler(
                     servicer.Search,
@@ -175,6 +277,114 @@ class ShardService:
             '/memshard.internal.v1.ShardService/Store',
             memshard_dot_internal_dot_v1_dot_shard__pb2.StoreRequest.SerializeToString,
             memshard_dot_internal_dot_v1_dot_shard__pb2.StoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StoreBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.internal.v1.ShardService/StoreBatch',
+            memshard_dot_internal_dot_v1_dot_shard__pb2.StoreBatchRequest.SerializeToString,
+            memshard_dot_internal_dot_v1_dot_shard__pb2.StoreBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Claim(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.internal.v1.ShardService/Claim',
+            memshard_dot_internal_dot_v1_dot_shard__pb2.ClaimRequest.SerializeToString,
+            memshard_dot_internal_dot_v1_dot_shard__pb2.ClaimResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindClaim(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.internal.v1.ShardService/FindClaim',
+            memshard_dot_internal_dot_v1_dot_shard__pb2.FindClaimRequest.SerializeToString,
+            memshard_dot_internal_dot_v1_dot_shard__pb2.FindClaimResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Update(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.internal.v1.ShardService/Update',
+            memshard_dot_internal_dot_v1_dot_shard__pb2.UpdateRequest.SerializeToString,
+            memshard_dot_internal_dot_v1_dot_shard__pb2.UpdateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -256,6 +466,60 @@ class ShardService:
             '/memshard.internal.v1.ShardService/List',
             memshard_dot_internal_dot_v1_dot_shard__pb2.ListRequest.SerializeToString,
             memshard_dot_internal_dot_v1_dot_shard__pb2.ListResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.internal.v1.ShardService/ListVersions',
+            memshard_dot_internal_dot_v1_dot_shard__pb2.ListVersionsRequest.SerializeToString,
+            memshard_dot_internal_dot_v1_dot_shard__pb2.ListVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Erase(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.internal.v1.ShardService/Erase',
+            memshard_dot_internal_dot_v1_dot_shard__pb2.EraseRequest.SerializeToString,
+            memshard_dot_internal_dot_v1_dot_shard__pb2.EraseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,14 +40,26 @@ class ShardServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ShardServiceAsyncStub: ...
     Store: _grpc.UnaryUnaryMultiCallable[_shard_pb2.StoreRequest, _shard_pb2.StoreResponse]
     """Stores one memory, once: the same id and digest again is the same success."""
+    StoreBatch: _grpc.UnaryUnaryMultiCallable[_shard_pb2.StoreBatchRequest, _shard_pb2.StoreBatchResponse]
+    """Stores many memories, each once and with an outcome of its own."""
+    Claim: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ClaimRequest, _shard_pb2.ClaimResponse]
+    """Takes ids for memories whose slot does not follow from user and id, or tells where they are."""
+    FindClaim: _grpc.UnaryUnaryMultiCallable[_shard_pb2.FindClaimRequest, _shard_pb2.FindClaimResponse]
+    """Where a memory with an id is, when its slot does not follow from user and id."""
+    Update: _grpc.UnaryUnaryMultiCallable[_shard_pb2.UpdateRequest, _shard_pb2.UpdateResponse]
+    """Changes one memory, once, and keeps the version from before."""
     Get: _grpc.UnaryUnaryMultiCallable[_shard_pb2.GetRequest, _shard_pb2.GetResponse]
     """Memories with one id: of one user, or of whoever has it."""
     Delete: _grpc.UnaryUnaryMultiCallable[_shard_pb2.DeleteRequest, _shard_pb2.DeleteResponse]
     """Deletes one memory, leaving a tombstone; the same request id again has the same answer."""
     List: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ListRequest, _shard_pb2.ListResponse]
     """One page of one user's memories, newest first."""
+    ListVersions: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ListVersionsRequest, _shard_pb2.ListVersionsResponse]
+    """The versions of one memory, newest first."""
+    Erase: _grpc.UnaryUnaryMultiCallable[_shard_pb2.EraseRequest, _shard_pb2.EraseResponse]
+    """Removes everything that is held of one user."""
     Search: _grpc.UnaryUnaryMultiCallable[_shard_pb2.SearchRequest, _shard_pb2.SearchResponse]
-    """The k memories nearest to an embedding, of one user or of all, exactly."""
+    """The k memories nearest to an embedding, or that match words best, of one user or of all."""
     Describe: _grpc.UnaryUnaryMultiCallable[_shard_pb2.DescribeRequest, _shard_pb2.DescribeResponse]
     """Who this shard is and what it owns."""
 
@@ -58,14 +70,26 @@ class ShardServiceAsyncStub(ShardServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Store: _aio.UnaryUnaryMultiCallable[_shard_pb2.StoreRequest, _shard_pb2.StoreResponse]  # type: ignore[assignment]
     """Stores one memory, once: the same id and digest again is the same success."""
+    StoreBatch: _aio.UnaryUnaryMultiCallable[_shard_pb2.StoreBatchRequest, _shard_pb2.StoreBatchResponse]  # type: ignore[assignment]
+    """Stores many memories, each once and with an outcome of its own."""
+    Claim: _aio.UnaryUnaryMultiCallable[_shard_pb2.ClaimRequest, _shard_pb2.ClaimResponse]  # type: ignore[assignment]
+    """Takes ids for memories whose slot does not follow from user and id, or tells where they are."""
+    FindClaim: _aio.UnaryUnaryMultiCallable[_shard_pb2.FindClaimRequest, _shard_pb2.FindClaimResponse]  # type: ignore[assignment]
+    """Where a memory with an id is, when its slot does not follow from user and id."""
+    Update: _aio.UnaryUnaryMultiCallable[_shard_pb2.UpdateRequest, _shard_pb2.UpdateResponse]  # type: ignore[assignment]
+    """Changes one memory, once, and keeps the version from before."""
     Get: _aio.UnaryUnaryMultiCallable[_shard_pb2.GetRequest, _shard_pb2.GetResponse]  # type: ignore[assignment]
     """Memories with one id: of one user, or of whoever has it."""
     Delete: _aio.UnaryUnaryMultiCallable[_shard_pb2.DeleteRequest, _shard_pb2.DeleteResponse]  # type: ignore[assignment]
     """Deletes one memory, leaving a tombstone; the same request id again has the same answer."""
     List: _aio.UnaryUnaryMultiCallable[_shard_pb2.ListRequest, _shard_pb2.ListResponse]  # type: ignore[assignment]
     """One page of one user's memories, newest first."""
+    ListVersions: _aio.UnaryUnaryMultiCallable[_shard_pb2.ListVersionsRequest, _shard_pb2.ListVersionsResponse]  # type: ignore[assignment]
+    """The versions of one memory, newest first."""
+    Erase: _aio.UnaryUnaryMultiCallable[_shard_pb2.EraseRequest, _shard_pb2.EraseResponse]  # type: ignore[assignment]
+    """Removes everything that is held of one user."""
     Search: _aio.UnaryUnaryMultiCallable[_shard_pb2.SearchRequest, _shard_pb2.SearchResponse]  # type: ignore[assignment]
-    """The k memories nearest to an embedding, of one user or of all, exactly."""
+    """The k memories nearest to an embedding, or that match words best, of one user or of all."""
     Describe: _aio.UnaryUnaryMultiCallable[_shard_pb2.DescribeRequest, _shard_pb2.DescribeResponse]  # type: ignore[assignment]
     """Who this shard is and what it owns."""
 
@@ -79,6 +103,38 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_shard_pb2.StoreResponse, _abc.Awaitable[_shard_pb2.StoreResponse]]:
         """Stores one memory, once: the same id and digest again is the same success."""
+
+    @_abc_1.abstractmethod
+    def StoreBatch(
+        self,
+        request: _shard_pb2.StoreBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.StoreBatchResponse, _abc.Awaitable[_shard_pb2.StoreBatchResponse]]:
+        """Stores many memories, each once and with an outcome of its own."""
+
+    @_abc_1.abstractmethod
+    def Claim(
+        self,
+        request: _shard_pb2.ClaimRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.ClaimResponse, _abc.Awaitable[_shard_pb2.ClaimResponse]]:
+        """Takes ids for memories whose slot does not follow from user and id, or tells where they are."""
+
+    @_abc_1.abstractmethod
+    def FindClaim(
+        self,
+        request: _shard_pb2.FindClaimRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.FindClaimResponse, _abc.Awaitable[_shard_pb2.FindClaimResponse]]:
+        """Where a memory with an id is, when its slot does not follow from user and id."""
+
+    @_abc_1.abstractmethod
+    def Update(
+        self,
+        request: _shard_pb2.UpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.UpdateResponse, _abc.Awaitable[_shard_pb2.UpdateResponse]]:
+        """Changes one memory, once, and keeps the version from before."""
 
     @_abc_1.abstractmethod
     def Get(
@@ -105,12 +161,28 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         """One page of one user's memories, newest first."""
 
     @_abc_1.abstractmethod
+    def ListVersions(
+        self,
+        request: _shard_pb2.ListVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.ListVersionsResponse, _abc.Awaitable[_shard_pb2.ListVersionsResponse]]:
+        """The versions of one memory, newest first."""
+
+    @_abc_1.abstractmethod
+    def Erase(
+        self,
+        request: _shard_pb2.EraseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.EraseResponse, _abc.Awaitable[_shard_pb2.EraseResponse]]:
+        """Removes everything that is held of one user."""
+
+    @_abc_1.abstractmethod
     def Search(
         self,
         request: _shard_pb2.SearchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_shard_pb2.SearchResponse, _abc.Awaitable[_shard_pb2.SearchResponse]]:
-        """The k memories nearest to an embedding, of one user or of all, exactly."""
+        """The k memories nearest to an embedding, or that match words best, of one user or of all."""
 
     @_abc_1.abstractmethod
     def Describe(
