@@ -8,7 +8,7 @@ RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up test check lint types layers proto faults clean
+.PHONY: help setup up test check lint types layers proto docs faults clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ layers: $(STAMP)  ## import-linter
 
 proto: $(STAMP)  ## Generate the stubs in sdk/memshard from proto/
 	$(BIN)/python sdk/generate_stubs.py
+
+docs: $(STAMP)  ## Generate docs/api.md from the contract's comments
+	$(BIN)/python docs/generate_api.py
 
 faults: $(STAMP)  ## The slow fault scenarios, with their figures
 	$(BIN)/pytest -m slow -s tests/faults $(ARGS)
