@@ -5,7 +5,8 @@
         for match in client.search("What does she drink?", user_id="alice").results:
             print(match.score, match.memory.content)
 
-`AsyncMemoryClient` is the same for asyncio. Failed calls raise the exceptions of `memshard.errors`.
+`AsyncMemoryClient` is the same for asyncio. `memshard.filters` makes conditions for listings and searches. Failed calls
+raise the exceptions of `memshard.errors`.
 """
 
 from memshard.aio import AsyncMemoryClient
@@ -31,32 +32,45 @@ from memshard.errors import (
     Unimplemented,
     VersionMismatch,
 )
+from memshard.filters import Filter
 from memshard.ids import new_id
 from memshard.types import (
+    UNSET,
+    BatchOutcome,
+    BatchResult,
     DegradationLevel,
     DeleteResult,
     Durability,
     Embedding,
     EmbeddingState,
+    EraseResult,
     Memory,
     MemoryPage,
     MemoryType,
     Metadata,
+    NewMemory,
     ReadReport,
     ScoredMemory,
     ScoreKind,
+    SearchMode,
     SearchResult,
     ShardFailure,
     ShardSummary,
     StoreResult,
+    Unset,
+    UpdateResult,
+    VersionPage,
     WriteReceipt,
 )
 
 __all__ = [
+    "UNSET",
     "Aborted",
     "AlreadyExists",
     "Ambiguous",
     "AsyncMemoryClient",
+    "BatchOutcome",
+    "BatchResult",
     "Cancelled",
     "DeadlineExceeded",
     "DegradationLevel",
@@ -64,8 +78,10 @@ __all__ = [
     "Durability",
     "Embedding",
     "EmbeddingState",
+    "EraseResult",
     "FailedPrecondition",
     "FieldViolation",
+    "Filter",
     "InternalError",
     "InvalidArgument",
     "Memory",
@@ -74,6 +90,7 @@ __all__ = [
     "MemoryType",
     "MemshardError",
     "Metadata",
+    "NewMemory",
     "NotFound",
     "OutcomeUnknown",
     "PermissionDenied",
@@ -82,6 +99,7 @@ __all__ = [
     "ResourceExhausted",
     "ScoreKind",
     "ScoredMemory",
+    "SearchMode",
     "SearchResult",
     "ShardFailure",
     "ShardSummary",
@@ -89,7 +107,10 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
+    "Unset",
+    "UpdateResult",
     "VersionMismatch",
+    "VersionPage",
     "WriteReceipt",
     "new_id",
 ]

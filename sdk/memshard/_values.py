@@ -32,10 +32,17 @@ def text(field: str, value: str) -> str:
     return value
 
 
-def struct_from_metadata(metadata: Metadata) -> struct_pb2.Struct:
+def struct_from_metadata(metadata: Metadata, path: str = "metadata") -> struct_pb2.Struct:
     """The Struct for a JSON-like mapping. What would come back as something else is refused."""
     result = struct_pb2.Struct()
-    _fill_struct(result, metadata, "metadata", 1)
+    _fill_struct(result, metadata, path, 1)
+    return result
+
+
+def json_value(field: str, value: object) -> struct_pb2.Value:
+    """The Value for JSON-like data. What would come back as something else is refused."""
+    result = struct_pb2.Value()
+    _fill_value(result, value, field, 1)
     return result
 
 
@@ -69,9 +76,9 @@ def number(field: str, value: float) -> float:
         raise invalid(field, "is too large a number") from error
 
 
-def count(field: str, value: int, *, least: int) -> int:
-    """The whole number as an int, when it fits an int32 and is not below `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < 2**31:
+def count(field: str, value: int, *, least: int, bits: int = 32) -> int:
+    """The whole number as an int, when it fits a signed integer of so many bits and is not below `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < 2 ** (bits - 1):
         raise invalid(field, f"must be a whole number of at least {least}, not {value!r}")
     return int(value)
 
@@ -113,7 +120,7 @@ def _fill_struct(target: struct_pb2.Struct, mapping: Metadata, path: str, depth:
 
 def _fill_value(target: struct_pb2.Value, value: Any, path: str, depth: int) -> None:
     if depth > _MAX_DEPTH:
-        raise invalid("metadata", f"is nested more than {_MAX_DEPTH} deep")
+        raise invalid(path, f"is nested more than {_MAX_DEPTH} deep")
     if value is None:
         target.null_value = struct_pb2.NULL_VALUE
     elif isinstance(value, bool):  # Before int, which bool is too.

@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
+from typing import Final
+
+from google.protobuf import field_mask_pb2
 
 from memshard import _values
-from memshard.errors import Unavailable, from_status, invalid
+from memshard.errors import InternalError, Unavailable, from_status, invalid
+from memshard.filters import Filter
 from memshard.ids import new_id
 from memshard.types import (
+    UNSET,
+    BatchOutcome,
+    BatchResult,
     DegradationLevel,
     DeleteResult,
     Durability,
     Embedding,
     EmbeddingState,
+    EraseResult,
     Memory,
     MemoryPage,
     MemoryType,
     Metadata,
+    NewMemory,
     ReadReport,
     ScoredMemory,
     ScoreKind,
+    SearchMode,
     SearchResult,
     ShardFailure,
     ShardSummary,
     StoreResult,
+    Unset,
+    UpdateResult,
+    VersionPage,
     WriteReceipt,
 )
 from memshard.v1 import memory_pb2 as pb
+
+_UPDATABLE: Final = (
+    "content",
+    "metadata",
+    "importance",
+    "type",
+    "agent_id",
+    "session_id",
+    "embedding",
+    "expire_time",
+)
 
 
 def store_request(  # noqa: PLR0913 - Each argument is a field of the memory.
@@ -44,24 +69,74 @@ def store_request(  # noqa: PLR0913 - Each argument is a field of the memory.
     expire_time: datetime | None,
 ) -> pb.StoreMemoryRequest:
     """A store of one memory. Its id is made here, once, so that every attempt to send it has the same."""
-    memory = pb.Memory(
-        id=new_id() if id is None else _values.text("id", id),
-        user_id=_values.text("user_id", user_id),
-        agent_id=_values.text("agent_id", agent_id),
-        session_id=_values.text("session_id", session_id),
-        type=pb.MemoryType.ValueType(MemoryType(type)),
-        content=_values.text("content", content),
-        embedding_model=_values.text("embedding_model", embedding_model),
+    memory = NewMemory(
+        user_id=user_id,
+        content=content,
+        id=new_id() if id is None else id,
+        agent_id=agent_id,
+        session_id=session_id,
+        type=type,
+        metadata=metadata,
+        importance=importance,
+        embedding=embedding,
+        embedding_model=embedding_model,
+        expire_time=expire_time,
     )
-    if metadata is not None and (struct := _values.struct_from_metadata(metadata)).fields:
-        memory.metadata.CopyFrom(struct)  # Empty is the same as none, also to who compares requests.
-    if importance is not None:
+    return pb.StoreMemoryRequest(memory=_new_memory(memory))
+
+
+def batch_request(memories: Iterable[NewMemory]) -> pb.BatchStoreMemoriesRequest:
+    """A store of many memories, which have their ids."""
+    request = pb.BatchStoreMemoriesRequest()
+    for index, memory in enumerate(memories):
+        if not isinstance(memory, NewMemory):
+            raise invalid(f"memories[{index}]", f"must be a NewMemory, not {type(memory).__name__}")
+        request.memories.append(_new_memory(memory, f"memories[{index}]."))
+    return request
+
+
+def update_request(  # noqa: PLR0913 - Each argument is a field of the request.
+    *,
+    user_id: str,
+    id: str,
+    content: str | Unset,
+    metadata: Metadata | Unset,
+    importance: float | Unset,
+    type: MemoryType | Unset,
+    agent_id: str | Unset,
+    session_id: str | Unset,
+    embedding: Embedding | Unset,
+    expire_time: datetime | Unset | None,
+    expected_version: int | None,
+    request_id: str | None,
+) -> pb.UpdateMemoryRequest:
+    """A change of the fields that are given. Its request id is made here, once, so that a retry has the one effect."""
+    memory = pb.Memory(id=_values.text("id", id), user_id=_values.text("user_id", user_id))
+    for field, text in (("content", content), ("agent_id", agent_id), ("session_id", session_id)):
+        if text is not UNSET:
+            setattr(memory, field, _values.text(field, text))
+    if metadata is not UNSET:
+        memory.metadata.CopyFrom(_values.struct_from_metadata(metadata))
+    if importance is not UNSET:
         memory.importance = _values.number("importance", importance)
-    if embedding is not None:
+    if type is not UNSET:
+        memory.type = pb.MemoryType.ValueType(MemoryType(type))
+    if embedding is not UNSET:
         _values.fill_floats("embedding", memory.embedding, embedding)
-    if expire_time is not None:
+    if expire_time is not UNSET and expire_time is not None:
         memory.expire_time.CopyFrom(_values.timestamp("expire_time", expire_time))
-    return pb.StoreMemoryRequest(memory=memory)
+    given = (content, metadata, importance, type, agent_id, session_id, embedding, expire_time)
+    mask = [field for field, value in zip(_UPDATABLE, given, strict=True) if value is not UNSET]
+    if not mask:
+        raise invalid("update_mask", "names nothing: give at least one field to change")
+    return pb.UpdateMemoryRequest(
+        memory=memory,
+        update_mask=field_mask_pb2.FieldMask(paths=mask),
+        expected_version=(
+            None if expected_version is None else _values.count("expected_version", expected_version, least=1, bits=64)
+        ),
+        request_id=_request_id(request_id),
+    )
 
 
 def get_request(*, id: str, user_id: str | None, include_embedding: bool) -> pb.GetMemoryRequest:
@@ -76,27 +151,47 @@ def delete_request(*, user_id: str, id: str, request_id: str | None) -> pb.Delet
     return pb.DeleteMemoryRequest(
         id=_values.text("id", id),
         user_id=_values.text("user_id", user_id),
-        request_id=new_id() if request_id is None else _values.text("request_id", request_id),
+        request_id=_request_id(request_id),
     )
 
 
-def list_request(*, user_id: str, page_size: int, page_token: str, include_embedding: bool) -> pb.ListMemoriesRequest:
+def list_request(
+    *, user_id: str, filter: Filter | None, page_size: int, page_token: str, include_embedding: bool
+) -> pb.ListMemoriesRequest:
     """One page of a listing. A size of 0, the wire's word for its default, is what nobody means who says it here."""
     return pb.ListMemoriesRequest(
         user_id=_values.text("user_id", user_id),
+        filter=_filter(filter),
         page_size=_values.count("page_size", page_size, least=1),
         page_token=_values.text("page_token", page_token),
         include_embedding=include_embedding,
     )
 
 
-def search_request(
+def versions_request(*, user_id: str, id: str, page_size: int, page_token: str) -> pb.ListMemoryVersionsRequest:
+    """One page of a memory's versions."""
+    return pb.ListMemoryVersionsRequest(
+        id=_values.text("id", id),
+        user_id=_values.text("user_id", user_id),
+        page_size=_values.count("page_size", page_size, least=1),
+        page_token=_values.text("page_token", page_token),
+    )
+
+
+def erase_request(*, user_id: str, request_id: str | None) -> pb.EraseUserRequest:
+    """An erasure of all that is a user's. Its request id is made here, once, so that a retry has the same answer."""
+    return pb.EraseUserRequest(user_id=_values.text("user_id", user_id), request_id=_request_id(request_id))
+
+
+def search_request(  # noqa: PLR0913 - Each argument is a field of the request.
     *,
     query: str,
     user_id: str | None,
     embedding: Embedding | None,
     limit: int,
     offset: int,
+    filter: Filter | None,
+    mode: SearchMode,
     min_score: float | None,
     require_all_shards: bool,
     include_embedding: bool,
@@ -107,6 +202,8 @@ def search_request(
         query=_values.text("query", query),
         limit=_values.count("limit", limit, least=1),
         offset=_values.count("offset", offset, least=0),
+        filter=_filter(filter),
+        mode=pb.SearchMode.ValueType(SearchMode(mode)),
         min_score=None if min_score is None else _values.number("min_score", min_score),
         require_all_shards=require_all_shards,
         include_embedding=include_embedding,
@@ -140,6 +237,38 @@ def memory(message: pb.Memory) -> Memory:
 def store_result(response: pb.StoreMemoryResponse) -> StoreResult:
     """What a store answered."""
     return StoreResult(memory=memory(response.memory), receipt=_receipt(response.receipt))
+
+
+def batch_result(request: pb.BatchStoreMemoriesRequest, response: pb.BatchStoreMemoriesResponse) -> BatchResult:
+    """What a store of many answered. Raises InternalError when that is not one outcome for each."""
+    if len(response.results) != len(request.memories):
+        raise InternalError(f"{len(response.results)} outcomes came for {len(request.memories)} memories")
+    outcomes = (
+        BatchOutcome(memory.id, from_status(result.error) if result.HasField("error") else None)
+        for memory, result in zip(request.memories, response.results, strict=True)
+    )
+    return BatchResult(outcomes=tuple(outcomes), receipt=_receipt(response.receipt))
+
+
+def update_result(response: pb.UpdateMemoryResponse) -> UpdateResult:
+    """What an update answered."""
+    return UpdateResult(memory=memory(response.memory), receipt=_receipt(response.receipt))
+
+
+def versions_result(response: pb.ListMemoryVersionsResponse) -> VersionPage:
+    """What a listing of versions answered."""
+    return VersionPage(
+        versions=tuple(memory(message) for message in response.versions), next_page_token=response.next_page_token
+    )
+
+
+def erase_result(response: pb.EraseUserResponse) -> EraseResult:
+    """What an erasure answered."""
+    return EraseResult(
+        memories_erased=response.memories_erased,
+        versions_erased=response.versions_erased,
+        receipt=_receipt(response.receipt),
+    )
 
 
 def get_result(response: pb.GetMemoryResponse) -> Memory:
@@ -184,6 +313,40 @@ def whole_page(page: MemoryPage) -> MemoryPage:
         f"the listing is incomplete: {missing} of {shards.total} shards did not answer ({names})",
         reason="PARTIAL_LISTING",
     )
+
+
+def _new_memory(given: NewMemory, path: str = "") -> pb.Memory:
+    """The message of a memory to store; `path` is where it stands in the request."""
+    message = pb.Memory(
+        id=_values.text(f"{path}id", given.id),
+        user_id=_values.text(f"{path}user_id", given.user_id),
+        agent_id=_values.text(f"{path}agent_id", given.agent_id),
+        session_id=_values.text(f"{path}session_id", given.session_id),
+        type=pb.MemoryType.ValueType(MemoryType(given.type)),
+        content=_values.text(f"{path}content", given.content),
+        embedding_model=_values.text(f"{path}embedding_model", given.embedding_model),
+    )
+    if given.metadata is not None:
+        struct = _values.struct_from_metadata(given.metadata, f"{path}metadata")
+        if struct.fields:  # Empty is the same as none, also to who compares requests.
+            message.metadata.CopyFrom(struct)
+    if given.importance is not None:
+        message.importance = _values.number(f"{path}importance", given.importance)
+    if given.embedding is not None:
+        _values.fill_floats(f"{path}embedding", message.embedding, given.embedding)
+    if given.expire_time is not None:
+        message.expire_time.CopyFrom(_values.timestamp(f"{path}expire_time", given.expire_time))
+    return message
+
+
+def _request_id(given: str | None) -> str:
+    return new_id() if given is None else _values.text("request_id", given)
+
+
+def _filter(given: Filter | None) -> pb.Filter | None:
+    if given is not None and not isinstance(given, Filter):
+        raise invalid("filter", f"must be a condition of memshard.filters, not {type(given).__name__}")
+    return None if given is None else given.message()
 
 
 def _receipt(message: pb.WriteReceipt) -> WriteReceipt:

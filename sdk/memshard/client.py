@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Self, TypeVar
 
@@ -11,15 +11,24 @@ import grpc
 from memshard import _wire
 from memshard._channel import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, channel_options, check_address, check_timeout
 from memshard.errors import from_rpc_error
+from memshard.filters import Filter
 from memshard.types import (
+    UNSET,
+    BatchResult,
     DeleteResult,
     Embedding,
+    EraseResult,
     Memory,
     MemoryPage,
     MemoryType,
     Metadata,
+    NewMemory,
+    SearchMode,
     SearchResult,
     StoreResult,
+    Unset,
+    UpdateResult,
+    VersionPage,
 )
 from memshard.v1.memory_pb2_grpc import MemoryServiceStub
 
@@ -118,6 +127,20 @@ class MemoryClient:
         )
         return _wire.store_result(self._call(self._stub.StoreMemory, request, timeout_s))
 
+    def store_many(self, memories: Iterable[NewMemory], *, timeout_s: float | None = None) -> BatchResult:
+        """Stores up to 500 memories of any users, 8 MiB at most, in one call. Each has an outcome of its own.
+
+        A memory that is refused sinks none of the others: look at `failed` of the result. The same memories again,
+        with the ids they were made with, are the same success.
+
+        Raises:
+            InvalidArgument: there are none or too many, or one holds what cannot be sent; nothing is stored then.
+            OutcomeUnknown, DeadlineExceeded: some may have been stored.
+            MemshardError: anything else; see memshard.errors.
+        """
+        request = _wire.batch_request(memories)
+        return _wire.batch_result(request, self._call(self._stub.BatchStoreMemories, request, timeout_s))
+
     def get(
         self,
         id: str,
@@ -134,6 +157,56 @@ class MemoryClient:
         request = _wire.get_request(id=id, user_id=user_id, include_embedding=include_embedding)
         return _wire.get_result(self._call(self._stub.GetMemory, request, timeout_s))
 
+    def update(  # noqa: PLR0913 - Each argument is a field of the memory.
+        self,
+        user_id: str,
+        id: str,
+        *,
+        content: str | Unset = UNSET,
+        metadata: Metadata | Unset = UNSET,
+        importance: float | Unset = UNSET,
+        type: MemoryType | Unset = UNSET,
+        agent_id: str | Unset = UNSET,
+        session_id: str | Unset = UNSET,
+        embedding: Embedding | Unset = UNSET,
+        expire_time: datetime | Unset | None = UNSET,
+        expected_version: int | None = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> UpdateResult:
+        """Changes the fields that are given, and makes a new version. Metadata is replaced as a whole.
+
+        A request id is made before the first attempt when none is given; the same one again, within 24 hours, has the
+        one effect and the same answer.
+
+        Args:
+            content: new text; unless an embedding is given too, the service makes a new one.
+            expire_time: with a time zone; None lets the memory stay.
+            expected_version: change nothing unless the memory is at this version.
+
+        Raises:
+            InvalidArgument: a field is wrong, or none is given.
+            NotFound: there is no such memory, or it is another user's.
+            VersionMismatch: the memory is not at `expected_version`.
+            OutcomeUnknown, DeadlineExceeded: the memory may have been changed.
+            MemshardError: anything else; see memshard.errors.
+        """
+        request = _wire.update_request(
+            user_id=user_id,
+            id=id,
+            content=content,
+            metadata=metadata,
+            importance=importance,
+            type=type,
+            agent_id=agent_id,
+            session_id=session_id,
+            embedding=embedding,
+            expire_time=expire_time,
+            expected_version=expected_version,
+            request_id=request_id,
+        )
+        return _wire.update_result(self._call(self._stub.UpdateMemory, request, timeout_s))
+
     def delete(
         self, user_id: str, id: str, *, request_id: str | None = None, timeout_s: float | None = None
     ) -> DeleteResult:
@@ -149,6 +222,7 @@ class MemoryClient:
         self,
         user_id: str,
         *,
+        filter: Filter | None = None,
         page_size: int = 100,
         page_token: str = "",
         include_embedding: bool = False,
@@ -156,10 +230,15 @@ class MemoryClient:
     ) -> MemoryPage:
         """One page of a user's memories, newest first; `next_page_token` of the last page is empty.
 
-        A page may be shorter than `page_size` (1 to 1,000). Its report says what it leaves out.
+        A page may be shorter than `page_size` (1 to 1,000). Its report says what it leaves out. `filter` (see
+        memshard.filters) must stay the same from page to page.
         """
         request = _wire.list_request(
-            user_id=user_id, page_size=page_size, page_token=page_token, include_embedding=include_embedding
+            user_id=user_id,
+            filter=filter,
+            page_size=page_size,
+            page_token=page_token,
+            include_embedding=include_embedding,
         )
         return _wire.list_result(self._call(self._stub.ListMemories, request, timeout_s))
 
@@ -167,6 +246,7 @@ class MemoryClient:
         self,
         user_id: str,
         *,
+        filter: Filter | None = None,
         page_size: int = 100,
         include_embedding: bool = False,
         timeout_s: float | None = None,
@@ -180,6 +260,7 @@ class MemoryClient:
             page = _wire.whole_page(
                 self.list_memories(
                     user_id,
+                    filter=filter,
                     page_size=page_size,
                     page_token=token,
                     include_embedding=include_embedding,
@@ -187,6 +268,31 @@ class MemoryClient:
                 )
             )
             yield from page.memories
+            token = page.next_page_token
+            if not token:
+                return
+
+    def list_versions(
+        self,
+        user_id: str,
+        id: str,
+        *,
+        page_size: int = 100,
+        page_token: str = "",
+        timeout_s: float | None = None,
+    ) -> VersionPage:
+        """One page of the kept versions of a memory, newest first; `next_page_token` of the last page is empty."""
+        request = _wire.versions_request(user_id=user_id, id=id, page_size=page_size, page_token=page_token)
+        return _wire.versions_result(self._call(self._stub.ListMemoryVersions, request, timeout_s))
+
+    def iter_versions(
+        self, user_id: str, id: str, *, page_size: int = 100, timeout_s: float | None = None
+    ) -> Iterator[Memory]:
+        """All kept versions of a memory, newest first, fetched page by page; `timeout_s` is for each page."""
+        token = ""
+        while True:
+            page = self.list_versions(user_id, id, page_size=page_size, page_token=token, timeout_s=timeout_s)
+            yield from page.versions
             token = page.next_page_token
             if not token:
                 return
@@ -199,6 +305,8 @@ class MemoryClient:
         embedding: Embedding | None = None,
         limit: int = 10,
         offset: int = 0,
+        filter: Filter | None = None,
+        mode: SearchMode = SearchMode.SEMANTIC,
         min_score: float | None = None,
         require_all_shards: bool = False,
         include_embedding: bool = False,
@@ -207,6 +315,7 @@ class MemoryClient:
         """The memories nearest to a text or an embedding, best first, of one user or, with None, of all users.
 
         Shards that failed are named in the report; with `require_all_shards` they make it Unavailable instead.
+        `filter` (see memshard.filters) leaves out what does not match it; `mode` says how the query is matched.
         `limit` is 1 to 1,000, and so is `offset` + `limit` at most.
         """
         request = _wire.search_request(
@@ -215,11 +324,22 @@ class MemoryClient:
             embedding=embedding,
             limit=limit,
             offset=offset,
+            filter=filter,
+            mode=mode,
             min_score=min_score,
             require_all_shards=require_all_shards,
             include_embedding=include_embedding,
         )
         return _wire.search_result(self._call(self._stub.SearchMemories, request, timeout_s))
+
+    def erase_user(self, user_id: str, *, request_id: str | None = None, timeout_s: float | None = None) -> EraseResult:
+        """Erases all that is held of a user: memories, versions, request ids, cache entries. There is no way back.
+
+        A request id is made before the first attempt when none is given; the same one again, within 24 hours, has the
+        same answer.
+        """
+        request = _wire.erase_request(user_id=user_id, request_id=request_id)
+        return _wire.erase_result(self._call(self._stub.EraseUser, request, timeout_s))
 
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout_s: float | None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import IntEnum
-from typing import Any, Protocol, TypeAlias
+from enum import Enum, IntEnum
+from typing import Any, Final, Protocol, TypeAlias
 
 from memshard.errors import MemshardError
+from memshard.ids import new_id
 
 Metadata: TypeAlias = Mapping[str, Any]
 """JSON-like: str, int, float, bool, None, and lists and str-keyed dicts of these. Numbers are doubles on the wire."""
@@ -23,6 +24,19 @@ class SupportsToList(Protocol):
 
 Embedding: TypeAlias = Sequence[float] | SupportsToList
 """A vector of the cluster's dimension."""
+
+
+class Unset(Enum):
+    """The type of UNSET."""
+
+    UNSET = "UNSET"
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Final = Unset.UNSET
+"""In place of a field that an update leaves as it is, since None is a value of its own."""
 
 
 class _WireEnum(IntEnum):
@@ -78,6 +92,35 @@ class ScoreKind(_WireEnum):
     TEXT_RANK = 2
     FUSED = 3
     RECENCY = 4
+
+
+class SearchMode(_WireEnum):
+    """How a query is matched: by meaning, by words, or both."""
+
+    UNSPECIFIED = 0
+    SEMANTIC = 1
+    KEYWORD = 2
+    HYBRID = 3
+
+
+@dataclass(frozen=True, slots=True)
+class NewMemory:
+    """A memory to store, one of many. The fields are those of `store`.
+
+    Its id is made with it: storing the same object again, after a call whose outcome is not known, stores it once.
+    """
+
+    user_id: str
+    content: str
+    id: str = field(default_factory=new_id)
+    agent_id: str = ""
+    session_id: str = ""
+    type: MemoryType = MemoryType.EPISODIC
+    metadata: Metadata | None = None
+    importance: float | None = None
+    embedding: Embedding | None = None
+    embedding_model: str = ""
+    expire_time: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +197,44 @@ class StoreResult:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """The memory after the change, without its embedding."""
+
+    memory: Memory
+    receipt: WriteReceipt
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOutcome:
+    """What became of one memory of a batch: it is stored, or `error` says why not."""
+
+    id: str
+    error: MemshardError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """One outcome for each memory, in the order given. Some may have failed: `failed` is empty when none has."""
+
+    outcomes: tuple[BatchOutcome, ...]
+    receipt: WriteReceipt
+
+    @property
+    def failed(self) -> tuple[BatchOutcome, ...]:
+        """The outcomes with an error."""
+        return tuple(outcome for outcome in self.outcomes if outcome.error is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class EraseResult:
+    """How much was erased."""
+
+    memories_erased: int
+    versions_erased: int
+    receipt: WriteReceipt
+
+
+@dataclass(frozen=True, slots=True)
 class DeleteResult:
     """Whether there was a memory to delete: true or false itself."""
 
@@ -171,6 +252,14 @@ class MemoryPage:
     memories: tuple[Memory, ...]
     next_page_token: str
     report: ReadReport
+
+
+@dataclass(frozen=True, slots=True)
+class VersionPage:
+    """One page of a memory's versions, newest first. The listing is over when `next_page_token` is empty."""
+
+    versions: tuple[Memory, ...]
+    next_page_token: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,12 @@ import inspect
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from grpc_status import rpc_status
 
 from memshard import (
@@ -19,11 +20,15 @@ from memshard import (
     DeadlineExceeded,
     MemoryClient,
     MemshardError,
+    NewMemory,
+    SearchMode,
     Unavailable,
     Unimplemented,
+    VersionMismatch,
 )
+from memshard.filters import field
 from memshard.v1 import memory_pb2 as pb
-from tests.unit.sdk.server import info, serving, status
+from tests.unit.sdk.server import Handler, info, serving, status
 
 
 @pytest.fixture
@@ -119,6 +124,76 @@ def test_delete_is_retried_with_the_same_request_id() -> None:
     assert len(set(requests)) == 1
 
 
+def test_every_write_is_retried_as_the_same_request() -> None:
+    seen: dict[str, list[bytes]] = {}
+
+    def fails_first(name: str, answer: Callable[[Any], Message]) -> Handler:
+        def handle(request: Any, context: grpc.ServicerContext) -> Message:
+            attempts = seen.setdefault(name, [])
+            attempts.append(request.SerializeToString(deterministic=True))
+            if len(attempts) == 1:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+            return answer(request)
+
+        return handle
+
+    def stored(request: pb.BatchStoreMemoriesRequest) -> pb.BatchStoreMemoriesResponse:
+        return pb.BatchStoreMemoriesResponse(results=[pb.BatchStoreResult(id=m.id) for m in request.memories])
+
+    with (
+        serving(
+            UpdateMemory=fails_first("update", lambda request: pb.UpdateMemoryResponse(memory=request.memory)),
+            BatchStoreMemories=fails_first("batch", stored),
+            EraseUser=fails_first("erase", lambda _: pb.EraseUserResponse(memories_erased=3, versions_erased=4)),
+        ) as address,
+        MemoryClient(address) as client,
+    ):
+        assert client.update("alice", "some-id", content="likes coffee").memory.content == "likes coffee"
+        assert not client.store_many(NewMemory("alice", f"memory {n}") for n in range(3)).failed
+        erased = client.erase_user("alice")
+    assert (erased.memories_erased, erased.versions_erased) == (3, 4)
+    assert {name: (len(attempts), len(set(attempts))) for name, attempts in seen.items()} == {
+        "update": (2, 1),
+        "batch": (2, 1),
+        "erase": (2, 1),
+    }
+
+
+async def test_async_writes_answer_like_the_blocking_ones() -> None:
+    def update(request: pb.UpdateMemoryRequest, context: grpc.ServicerContext) -> pb.UpdateMemoryResponse:
+        return pb.UpdateMemoryResponse(memory=pb.Memory(id=request.memory.id, version=request.expected_version + 1))
+
+    def batch(request: pb.BatchStoreMemoriesRequest, context: grpc.ServicerContext) -> pb.BatchStoreMemoriesResponse:
+        return pb.BatchStoreMemoriesResponse(results=[pb.BatchStoreResult(id=m.id) for m in request.memories])
+
+    def erase(request: pb.EraseUserRequest, context: grpc.ServicerContext) -> pb.EraseUserResponse:
+        return pb.EraseUserResponse(memories_erased=1)
+
+    with serving(UpdateMemory=update, BatchStoreMemories=batch, EraseUser=erase) as address:
+        async with AsyncMemoryClient(address) as client:
+            updated = await client.update("alice", "some-id", importance=1, expected_version=4)
+            stored = await client.store_many([NewMemory("alice", "a", id="1"), NewMemory("bob", "b", id="2")])
+            erased = await client.erase_user("alice", request_id="mine")
+    assert updated.memory.version == 5
+    assert [outcome.id for outcome in stored.outcomes] == ["1", "2"]
+    assert erased.memories_erased == 1
+
+
+def test_version_that_moved_on_is_a_mismatch() -> None:
+    def moved(request: pb.UpdateMemoryRequest, context: grpc.ServicerContext) -> pb.UpdateMemoryResponse:
+        context.abort_with_status(
+            rpc_status.to_status(status(grpc.StatusCode.ABORTED, "is at 3", info("VERSION_MISMATCH")))
+        )
+        raise AssertionError("abort raises")
+
+    with (
+        serving(UpdateMemory=moved) as address,
+        MemoryClient(address) as client,
+        pytest.raises(VersionMismatch, match="is at 3"),
+    ):
+        client.update("alice", "some-id", content="x", expected_version=2)
+
+
 def test_unreachable_address_is_unavailable_within_the_deadline(silent_address: str) -> None:
     began = time.monotonic()
     with MemoryClient(silent_address, timeout_s=5) as client, pytest.raises(Unavailable) as caught:
@@ -181,6 +256,49 @@ async def test_async_iteration_goes_through_all_pages() -> None:
         async with AsyncMemoryClient(address) as client:
             ids = [memory.id async for memory in client.iter_memories("alice", page_size=2)]
     assert ids == ["0", "1", "2", "3", "4"]
+
+
+def _versions(request: pb.ListMemoryVersionsRequest, context: grpc.ServicerContext) -> pb.ListMemoryVersionsResponse:
+    first = int(request.page_token or 5)
+    last = max(first - request.page_size, 0)
+    return pb.ListMemoryVersionsResponse(
+        versions=[pb.Memory(id=request.id, user_id=request.user_id, version=n) for n in range(first, last, -1)],
+        next_page_token=str(last) if last else "",
+    )
+
+
+async def test_iteration_goes_through_all_versions() -> None:
+    with serving(ListMemoryVersions=_versions) as address:
+        with MemoryClient(address) as client:
+            assert [memory.version for memory in client.iter_versions("alice", "i", page_size=2)] == [5, 4, 3, 2, 1]
+        async with AsyncMemoryClient(address) as aclient:
+            versions = [memory.version async for memory in aclient.iter_versions("alice", "i", page_size=2)]
+    assert versions == [5, 4, 3, 2, 1]
+
+
+async def test_filter_and_mode_reach_every_read_that_takes_them() -> None:
+    tea = field("metadata.topic") == "tea"
+    seen: list[Any] = []
+
+    def listing(request: pb.ListMemoriesRequest, context: grpc.ServicerContext) -> pb.ListMemoriesResponse:
+        seen.append(request.filter)
+        return pb.ListMemoriesResponse()
+
+    def search(request: pb.SearchMemoriesRequest, context: grpc.ServicerContext) -> pb.SearchMemoriesResponse:
+        seen.append(request.filter)
+        assert request.mode == pb.SEARCH_MODE_KEYWORD
+        return pb.SearchMemoriesResponse()
+
+    with serving(ListMemories=listing, SearchMemories=search) as address:
+        with MemoryClient(address) as client:
+            client.list_memories("alice", filter=tea)
+            list(client.iter_memories("alice", filter=tea))
+            client.search("tea", filter=tea, mode=SearchMode.KEYWORD)
+        async with AsyncMemoryClient(address) as aclient:
+            await aclient.list_memories("alice", filter=tea)
+            assert [memory async for memory in aclient.iter_memories("alice", filter=tea)] == []
+            await aclient.search("tea", filter=tea, mode=SearchMode.KEYWORD)
+    assert seen == [tea.message()] * 6
 
 
 def test_what_the_server_lacks_is_unimplemented() -> None:

@@ -12,14 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshard import (
+    UNSET,
+    AlreadyExists,
     DegradationLevel,
     Durability,
     EmbeddingState,
+    InternalError,
     InvalidArgument,
     Memory,
     MemoryPage,
     MemoryType,
+    NewMemory,
     ScoreKind,
+    SearchMode,
     Unavailable,
     _values,
     _wire,
@@ -59,11 +64,25 @@ def _search(**fields: Any) -> pb.SearchMemoriesRequest:
         "embedding": None,
         "limit": 10,
         "offset": 0,
+        "filter": None,
+        "mode": SearchMode.SEMANTIC,
         "min_score": None,
         "require_all_shards": False,
         "include_embedding": False,
     }
     return _wire.search_request(**(arguments | fields))
+
+
+def _update(**fields: Any) -> pb.UpdateMemoryRequest:
+    changes = ("content", "metadata", "importance", "type", "agent_id", "session_id", "embedding", "expire_time")
+    arguments: dict[str, Any] = {
+        "user_id": "alice",
+        "id": "some-id",
+        **dict.fromkeys(changes, UNSET),
+        "expected_version": None,
+        "request_id": None,
+    }
+    return _wire.update_request(**(arguments | fields))
 
 
 @given(st.dictionaries(_TEXT, _JSON, max_size=5))
@@ -147,6 +166,100 @@ def test_delete_makes_a_request_id() -> None:
     assert _wire.delete_request(user_id="u", id="i", request_id="mine").request_id == "mine"
 
 
+def test_erase_makes_a_request_id() -> None:
+    assert len(_wire.erase_request(user_id="u", request_id=None).request_id) == 36
+    assert _wire.erase_request(user_id="u", request_id="mine").request_id == "mine"
+
+
+def test_update_masks_what_is_given_and_nothing_else() -> None:
+    request = _update(content="likes coffee", importance=0.0, metadata={}, expected_version=2**40)
+    assert list(request.update_mask.paths) == ["content", "metadata", "importance"]
+    assert (request.memory.content, request.memory.importance, request.expected_version) == ("likes coffee", 0.0, 2**40)
+    assert len(request.request_id) == 36
+    whole = _update(
+        content="c",
+        metadata={"a": 1},
+        importance=1,
+        type=MemoryType.SEMANTIC,
+        agent_id="",
+        session_id="s",
+        embedding=[1.0],
+        expire_time=datetime(2030, 1, 1, tzinfo=UTC),
+        request_id="mine",
+    )
+    assert set(whole.update_mask.paths) <= {field.name for field in pb.Memory.DESCRIPTOR.fields}
+    assert len(whole.update_mask.paths) == 8
+    assert not whole.HasField("expected_version")
+    assert whole.request_id == "mine"
+
+
+def test_update_with_none_clears_the_expiry() -> None:
+    request = _update(expire_time=None)
+    assert list(request.update_mask.paths) == ["expire_time"]
+    assert not request.memory.HasField("expire_time")
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({}, "update_mask"),
+        ({"content": None}, "content"),
+        ({"metadata": None}, "metadata"),
+        ({"importance": None}, "importance"),
+        ({"expire_time": datetime(2030, 1, 1)}, "expire_time"),
+        ({"content": "c", "expected_version": 0}, "expected_version"),
+        ({"content": "c", "expected_version": 2**63}, "expected_version"),
+    ],
+)
+def test_update_argument_that_is_wrong_is_refused_by_name(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        _update(**fields)
+    assert [violation.field for violation in caught.value.field_violations] == [field]
+
+
+def test_new_memories_have_their_ids_from_the_start() -> None:
+    memories = [NewMemory("alice", "likes tea"), NewMemory("bob", "likes coffee", id="given")]
+    first, again = _wire.batch_request(iter(memories)), _wire.batch_request(memories)
+    assert first == again
+    assert [memory.id for memory in first.memories] == [memories[0].id, "given"]
+    assert len(memories[0].id) == 36
+
+
+def test_batch_is_the_stores_of_its_memories() -> None:
+    fields: dict[str, Any] = {"content": "x", "metadata": {"a": 1}, "importance": 0.25, "embedding": [1.0], "id": "i"}
+    assert list(_wire.batch_request([NewMemory("alice", **fields)]).memories) == [_store(**fields)]
+
+
+@pytest.mark.parametrize(
+    ("memory", "field"),
+    [
+        (NewMemory("alice", "\ud800"), "memories[1].content"),
+        (NewMemory("alice", "x", metadata={"a": [object()]}), "memories[1].metadata.a[0]"),
+        (NewMemory("alice", "x", expire_time=datetime(2030, 1, 1)), "memories[1].expire_time"),
+        ("likes tea", "memories[1]"),
+    ],
+)
+def test_memory_of_a_batch_that_cannot_be_sent_is_refused_by_its_place(memory: Any, field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        _wire.batch_request([NewMemory("alice", "likes tea"), memory])
+    assert [violation.field for violation in caught.value.field_violations] == [field]
+
+
+def test_batch_result_says_what_became_of_each() -> None:
+    request = _wire.batch_request([NewMemory("alice", "a", id="1"), NewMemory("alice", "b", id="2")])
+    taken = status(grpc.StatusCode.ALREADY_EXISTS, "taken", info("ID_TAKEN"))
+    response = pb.BatchStoreMemoriesResponse(results=[pb.BatchStoreResult(id="1"), pb.BatchStoreResult(error=taken)])
+    result = _wire.batch_result(request, response)
+    assert [(outcome.id, type(outcome.error)) for outcome in result.outcomes] == [
+        ("1", type(None)),
+        ("2", AlreadyExists),
+    ]
+    assert result.failed == result.outcomes[1:]
+    del response.results[1]
+    with pytest.raises(InternalError):
+        _wire.batch_result(request, response)
+
+
 def test_embedding_may_be_any_sequence_or_array() -> None:
     for embedding in ([1, 2.5], (1.0, 2.5), np.array([1, 2.5], dtype="f4"), np.array([1, 2.5])):
         assert list(_store(embedding=embedding).embedding) == [1.0, 2.5]
@@ -206,7 +319,7 @@ def test_unknown_enum_values_of_newer_servers_read_as_unspecified() -> None:
     assert memory.embedding_state is EmbeddingState.UNSPECIFIED
 
 
-@pytest.mark.parametrize("enum", [MemoryType, EmbeddingState, Durability, DegradationLevel, ScoreKind])
+@pytest.mark.parametrize("enum", [MemoryType, EmbeddingState, Durability, DegradationLevel, ScoreKind, SearchMode])
 def test_enums_match_the_contract(enum: Any) -> None:
     wire = getattr(pb, enum.__name__).items()
     prefix = next(name for name, number in wire if number == 0).removesuffix("UNSPECIFIED")
