@@ -6,11 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from cli import documents, render
+from cli.conditions import Conditions, all_of
 from cli.options import (
     DEFAULT_ADDRESS,
     DEFAULT_TIMEOUT_S,
     Address,
     Json,
+    ModeName,
     Timeout,
     TypeName,
     User,
@@ -102,10 +104,12 @@ def get(
         console().print(render.memory_table(memory))
 
 
-def search(
+def search(  # noqa: PLR0913, PLR0917 - Each argument is an option of the command.
     query: Annotated[str, typer.Argument(help="What to look for.")],
     user: OneUser = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="How many at most.")] = 10,
+    mode: Annotated[ModeName, typer.Option(case_sensitive=False, help="By meaning, or by words.")] = ModeName.SEMANTIC,
+    conditions: Conditions = None,
     min_score: Annotated[float | None, typer.Option(help="Leave out what scores less.")] = None,
     require_all_shards: Annotated[
         bool, typer.Option("--require-all-shards", help="Fail rather than leave out a shard.")
@@ -114,10 +118,16 @@ def search(
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
-    """Find the memories nearest to a text."""
+    """Find the memories nearest to a text, or that hold its words."""
     with failures_in_one_line(address), MemoryClient(address, timeout_s=timeout) as client:
         result = client.search(
-            query, user_id=user, limit=limit, min_score=min_score, require_all_shards=require_all_shards
+            query,
+            user_id=user,
+            limit=limit,
+            filter=all_of(conditions),
+            mode=mode.search_mode,
+            min_score=min_score,
+            require_all_shards=require_all_shards,
         )
     for gap in render.gaps(result.report):
         warn(gap)
@@ -133,6 +143,7 @@ def list_(
     user: User,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="How many at most; 50 if left out.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="List all of them.")] = False,
+    conditions: Conditions = None,
     as_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
@@ -141,11 +152,12 @@ def list_(
     if all_ and limit is not None:
         raise typer.BadParameter("--limit and --all exclude each other")
     left = sys.maxsize if all_ else limit or 50
+    wanted = all_of(conditions)
     token, shown, partial, warned = "", 0, False, set[str]()
     output = console()
     with failures_in_one_line(address), MemoryClient(address, timeout_s=timeout) as client:
         while True:  # Page by page, so that a listing of any length is printed as it comes.
-            page = client.list_memories(user, page_size=min(left, _PAGE_SIZE), page_token=token)
+            page = client.list_memories(user, filter=wanted, page_size=min(left, _PAGE_SIZE), page_token=token)
             partial = partial or page.report.partial
             for gap in render.gaps(page.report):
                 if gap not in warned:
@@ -166,7 +178,9 @@ def list_(
         typer.echo("]" if shown else "[]")
     elif not shown:
         name = printable_line(user)
-        typer.echo(f"{name} has none on the shards that answered." if partial else f"{name} has no memories.")
+        such = " that meet the filter" if conditions else ""
+        answered = " on the shards that answered" if partial else ""
+        typer.echo(f"{name} has no memories{such}{answered}.")
     if token:
         typer.echo(f"There are more than these {shown:,}: --all lists them.", err=True)
 

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from cli.documents import json_text
-from cli.ingest import GaveUp, ingest
+from cli.ingest import MAX_BATCH, GaveUp, ingest
 from cli.options import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Address, Json, Timeout, not_empty
 from cli.records import BadRecord, Parsed
 from cli.sources import count_records, read_records
@@ -25,6 +26,8 @@ from memshard import AlreadyExists, AsyncMemoryClient, InvalidArgument, Memshard
 
 _MAX_PROBLEMS: Final = 100
 """How many problems are told one by one: enough to find a pattern, few enough to read."""
+
+_IN_BATCH: Final = re.compile(r"^memories\[\d+\]\.")
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +52,9 @@ def import_(
     user: Annotated[
         str | None, typer.Option("--user", "-u", callback=not_empty, help="Whose are the lines that name no user.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, max=512, help="How many to store at once.")] = 32,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=64, help=f"How many calls at once, of up to {MAX_BATCH} memories each.")
+    ] = 4,
     as_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
@@ -119,7 +124,8 @@ class _Tally:
         else:
             self.invalid += isinstance(error, InvalidArgument)
             self.failed += not isinstance(error, InvalidArgument)
-            fields = ", ".join(violation.field for violation in error.field_violations)
+            # The place in a call is nothing to who knows the place in the file.
+            fields = ", ".join(_IN_BATCH.sub("", violation.field) for violation in error.field_violations)
             descriptions = "; ".join(violation.description for violation in error.field_violations)
             self._tell(record.source, fields, error.reason or error.code.name, descriptions or error.message)
         if self.progress is not None:

@@ -7,7 +7,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cli.terminal import must_escape
-from memshard import DeleteResult, Memory, ReadReport, SearchResult, StoreResult, WriteReceipt
+from memshard import (
+    DeleteResult,
+    EraseResult,
+    Memory,
+    ReadReport,
+    SearchResult,
+    StoreResult,
+    UpdateResult,
+    WriteReceipt,
+)
 
 
 def memory_document(memory: Memory) -> dict[str, Any]:
@@ -33,14 +42,24 @@ def memory_document(memory: Memory) -> dict[str, Any]:
     return document
 
 
-def store_document(result: StoreResult) -> dict[str, Any]:
-    """A stored memory and its receipt."""
+def store_document(result: StoreResult | UpdateResult) -> dict[str, Any]:
+    """A stored or changed memory and its receipt."""
     return {"memory": memory_document(result.memory), "receipt": _receipt(result.receipt)}
 
 
 def delete_document(user_id: str, memory_id: str, result: DeleteResult) -> dict[str, Any]:
     """What a delete did, and its receipt."""
     return {"id": memory_id, "user_id": user_id, "deleted": result.deleted, "receipt": _receipt(result.receipt)}
+
+
+def erase_document(user_id: str, result: EraseResult) -> dict[str, Any]:
+    """How much was erased, and the receipt."""
+    return {
+        "user_id": user_id,
+        "memories_erased": result.memories_erased,
+        "versions_erased": result.versions_erased,
+        "receipt": _receipt(result.receipt),
+    }
 
 
 def search_document(result: SearchResult) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli import cluster, data, data_import
+from cli import changes, cluster, data, data_import
 
 app = typer.Typer(
     name="memshard",
@@ -38,4 +38,5 @@ def _main(
 
 cluster.register(app)
 data.register(app)
+changes.register(app)
 data_import.register(app)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memshard import MemoryType
+from memshard import MemoryType, SearchMode
 
 DEFAULT_ADDRESS = "localhost:50051"
 DEFAULT_TIMEOUT_S = 10.0
@@ -26,6 +26,18 @@ class TypeName(StrEnum):
     def memory_type(self) -> MemoryType:
         """The SDK's word for it."""
         return MemoryType[self.name]
+
+
+class ModeName(StrEnum):
+    """The search modes, as people write them."""
+
+    SEMANTIC = "semantic"
+    KEYWORD = "keyword"
+
+    @property
+    def search_mode(self) -> SearchMode:
+        """The SDK's word for it."""
+        return SearchMode[self.name]
 
 
 def not_empty(value: str | None) -> str | None:

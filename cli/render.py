@@ -55,6 +55,16 @@ def listing_table(memories: Iterable[Memory], *, header: bool = True) -> Table:
     return table
 
 
+def versions_table(versions: Iterable[Memory], *, header: bool = True) -> Table:
+    """Versions of one memory, each with its number and the time it was made. The widths are fixed, as in a listing."""
+    table = _table(header)
+    table.add_column("Since (UTC)", width=_TIME_CHARS, no_wrap=True)
+    table.add_column("Version", overflow="fold", ratio=1)
+    for memory in versions:
+        table.add_row(_time(memory.update_time or memory.create_time), _described(f"version {memory.version}", memory))
+    return table
+
+
 def search_table(result: SearchResult, *, with_user: bool) -> Table:
     """Matches, best first, with their scores; `with_user` says whose each is."""
     kind = f" ({_name(result.score_kind)})" if result.score_kind else ""
@@ -89,12 +99,16 @@ def _table(header: bool) -> Table:
 
 
 def _summary(memory: Memory, *, with_user: bool) -> Text:
+    return _described(memory.id, memory, f"user {memory.user_id}" if with_user else "")
+
+
+def _described(title: str, memory: Memory, detail: str = "") -> Text:
     content = printable_line(memory.content)
     if len(content) > _EXCERPT_CHARS:
         content = f"{content[:_EXCERPT_CHARS]}… (+{len(content) - _EXCERPT_CHARS:,} characters)"
-    text = Text(printable_line(memory.id), style="bold")
-    if with_user:
-        text.append(f"\nuser {printable_line(memory.user_id)}", style="not bold dim")
+    text = Text(printable_line(title), style="bold")
+    if detail:
+        text.append(f"\n{printable_line(detail)}", style="not bold dim")
     text.append(f"\n{content}", style="not bold")
     return text
 

@@ -1,6 +1,7 @@
 """The commands as they are typed, against a service in this process: output, exit codes, warnings."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,14 @@ import grpc
 import pytest
 import typer
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 from typer.testing import CliRunner, Result
 
+from cli.conditions import parse_condition
 from cli.main import app
 from cli.options import parse_expiry
+from memshard import Filter
+from memshard.filters import field
 from memshard.v1 import memory_pb2 as pb
 from tests.unit.cli.service import MemoryService, refuse
 from tests.unit.sdk.server import info, status
@@ -103,6 +108,18 @@ def test_add_refuses_bad_standard_input(run: Run, service: MemoryService, stdin:
         ("list", "--user", "ada", "--limit", "1", "--all"),
         ("get",),
         ("delete", "some-id"),
+        ("update", "some-id", "--user", "ada"),
+        ("update", "some-id", "--content", "x"),
+        ("update", "some-id", "--user", "ada", "--importance", "2"),
+        ("update", "some-id", "--user", "ada", "--content", "x", "--expected-version", "0"),
+        ("update", "some-id", "--user", "ada", "--expires", "soon"),
+        ("versions", "some-id"),
+        ("erase",),
+        ("erase", "--user", "ada"),
+        ("erase", "--user", "", "--yes"),
+        ("search", "text", "--mode", "hybrid"),
+        ("search", "text", "--filter", "metadata.topic"),
+        ("list", "--user", "ada", "--filter", "=tea"),
         ("import", "/no/such/file"),
         ("import", "/"),
         ("no-such-command",),
@@ -121,7 +138,7 @@ def test_refusal_is_one_line_that_names_field_and_reason(run: Run) -> None:
 
 
 def test_unknown_fate_says_how_to_settle_it(run: Run, service: MemoryService) -> None:
-    def lose(request: pb.StoreMemoryRequest, context: grpc.ServicerContext) -> None:
+    def lose(request: Message, context: grpc.ServicerContext) -> None:
         refuse(context, grpc.StatusCode.UNAVAILABLE, "the commit's fate is unknown", info("OUTCOME_UNKNOWN"))
 
     service.fail_store = lose
@@ -203,6 +220,118 @@ def test_delete_says_whether_there_was_something(run: Run) -> None:
     assert json.loads(run("delete", memory_id, "--user", "ada", "--json").stdout)["deleted"] is False
 
 
+def test_update_changes_what_is_named_and_nothing_else(run: Run, service: MemoryService) -> None:
+    result = run(
+        *("update", "some-id", "--user", "ada", "--content", "likes peas", "--metadata", "{}", "--importance", "0"),
+        *("--type", "semantic", "--agent", "", "--session", "s", "--expires", "never", "--expected-version", "1"),
+        *("--request-id", "mine"),
+    )
+    assert (result.exit_code, result.stdout) == (0, "Updated some-id to version 2\n")
+    (request,) = service.requests
+    assert isinstance(request, pb.UpdateMemoryRequest)
+    assert MessageToDict(request, preserving_proto_field_name=True) == {
+        "memory": {
+            "id": "some-id",
+            "user_id": "ada",
+            "content": "likes peas",
+            "metadata": {},
+            "importance": 0.0,
+            "type": "MEMORY_TYPE_SEMANTIC",
+            "session_id": "s",
+        },
+        "update_mask": "content,metadata,importance,type,agentId,sessionId,expireTime",
+        "expected_version": "1",
+        "request_id": "mine",
+    }
+    document = json.loads(run("update", "some-id", "--user", "ada", "--expires", "2031-01-31", "--json").stdout)
+    assert document["memory"]["expire_time"] == "2031-01-31T00:00:00Z"
+    assert document["memory"]["version"] == 2
+
+
+def test_update_of_another_version_says_so(run: Run) -> None:
+    result = run("update", "some-id", "--user", "ada", "--content", "x", "--expected-version", "9")
+    assert (result.exit_code, result.stderr) == (1, "Error: the memory is at version 1 [VERSION_MISMATCH]\n")
+
+
+def test_versions_go_through_the_pages(run: Run) -> None:
+    result = run("versions", "some-id", "--user", "ada")
+    assert re.findall(r"text-(\d)", result.stdout) == ["5", "4", "3", "2", "1"]
+    assert result.stdout.count("Since (UTC)") == 1
+    documents = json.loads(run("versions", "some-id", "--user", "ada", "--json").stdout)
+    assert [document["version"] for document in documents] == [5, 4, 3, 2, 1]
+    assert run("versions", "none", "--user", "ada").stdout == "ada has no versions of a memory none\n"
+    assert json.loads(run("versions", "none", "--user", "ada", "--json").stdout) == []
+
+
+def test_erase_asks_first(run: Run, service: MemoryService, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("add", "--user", "ada", "x")
+    run("add", "--user", "ben", "x")
+    monkeypatch.setattr("cli.changes._at_a_terminal", lambda: True)
+    refused = run("erase", "--user", "ada", stdin="n\n")
+    assert refused.exit_code == 1
+    assert "Erase every memory of ada, for good?" in refused.stderr
+    assert len(service.stored) == 2
+    assert run("erase", "--user", "ada", stdin="y\n").stdout.endswith("Erased ada: memories 1, earlier versions 1\n")
+    assert [user for user, _ in service.stored] == ["ben"]
+
+
+def test_erase_without_a_terminal_wants_the_word(run: Run, service: MemoryService) -> None:
+    run("add", "--user", "ada", "x")
+    assert "--yes" in run("erase", "--user", "ada", stdin="y\n").stderr
+    assert len(service.stored) == 1
+    document = json.loads(run("erase", "--user", "ada", "--yes", "--json").stdout)
+    assert (document["user_id"], document["memories_erased"], document["versions_erased"]) == ("ada", 1, 1)
+    assert not service.stored
+
+
+def test_search_and_list_pass_mode_and_filter_on(run: Run, service: MemoryService) -> None:
+    conditions = ("--filter", "metadata.topic=tea", "--filter", "importance >= 0.5")
+    wanted = ((field("metadata.topic") == "tea") & (field("importance") >= 0.5)).message()
+    assert run("search", "beans", "--mode", "keyword", *conditions).exit_code == 0
+    listed = run("list", "--user", "ada", *conditions)
+    assert listed.stdout == "ada has no memories that meet the filter.\n"
+    search, listing = service.requests
+    assert isinstance(search, pb.SearchMemoriesRequest)
+    assert isinstance(listing, pb.ListMemoriesRequest)
+    assert (search.mode, search.filter) == (pb.SEARCH_MODE_KEYWORD, wanted)
+    assert listing.filter == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "condition"),
+    [
+        ("metadata.topic=tea", field("metadata.topic") == "tea"),
+        (" metadata.topic = green tea ", field("metadata.topic") == "green tea"),
+        ("metadata.n!=5", field("metadata.n") != 5),
+        ('metadata.n="5"', field("metadata.n") == "5"),
+        ("metadata.n<-1.5e3", field("metadata.n") < -1500.0),
+        ("metadata.yes=true", field("metadata.yes") == True),  # noqa: E712 - A condition, not a question.
+        ("metadata.none=null", field("metadata.none") == None),  # noqa: E711
+        ("metadata.list=[1]", field("metadata.list") == "[1]"),
+        ("metadata.n=NaN", field("metadata.n") == "NaN"),
+        ("metadata.empty=", field("metadata.empty") == ""),
+        ("metadata.tags~red=blue", field("metadata.tags").contains("red=blue")),
+        ("agent_id=7", field("agent_id") == "7"),
+        ('agent_id="7"', field("agent_id") == "7"),
+        ("type=semantic", field("type") == "SEMANTIC"),
+        ("importance<=1", field("importance") <= 1),
+        ("create_time>2030-01-31", field("create_time") > datetime(2030, 1, 31, tzinfo=UTC)),
+        (
+            "expire_time<2030-01-31T12:00:00+01:00",
+            field("expire_time") < datetime(2030, 1, 31, 11, tzinfo=UTC),
+        ),
+    ],
+)
+def test_condition_is_what_it_reads_as(text: str, condition: Filter) -> None:
+    assert parse_condition(text) == condition
+
+
+@pytest.mark.parametrize("text", ["", "topic", "=tea", "~", "create_time>yesterday", f"metadata.n={2**60}", "a=\ud800"])
+def test_condition_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        parse_condition(text)
+
+
 def test_import_stores_nothing_twice(run: Run, service: MemoryService, tmp_path: Path) -> None:
     file = tmp_path / "memories.jsonl"
     file.write_text("".join(json.dumps({"content": f"memory {number}"}) + "\n" for number in range(50)))
@@ -223,7 +352,7 @@ def test_import_tells_what_went_wrong_where_and_stores_the_rest(run: Run, servic
     assert result.exit_code == 1
     assert len(service.stored) == 2
     assert "line 2: is not JSON" in result.stderr
-    assert "line 3: memory.content: is bad [BAD_CONTENT]" in result.stderr
+    assert "line 3: content: is bad [BAD_CONTENT]" in result.stderr
     assert "line 5: id: ada has a memory i with other content [ID_TAKEN]" in result.stderr
     assert result.stdout.startswith(
         "2 memories are stored. Not stored: 1 in conflict with what is stored, 2 not valid."
@@ -242,7 +371,7 @@ def test_import_sums_up_in_json(run: Run) -> None:
         "complete": True,
     }
     assert document["problems"] == [
-        {"source": "line 2", "field": "memory.content", "reason": "BAD_CONTENT", "message": "is bad"}
+        {"source": "line 2", "field": "content", "reason": "BAD_CONTENT", "message": "is bad"}
     ]
 
 
@@ -280,5 +409,5 @@ def test_expiry_is_a_span_or_a_time() -> None:
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for name in ("add", "get", "search", "list", "delete", "import"):
+    for name in ("add", "get", "search", "list", "delete", "import", "update", "versions", "erase"):
         assert name in result.stdout
