@@ -24,6 +24,15 @@ class EmbedderName(StrEnum):
     NONE = "none"
 
 
+class PlacementName(StrEnum):
+    """What decides where a memory goes."""
+
+    USER_BASED = "user_based"
+    CONTENT_HASH = "content_hash"
+    TEMPORAL = "temporal"
+    MEMORY_TYPE = "memory_type"
+
+
 class ServiceName(StrEnum):
     """The services that have settings."""
 
@@ -80,6 +89,22 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
         int | None,
         typer.Option("--dimensions", metavar="D", help="Length of an embedding. Default: 256 with local, else 1536."),
     ] = None,
+    placement: Annotated[
+        PlacementName | None,
+        typer.Option(
+            "--placement",
+            help="What decides where a memory goes. Only user_based, the default, keeps a user on one shard. "
+            "Fixed when it is made.",
+        ),
+    ] = None,
+    text_language: Annotated[
+        str | None,
+        typer.Option(
+            "--text-language",
+            metavar="NAME",
+            help="Language of keyword search, as PostgreSQL names it. Fixed when it is made. Default: english.",
+        ),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; it runs on.")] = False,
 ) -> None:
     """Start a cluster on this machine; the first time, make it. Ctrl-C stops it.
@@ -87,6 +112,7 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     An embedding server's key comes from the environment, as MEMSHARD_ROUTER_EMBEDDER_API_KEY.
     """
     from cli.cluster_view import Terminal
+    from common.catalog import PlacementStrategy
     from local import detach as background
     from local import up as foreground
     from local.layout import Layout
@@ -94,7 +120,15 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
 
     if replicas:
         fail("read replicas are not offered yet: leave out --replicas", code=2)
-    options = Options(shards, embedder.value if embedder else None, embedder_url, embedder_model, dimensions)
+    options = Options(
+        shards=shards,
+        embedder=embedder.value if embedder else None,
+        embedder_url=embedder_url,
+        embedder_model=embedder_model,
+        dimensions=dimensions,
+        placement=PlacementStrategy(placement.value) if placement else None,
+        text_language=text_language,
+    )
     layout = Layout.of(data_dir)
     request = foreground.Request(layout.root, options, port, routers)
     terminal = Terminal(layout.root, detached=detach)

@@ -3,6 +3,7 @@
 Topology changes are compare-and-set: they name the epoch they were planned against, raise it by one, and notify.
 """
 
+import re
 import secrets
 import uuid
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,19 @@ class Precision(StrEnum):
     SINGLE = "single"
 
 
+class PlacementStrategy(StrEnum):
+    """What decides a memory's slot. Only `user_based` keeps a user on one shard."""
+
+    USER_BASED = "user_based"
+    CONTENT_HASH = "content_hash"
+    TEMPORAL = "temporal"
+    MEMORY_TYPE = "memory_type"
+
+
+# PostgreSQL's text search configurations have names like this; whether one exists, the shard finds out.
+TEXT_LANGUAGE = re.compile(r"[a-z][a-z_]{0,62}")
+DEFAULT_TEXT_LANGUAGE = "english"
+
 # pgvector's limits for an HNSW index, which a user above some 10,000 memories will need.
 MAX_DIMENSIONS = {Precision.HALF: 4000, Precision.SINGLE: 2000}
 
@@ -42,7 +56,9 @@ class Cluster:
     """Name of the model whose embeddings are stored; empty when callers bring their own."""
     dimensions: int
     precision: Precision
-    placement: str
+    placement: PlacementStrategy
+    text_language: str
+    """PostgreSQL's text search configuration for keyword search, like `english` or `simple`."""
     token_key: bytes = field(repr=False)
     """Secret that page tokens and consistency tokens are signed with, 32 bytes."""
 
@@ -88,11 +104,22 @@ _MIGRATIONS = (
         );
         """,
     ),
+    Migration(
+        2,
+        "placement strategies, language of keyword search",
+        """
+        ALTER TABLE cluster DROP CONSTRAINT cluster_placement_check;
+        ALTER TABLE cluster ADD CONSTRAINT cluster_placement_check
+            CHECK (placement IN ('user_based', 'content_hash', 'temporal', 'memory_type'));
+        ALTER TABLE cluster ADD COLUMN text_language text NOT NULL DEFAULT 'english'
+            CHECK (text_language ~ '^[a-z][a-z_]{0,62}$');
+        """,
+    ),
 )
 
 _CREATE_CLUSTER = """
-INSERT INTO cluster (cluster_id, embedding_model, dimensions, precision, placement, token_key)
-VALUES ($1, $2, $3, $4, 'user_based', $5)
+INSERT INTO cluster (cluster_id, embedding_model, dimensions, precision, placement, text_language, token_key)
+VALUES ($1, $2, $3, $4, $5, $6, $7)
 ON CONFLICT DO NOTHING
 RETURNING cluster_id
 """
@@ -100,7 +127,7 @@ _CREATE_TOPOLOGY = "INSERT INTO topology (epoch) VALUES (1)"
 _CREATE_SHARD = "INSERT INTO shards (shard_id, address, weight, status) VALUES ($1, $2, $3, $4)"
 _CREATE_RANGE = "INSERT INTO slot_ranges (first, last, shard_id) VALUES ($1, $2, $3)"
 _READ_CLUSTER = """
-SELECT cluster_id::text, embedding_model, dimensions, precision, placement, token_key FROM cluster
+SELECT cluster_id::text, embedding_model, dimensions, precision, placement, text_language, token_key FROM cluster
 """
 _READ_EPOCH = "SELECT epoch FROM topology"
 _READ_SHARDS = "SELECT shard_id, address, weight, status FROM shards ORDER BY shard_id"
@@ -117,19 +144,30 @@ async def create(
     embedding_model: str,
     dimensions: int,
     precision: Precision = Precision.HALF,
+    placement: PlacementStrategy = PlacementStrategy.USER_BASED,
+    text_language: str = DEFAULT_TEXT_LANGUAGE,
 ) -> Cluster:
     """Makes a new cluster in an empty database: its identity, its shards, and their slots by weight, at epoch 1.
 
-    Raises CatalogError when the database already holds a cluster, ValueError for dimensions out of range.
+    Raises CatalogError when the database already holds a cluster, ValueError for dimensions or a language that cannot be.
     """
     if not 1 <= dimensions <= MAX_DIMENSIONS[precision]:
         raise ValueError(f"dimensions must be 1 to {MAX_DIMENSIONS[precision]} at {precision} precision")
+    if not TEXT_LANGUAGE.fullmatch(text_language):
+        raise ValueError("a text language is the name of a PostgreSQL text search configuration, like english or simple")
     await upgrade(connection)
     cluster_id, token_key = str(uuid.uuid4()), secrets.token_bytes(TOKEN_KEY_BYTES)
     ranges = share_out({shard.shard_id: shard.weight for shard in shards})
     async with connection.transaction():
         made = await connection.fetchval(
-            _CREATE_CLUSTER, cluster_id, embedding_model, dimensions, precision.value, token_key
+            _CREATE_CLUSTER,
+            cluster_id,
+            embedding_model,
+            dimensions,
+            precision.value,
+            placement.value,
+            text_language,
+            token_key,
         )
         if made is None:
             raise CatalogError("this catalog already holds a cluster")
@@ -159,7 +197,8 @@ async def read_cluster(connection: Connection) -> Cluster:
         embedding_model=row["embedding_model"],
         dimensions=row["dimensions"],
         precision=Precision(row["precision"]),
-        placement=row["placement"],
+        placement=PlacementStrategy(row["placement"]),
+        text_language=row["text_language"],
         token_key=row["token_key"],
     )
 

@@ -95,7 +95,33 @@ class ServiceSettings(BaseSettings):
         return (init_settings, env_settings, *([YamlConfigSettingsSource(settings_cls)] if yaml_file else []))
 
 
-class RouterSettings(ServiceSettings):
+class EmbedderSettings(ServiceSettings):
+    """What a service needs that turns text into embeddings: the router at once, the shard what had to wait."""
+
+    embedder: Literal["local", "http", "none"] = "local"
+    """Who turns text into embeddings. `local`: the model in the wordllama wheel. `http`: a server with an
+    OpenAI-compatible /embeddings. `none`: callers bring embeddings."""
+
+    embedder_url: HttpUrl | None = None
+    """Base URL of the `http` embedder, like https://api.example.com/v1."""
+
+    embedder_model: str | None = None
+    """Model to ask the `http` embedder for. Must be the cluster's; None: whatever the cluster was created with."""
+
+    embedder_api_key: SecretStr | None = None
+    """Bearer token for the `http` embedder."""
+
+    embedder_timeout_s: Seconds = 5.0
+    """Seconds to wait for the `http` embedder."""
+
+    @model_validator(mode="after")
+    def _embedder_relations(self) -> Self:
+        if self.embedder == "http" and not self.embedder_url:
+            raise ValueError("embedder_url is required with embedder: http")
+        return self
+
+
+class RouterSettings(EmbedderSettings):
     """The router's settings: environment prefix `MEMSHARD_ROUTER_`."""
 
     model_config = SettingsConfigDict(env_prefix="MEMSHARD_ROUTER_")
@@ -131,26 +157,8 @@ class RouterSettings(ServiceSettings):
     location_redis_ttl_s: Annotated[int, Field(ge=1, le=30 * 86400)] = 86400
     """Seconds that Redis remembers a location (the design's 24 h)."""
 
-    embedder: Literal["local", "http", "none"] = "local"
-    """Who turns text into embeddings. `local`: the model in the wordllama wheel. `http`: a server with an
-    OpenAI-compatible /embeddings. `none`: callers bring embeddings."""
-
-    embedder_url: HttpUrl | None = None
-    """Base URL of the `http` embedder, like https://api.example.com/v1."""
-
-    embedder_model: str | None = None
-    """Model to ask the `http` embedder for. Must be the cluster's; None: whatever the cluster was created with."""
-
-    embedder_api_key: SecretStr | None = None
-    """Bearer token for the `http` embedder."""
-
-    embedder_timeout_s: Seconds = 5.0
-    """Seconds to wait for the `http` embedder."""
-
     @model_validator(mode="after")
     def _relations(self) -> Self:
-        if self.embedder == "http" and not self.embedder_url:
-            raise ValueError("embedder_url is required with embedder: http")
         if self.embedder_timeout_s > self.default_deadline_s:
             raise ValueError("embedder_timeout_s must not exceed default_deadline_s")
         if self.shard_deadline_margin_s >= self.default_deadline_s:
@@ -158,13 +166,17 @@ class RouterSettings(ServiceSettings):
         return self
 
 
-class ShardSettings(ServiceSettings):
+class ShardSettings(EmbedderSettings):
     """The shard's settings: environment prefix `MEMSHARD_SHARD_`."""
 
     model_config = SettingsConfigDict(env_prefix="MEMSHARD_SHARD_")
 
     port: Port = 50061
     """TCP port of the internal API."""
+
+    max_message_bytes: Annotated[int, Field(ge=MIB, le=1024 * MIB)] = 32 * MIB
+    """Largest request taken, in bytes. A batch of 8 MiB comes from the router with an embedding for each of its 500
+    items, at most 16 KB each."""
 
     shard_id: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     """This shard's name in the catalog. A DNS label, so that it can name a Kubernetes Service too."""
@@ -188,7 +200,13 @@ class ShardSettings(ServiceSettings):
     """Seconds that a deleted memory's id and a request id are remembered (the contract's 24 h)."""
 
     purge_interval_s: Seconds = 60.0
-    """Seconds between clean-ups of what is older than that."""
+    """Seconds between clean-ups of what is older than that, or expired."""
+
+    version_ttl_s: Annotated[int, Field(ge=0, le=3650 * 86400)] = 30 * 86400
+    """Seconds that earlier versions of a memory are kept (30 days)."""
+
+    embedding_interval_s: Seconds = 1.0
+    """Seconds between looks for memories that were stored while the embedder was away."""
 
     page_bytes: Annotated[int, Field(ge=1024, le=64 * MIB)] = 3 * MIB
     """Bytes after which a page of a listing ends early. Below the 4 MiB that gRPC clients take by default."""

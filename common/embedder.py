@@ -12,8 +12,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from common.catalog import Cluster
-from common.config import RouterSettings
+from common.config import EmbedderSettings
 from common.errors import Unavailable
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
@@ -44,19 +43,19 @@ class Embedder(Protocol):
         ...
 
 
-def create(settings: RouterSettings, cluster: Cluster) -> Embedder | None:
-    """The embedder that the settings name, checked against the cluster; None when callers bring embeddings.
+def create(settings: EmbedderSettings, embedding_model: str, dimensions: int) -> Embedder | None:
+    """The embedder that the settings name, checked against the cluster's model; None when callers bring embeddings.
 
     Raises EmbedderMismatchError.
     """
     embedder: Embedder | None = None
     if settings.embedder == "local":
-        embedder = LocalEmbedder(cluster.dimensions)
+        embedder = LocalEmbedder(dimensions)
     elif settings.embedder == "http":
-        embedder = HttpEmbedder(settings, cluster)
-    if embedder is not None and embedder.model != cluster.embedding_model:
+        embedder = HttpEmbedder(settings, embedding_model, dimensions)
+    if embedder is not None and embedder.model != embedding_model:
         raise EmbedderMismatchError(
-            f"this cluster stores embeddings of {_named(cluster.embedding_model)}, {cluster.dimensions} dimensions, "
+            f"this cluster stores embeddings of {_named(embedding_model)}, {dimensions} dimensions, "
             f"but embedder: {settings.embedder} makes those of {_named(embedder.model)}. Set the embedder that the "
             "cluster was made with, or make a new cluster: embeddings of two models cannot be compared"
         )
@@ -102,9 +101,9 @@ class LocalEmbedder:
 class HttpEmbedder:
     """A server with OpenAI's `POST /embeddings`: {"model", "input": [...]} → {"data": [{"index", "embedding"}]}."""
 
-    def __init__(self, settings: RouterSettings, cluster: Cluster) -> None:
-        self.model = settings.embedder_model or cluster.embedding_model
-        self.dimensions = cluster.dimensions
+    def __init__(self, settings: EmbedderSettings, embedding_model: str, dimensions: int) -> None:
+        self.model = settings.embedder_model or embedding_model
+        self.dimensions = dimensions
         key = settings.embedder_api_key
         self._client = httpx.AsyncClient(
             base_url=(settings.embedder_url or "").rstrip("/") + "/",

@@ -6,7 +6,10 @@ MemshardError
 ├── AlreadyExists         the id is taken by other content
 ├── FailedPrecondition
 │   ├── Ambiguous         one id, several users, no user given
+│   ├── ReadOnly          writes are refused for the time being
 │   └── WrongShard        stale topology; stays inside the cluster
+├── Aborted
+│   └── VersionMismatch   the memory is at another version than expected
 ├── ResourceExhausted     over a limit
 ├── Unavailable           something that should answer does not; try again
 │   └── OutcomeUnknown    a commit whose fate is unknown; the same request settles it
@@ -87,6 +90,10 @@ class Ambiguous(FailedPrecondition):
     default_reason = "AMBIGUOUS"
 
 
+class ReadOnly(FailedPrecondition):
+    default_reason = "READ_ONLY"
+
+
 class WrongShard(FailedPrecondition):
     """The slot is not served here; `epoch` is the newest topology this shard knows of."""
 
@@ -95,6 +102,15 @@ class WrongShard(FailedPrecondition):
     def __init__(self, message: str, *, epoch: int) -> None:
         super().__init__(message, metadata={"epoch": str(epoch)})
         self.epoch = epoch
+
+
+class Aborted(MemshardError):
+    code = grpc.StatusCode.ABORTED
+    default_reason = "ABORTED"
+
+
+class VersionMismatch(Aborted):
+    default_reason = "VERSION_MISMATCH"
 
 
 class ResourceExhausted(MemshardError):

@@ -97,6 +97,8 @@ async def make_catalog(server: Server, secrets: Secrets, record: Record, address
             embedding_model=record.embedder_model,
             dimensions=record.dimensions,
             precision=Precision(record.precision),
+            placement=record.placement,
+            text_language=record.text_language,
         )
         await connection.execute(_READ_ONLY)
         return await catalog.read_topology(connection)

@@ -150,6 +150,7 @@ class Plan:
     def _shard(self, shard_id: str) -> ProcessSpec:
         server = self.shard_server(shard_id)
         settings = services.shard_settings(
+            self.record,
             shard_id,
             self.record.ports[shard_id],
             database=server.app_dsn(self.secrets),

@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from common.catalog import DEFAULT_TEXT_LANGUAGE, TEXT_LANGUAGE, PlacementStrategy
 from local.errors import DataDirectoryError, OptionsError
 from local.layout import Layout, write_atomically
 
@@ -40,6 +41,8 @@ class Record(_Kept):
     """Where the `http` embedder is. The one choice that may change."""
     dimensions: int
     precision: Literal["half"] = "half"
+    placement: PlacementStrategy = PlacementStrategy.USER_BASED
+    text_language: str = DEFAULT_TEXT_LANGUAGE
     ports: dict[str, int] = {}
     """Port of every process but the routers, by name."""
     complete: bool = False
@@ -87,6 +90,8 @@ class Options:
     embedder_url: str | None = None
     embedder_model: str | None = None
     dimensions: int | None = None
+    placement: PlacementStrategy | None = None
+    text_language: str | None = None
 
 
 def load_record(layout: Layout) -> Record:
@@ -108,7 +113,7 @@ def settle(options: Options, kept: Record | None) -> Record:
         return _chosen(options)
     contradictions = [
         f"--{name.replace('_', '-')} {_shown(value)}, not {_shown(given)}"
-        for name in ("shards", "embedder", "embedder_model", "dimensions")
+        for name in ("shards", "embedder", "embedder_model", "dimensions", "placement", "text_language")
         if (given := getattr(options, name)) is not None and given != (value := getattr(kept, name))
     ]
     if contradictions:
@@ -146,7 +151,15 @@ def _chosen(options: Options) -> Record:
         embedder_model=model,
         embedder_url=options.embedder_url,
         dimensions=dimensions,
+        placement=options.placement or PlacementStrategy.USER_BASED,
+        text_language=_text_language(options.text_language),
     )
+
+
+def _text_language(given: str | None) -> str:
+    if given is not None and not TEXT_LANGUAGE.fullmatch(given):
+        raise OptionsError("--text-language must be a PostgreSQL text search configuration, like english or simple")
+    return given or DEFAULT_TEXT_LANGUAGE
 
 
 def _check_only_for_http(options: Options, embedder: Embedder) -> None:

@@ -15,26 +15,28 @@ from local.record import Record
 
 Service = Literal["router", "shard"]
 
+_EMBEDDER_KEY = "MEMSHARD_ROUTER_EMBEDDER_API_KEY"
+
 # Below the bound after which the supervisor kills a service that does not end.
 DRAIN_TIMEOUT_S = 10.0
 
 
-def shard_settings(shard_id: str, port: int, *, database: str, migration: str, catalog: str) -> dict[str, Any]:
+def shard_settings(
+    record: Record, shard_id: str, port: int, *, database: str, migration: str, catalog: str
+) -> dict[str, Any]:
     """A shard's settings; the last three are URLs."""
     return {
         **_common(port, catalog),
         "shard_id": shard_id,
         "database_dsn": database,
         "migration_dsn": migration,
+        **_embedder(record),
     }
 
 
 def router_settings(record: Record, port: int, *, catalog: str, redis: str) -> dict[str, Any]:
     """A router's settings; the last two are URLs."""
-    settings = {**_common(port, catalog), "redis_url": redis, "embedder": record.embedder}
-    if record.embedder == "http":
-        settings |= {"embedder_url": record.embedder_url, "embedder_model": record.embedder_model}
-    return settings
+    return {**_common(port, catalog), "redis_url": redis, **_embedder(record)}
 
 
 def write_settings(layout: Layout, name: str, settings: Mapping[str, Any]) -> Path:
@@ -52,7 +54,10 @@ def environment(service: Service, settings: Mapping[str, Any], root: Path) -> di
     prefix = SETTINGS[service].model_config.get("env_prefix", "")
     overriding = {f"{prefix}{name}".upper() for name in settings}
     kept = {name: value for name, value in os.environ.items() if name.upper() not in overriding}
-    return {**kept, "PYTHONUNBUFFERED": "1", MARK: str(root)}
+    # One key for both: the router embeds at once, the shard what had to wait.
+    key = os.environ.get(_EMBEDDER_KEY)
+    shared = {f"{prefix}EMBEDDER_API_KEY": key} if key else {}
+    return {**shared, **kept, "PYTHONUNBUFFERED": "1", MARK: str(root)}
 
 
 def _common(port: int, catalog: str) -> dict[str, Any]:
@@ -63,3 +68,9 @@ def _common(port: int, catalog: str) -> dict[str, Any]:
         "log_format": "json",
         "drain_timeout_s": DRAIN_TIMEOUT_S,
     }
+
+
+def _embedder(record: Record) -> dict[str, Any]:
+    if record.embedder != "http":
+        return {"embedder": record.embedder}
+    return {"embedder": "http", "embedder_url": record.embedder_url, "embedder_model": record.embedder_model}

@@ -27,7 +27,7 @@ async def main(settings: RouterSettings) -> None:
     cluster, topology = await _read_catalog(settings)
     async with AsyncExitStack() as stack:
         try:
-            embeds = embedder.create(settings, cluster)
+            embeds = embedder.create(settings, cluster.embedding_model, cluster.dimensions)
         except embedder.EmbedderMismatchError as error:
             raise lifecycle.StartError(str(error)) from error
         if embeds is not None:

@@ -4,12 +4,12 @@ The shard's own database is the authority on what it owns; the catalog is asked 
 asked again after a move would take back slots that it has given away.
 """
 
+import json
 from dataclasses import dataclass
 
 import asyncpg
 
 from common import catalog, logs, migrations, postgres
-from common.catalog import Cluster
 from common.config import ShardSettings
 from common.lifecycle import StartError
 from common.postgres import Connection
@@ -28,15 +28,22 @@ class Identity:
     embedding_model: str
     dimensions: int
     precision: catalog.Precision
+    placement: catalog.PlacementStrategy
+    text_language: str
+
+    @property
+    def vector_type(self) -> str:
+        """pgvector's name for embeddings of this precision."""
+        return schema.VECTOR_TYPE[self.precision]
 
 
-_READ_IDENTITY = """
-SELECT cluster_id::text, shard_id, embedding_model, dimensions, precision FROM identity
-"""
+# As JSON, because it is read before the schema is brought up to date: an older one lacks the newer columns.
+_READ_IDENTITY = "SELECT to_jsonb(identity)::text FROM identity"
 _CREATE_IDENTITY = """
-INSERT INTO identity (cluster_id, shard_id, embedding_model, dimensions, precision, epoch)
-VALUES ($1, $2, $3, $4, $5, $6)
+INSERT INTO identity (cluster_id, shard_id, embedding_model, dimensions, precision, placement, text_language, epoch)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
 """
+_HAS_LANGUAGE = "SELECT EXISTS (SELECT FROM pg_ts_config WHERE cfgname = $1)"
 _CREATE_OWNED = "INSERT INTO owned_slots (slot, state) SELECT generate_series($1::int, $2::int), 'own'"
 _READ_EPOCH = "SELECT epoch FROM identity"
 _READ_OWNED = "SELECT slot FROM owned_slots WHERE state IN ('own', 'fenced')"
@@ -88,28 +95,25 @@ async def read_owned(connection: Connection) -> list[tuple[int, int]]:
 async def _read(connection: Connection) -> Identity | None:
     if not await connection.fetchval(_HAS_IDENTITY):
         return None
-    row = await connection.fetchrow(_READ_IDENTITY)
-    if row is None:
+    document = await connection.fetchval(_READ_IDENTITY)
+    if document is None:
         return None
+    row = json.loads(document)
     return Identity(
-        row["cluster_id"],
-        row["shard_id"],
-        row["embedding_model"],
-        row["dimensions"],
-        catalog.Precision(row["precision"]),
+        cluster_id=row["cluster_id"],
+        shard_id=row["shard_id"],
+        embedding_model=row["embedding_model"],
+        dimensions=row["dimensions"],
+        precision=catalog.Precision(row["precision"]),
+        placement=catalog.PlacementStrategy(row.get("placement", catalog.PlacementStrategy.USER_BASED)),
+        text_language=row.get("text_language", catalog.DEFAULT_TEXT_LANGUAGE),
     )
 
 
 async def _migrate(connection: Connection, known: Identity) -> None:
-    cluster = Cluster(
-        cluster_id=known.cluster_id,
-        embedding_model=known.embedding_model,
-        dimensions=known.dimensions,
-        precision=known.precision,
-        placement="",
-        token_key=b"",
-    )
-    for number in await migrations.migrate(connection, schema.migrations(cluster)):
+    if not await connection.fetchval(_HAS_LANGUAGE, known.text_language):
+        raise StartError(f"this PostgreSQL has no text search configuration {known.text_language}")
+    for number in await migrations.migrate(connection, schema.migrations(known)):
         _log.info("schema changed", number=number)
 
 
@@ -127,7 +131,13 @@ async def _join(connection: Connection, settings: ShardSettings) -> Identity:
     if settings.shard_id not in {shard.shard_id for shard in topology.shards}:
         raise StartError(f"the catalog knows no shard {settings.shard_id}: check shard_id and catalog_dsn")
     identity = Identity(
-        cluster.cluster_id, settings.shard_id, cluster.embedding_model, cluster.dimensions, cluster.precision
+        cluster_id=cluster.cluster_id,
+        shard_id=settings.shard_id,
+        embedding_model=cluster.embedding_model,
+        dimensions=cluster.dimensions,
+        precision=cluster.precision,
+        placement=cluster.placement,
+        text_language=cluster.text_language,
     )
     await _migrate(connection, identity)
     async with connection.transaction():
@@ -138,6 +148,8 @@ async def _join(connection: Connection, settings: ShardSettings) -> Identity:
             identity.embedding_model,
             identity.dimensions,
             identity.precision.value,
+            identity.placement.value,
+            identity.text_language,
             topology.epoch,
         )
         for owned in topology.ranges:

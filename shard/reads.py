@@ -5,6 +5,8 @@ that does not own all of them says so (NotServedError) rather than answering in 
 """
 
 from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -12,73 +14,36 @@ import asyncpg
 from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
+from shard.filters import compile_filter
 from shard.identity import Identity
-from shard.rows import COLUMNS, from_microseconds, to_memory, to_microseconds, to_vector
+from shard.rows import COLUMNS, KEPT_COLUMNS, from_microseconds, to_memory, to_microseconds, to_vector
 
 _LIVE = "deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())"
 _SERVED = "state IN ('own', 'fenced')"
 
-# $1 and $2: first and last slot of each range asked for.
-_OWNED = f"""
+# What is found is left-joined to what is owned: nothing found is one row of nulls, nothing owned no row, or too few.
+_IN_ONE_SLOT = """
+SELECT 1::bigint AS served, {beside}, found.* FROM owned_slots
+LEFT JOIN LATERAL ({found}) AS found ON true
+WHERE owned_slots.slot = $1 AND {served}
+"""
+_IN_MANY_SLOTS = """
 WITH owned AS MATERIALIZED (
     SELECT owned_slots.slot FROM unnest($1::int[], $2::int[]) AS asked (first, last)
-    JOIN owned_slots ON owned_slots.slot BETWEEN asked.first AND asked.last WHERE {_SERVED}
+    JOIN owned_slots ON owned_slots.slot BETWEEN asked.first AND asked.last WHERE {served}
 )
-"""  # noqa: S608  # Constants of this module.
-
-_GET = f"""
-SELECT 1::bigint AS served, found.* FROM owned_slots
-LEFT JOIN LATERAL (
-    SELECT slot, {COLUMNS}, CASE WHEN $4 THEN embedding END AS embedding FROM memories
-    WHERE slot = owned_slots.slot AND user_id = $2 AND id = $3 AND {_LIVE}
-) AS found ON true
-WHERE owned_slots.slot = $1 AND {_SERVED}
-"""  # noqa: S608
-# Two rows are enough to know that the id is ambiguous.
-_FIND = f"""
-{_OWNED}
-SELECT (SELECT count(*) FROM owned) AS served, found.* FROM (VALUES (1)) AS one
-LEFT JOIN LATERAL (
-    SELECT slot, {COLUMNS}, CASE WHEN $4 THEN embedding END AS embedding FROM memories
-    WHERE id = $3 AND slot IN (SELECT slot FROM owned) AND {_LIVE} ORDER BY user_id LIMIT 2
-) AS found ON true
-"""  # noqa: S608
-_LIST = f"""
-SELECT 1::bigint AS served, found.* FROM owned_slots
-LEFT JOIN LATERAL (
-    SELECT {COLUMNS}, CASE WHEN $6 THEN embedding END AS embedding FROM memories
-    WHERE slot = owned_slots.slot AND user_id = $2 AND (create_time, id) < ($3, $4) AND {_LIVE}
-    ORDER BY create_time DESC, id DESC LIMIT $5
-) AS found ON true
-WHERE owned_slots.slot = $1 AND {_SERVED}
-"""  # noqa: S608
-# Exact by construction: no index holds embeddings, so the ORDER BY sees every row of the user.
-_SEARCH_USER = f"""
-SELECT 1::bigint AS served, found.* FROM owned_slots
-LEFT JOIN LATERAL (
-    SELECT {COLUMNS}, CASE WHEN $6 THEN embedding END AS embedding, (1 - (embedding <=> $3))::real AS score
-    FROM memories
-    WHERE slot = owned_slots.slot AND user_id = $2 AND embedding IS NOT NULL AND {_LIVE}
-        AND ($5::real IS NULL OR (1 - (embedding <=> $3))::real >= $5)
-    ORDER BY score DESC, id LIMIT $4
-) AS found ON true
-WHERE owned_slots.slot = $1 AND {_SERVED}
-"""  # noqa: S608
-_SEARCH_ALL = f"""
-{_OWNED}
-SELECT (SELECT count(*) FROM owned) AS served, found.* FROM (VALUES (1)) AS one
-LEFT JOIN LATERAL (
-    SELECT {COLUMNS}, CASE WHEN $6 THEN embedding END AS embedding, (1 - (embedding <=> $3))::real AS score
-    FROM memories
-    WHERE slot IN (SELECT slot FROM owned) AND embedding IS NOT NULL AND {_LIVE}
-        AND ($5::real IS NULL OR (1 - (embedding <=> $3))::real >= $5)
-    ORDER BY score DESC, id, user_id LIMIT $4
-) AS found ON true
-"""  # noqa: S608
+SELECT (SELECT count(*) FROM owned) AS served, {beside}, found.* FROM (VALUES (1)) AS one
+LEFT JOIN LATERAL ({found}) AS found ON true
+"""
+# Any word of the query, as PostgreSQL's parser and dictionaries see them; no word at all matches nothing.
+_ANY_WORD = """(SELECT string_agg(quote_literal(lexeme), ' | ')::tsquery
+                FROM unnest(tsvector_to_array(to_tsvector({language}::regconfig, {text}))) AS lexeme)"""
+# Divided by 1 + log(length): a long memory is not better for being long.
+_TEXT_RANK_NORMALISATION = 1
 
 # Rows fetched at once for a listing, so that a page of large memories does not bring a thousand of them to be dropped.
 _LIST_CHUNK = 100
-# Sorts before nothing: every (create_time, id) is less than this.
+# Later than every memory, for a listing from its beginning.
 _NEWEST = (from_microseconds(253_402_300_799_000_000), b"\xff" * 16)  # 9999-12-31T23:59:59Z
 
 Ranges = Sequence[shard_pb2.SlotRange]
@@ -91,22 +56,24 @@ class NotServedError(Exception):
 async def get(
     connection: Connection, ranges: Ranges, memory_id: str, user_id: str, *, include_embedding: bool
 ) -> list[shard_pb2.FoundMemory]:
-    """The memories with an id: at most one of a user (`ranges` is one slot then), at most two of anybody."""
-    if user_id:
-        rows = await connection.fetch(_GET, _one_slot(ranges), user_id, memory_id, include_embedding)
-        found = _served(rows, 1)
-    else:
-        rows = await connection.fetch(_FIND, *_bounds(ranges), memory_id, include_embedding)
-        found = _served(rows, _count(ranges))
+    """The memories with an id: at most one of a user, at most two of anybody (enough to know it is ambiguous)."""
+    question = _Question(ranges, user_id)
+    columns = _columns(include_embedding)
+    rows = await question.ask(
+        connection,
+        f"SELECT slot, {columns} FROM memories "  # noqa: S608  # Constants and parameters' numbers, here as below.
+        f"WHERE {question.whose} AND id = {question.add(memory_id)} AND {_LIVE} ORDER BY user_id LIMIT 2",
+    )
     return [
         shard_pb2.FoundMemory(memory=to_memory(row, include_embedding=include_embedding), slot=row["slot"])
-        for row in found
+        for row in rows
     ]
 
 
-async def list_page(connection: Connection, request: shard_pb2.ListRequest, page_bytes: int) -> shard_pb2.ListResponse:
+async def list_page(
+    connection: Connection, request: shard_pb2.ListRequest, page_bytes: int
+) -> shard_pb2.ListResponse:
     """One page of a user's memories, newest first; it ends early after `page_bytes`."""
-    slot = _one_slot(request.route.ranges)
     after = _NEWEST
     if request.HasField("after"):
         after = (from_microseconds(request.after.create_time_us), request.after.id)
@@ -115,12 +82,7 @@ async def list_page(connection: Connection, request: shard_pb2.ListRequest, page
     while True:
         # One more than the page needs tells whether there is a next page.
         wanted = min(request.page_size - len(page.memories) + 1, _LIST_CHUNK)
-        rows = _served(
-            await connection.fetch(
-                _LIST, slot, request.user_id, after[0], UUID(bytes=after[1]), wanted, request.include_embedding
-            ),
-            1,
-        )
+        rows = await _list_chunk(connection, request, after, wanted)
         for row in rows:
             if len(page.memories) == request.page_size or size > page_bytes:
                 page.next.CopyFrom(shard_pb2.ListPosition(create_time_us=to_microseconds(after[0]), id=after[1]))
@@ -133,47 +95,121 @@ async def list_page(connection: Connection, request: shard_pb2.ListRequest, page
             return page
 
 
+async def list_versions(connection: Connection, request: shard_pb2.ListVersionsRequest) -> shard_pb2.ListVersionsResponse:
+    """The versions of a memory, newest first: what it is now, if it is, and what is kept of before.
+
+    Of an expired memory there is nothing; of a deleted one, the versions without their contents.
+    """
+    question = _Question(request.route.ranges, request.user_id)
+    key = f"{question.whose} AND id = {question.add(request.id)}"
+    before = question.add(request.before_version)
+    rows = await question.ask(
+        connection,
+        f"SELECT * FROM (SELECT {COLUMNS} FROM memories WHERE {key} AND {_LIVE} UNION ALL "  # noqa: S608
+        f"SELECT {KEPT_COLUMNS} FROM memory_versions WHERE {key} AND NOT EXISTS "
+        f"(SELECT FROM memories WHERE {key} AND deleted_at IS NULL AND expire_time <= now())) AS versions "
+        f"WHERE ({before} = 0 OR version < {before}) ORDER BY version DESC LIMIT {question.add(request.page_size + 1)}",
+    )
+    return shard_pb2.ListVersionsResponse(
+        versions=[to_memory(row) for row in rows[: request.page_size]], more=len(rows) > request.page_size
+    )
+
+
 async def search(
     connection: Connection, identity: Identity, request: shard_pb2.SearchRequest
 ) -> shard_pb2.SearchResponse:
-    """The k nearest memories by cosine similarity, best first; ties by id, then user."""
-    arguments = (
-        request.user_id,
-        to_vector(request.embedding, identity.precision),
-        request.k,
-        request.min_score if request.HasField("min_score") else None,
-        request.include_embedding,
-    )
-    ranges = request.route.ranges
-    if request.user_id:
-        rows = _served(await connection.fetch(_SEARCH_USER, _one_slot(ranges), *arguments), 1)
-    else:
-        rows = _served(await connection.fetch(_SEARCH_ALL, *_bounds(ranges), *arguments[1:]), _count(ranges))
-    return shard_pb2.SearchResponse(
-        results=[
-            pb.ScoredMemory(memory=to_memory(row, include_embedding=request.include_embedding), score=row["score"])
-            for row in rows
-        ]
-    )
+    """The k best memories, best first; ties by id, then user. By cosine similarity, or by how well words match.
 
-
-def _served(rows: list[asyncpg.Record], slots: int) -> list[asyncpg.Record]:
-    """The rows found, if all `slots` that were asked for are served here. Raises NotServedError.
-
-    Statements left-join what they find to what they own: nothing found is one row of nulls, nothing owned no row.
+    Exact by construction: no index holds embeddings, so the ORDER BY sees every row that is asked for.
     """
-    if not rows or rows[0]["served"] != slots:
-        raise NotServedError
-    return [row for row in rows if row["id"] is not None]
+    question = _Question(request.route.ranges, request.user_id)
+    if request.embedding:
+        vector = question.add(to_vector(request.embedding, identity.precision))
+        score, matches = f"(1 - (embedding <=> {vector}))::real", "embedding IS NOT NULL"
+    else:
+        words = _ANY_WORD.format(language=question.add(identity.text_language), text=question.add(request.words))
+        score, matches = f"ts_rank_cd(words, {words}, {_TEXT_RANK_NORMALISATION})", f"words @@ {words}"
+    conditions = [question.whose, matches, _LIVE, question.filter(request.filter)]
+    if request.HasField("min_score"):
+        conditions.append(f"{score} >= {question.add(request.min_score)}::real")
+    rows, unembedded = await question.ask_beside(
+        connection,
+        f"SELECT {_columns(request.include_embedding)}, {score} AS score FROM memories "  # noqa: S608
+        f"WHERE {' AND '.join(conditions)} ORDER BY score DESC, id, user_id LIMIT {question.add(request.k)}",
+        f"(SELECT count(*) FROM memories WHERE {question.whose} AND embedding IS NULL AND {_LIVE})",
+    )
+    results = [
+        pb.ScoredMemory(memory=to_memory(row, include_embedding=request.include_embedding), score=row["score"])
+        for row in rows
+    ]
+    return shard_pb2.SearchResponse(results=results, unembedded=unembedded)
 
 
-def _one_slot(ranges: Ranges) -> int:
-    return ranges[0].first
-
-
-def _bounds(ranges: Ranges) -> tuple[list[int], list[int]]:
-    return [asked.first for asked in ranges], [asked.last for asked in ranges]
-
-
-def _count(ranges: Ranges) -> int:
+def slot_count(ranges: Ranges) -> int:
+    """How many slots there are in `ranges`."""
     return sum(asked.last - asked.first + 1 for asked in ranges)
+
+
+async def _list_chunk(
+    connection: Connection, request: shard_pb2.ListRequest, after: tuple[datetime, bytes], count: int
+) -> list[asyncpg.Record]:
+    question = _Question(request.route.ranges, request.user_id)
+    position = f"({question.add(after[0])}, {question.add(UUID(bytes=after[1]))})"
+    return await question.ask(
+        connection,
+        f"SELECT {_columns(request.include_embedding)} FROM memories "  # noqa: S608
+        f"WHERE {question.whose} AND (create_time, id) < {position} AND {_LIVE} AND {question.filter(request.filter)} "
+        f"ORDER BY create_time DESC, id DESC LIMIT {question.add(count)}",
+    )
+
+
+class _Question:
+    """A statement in the making: its parameters, and the slots and the user that it is about."""
+
+    def __init__(self, ranges: Ranges, user_id: str) -> None:
+        self._slots = slot_count(ranges)
+        self._parameters: list[Any] = []
+        if self._slots == 1:
+            self._frame = _IN_ONE_SLOT
+            self.add(ranges[0].first)
+            self.whose = "slot = owned_slots.slot"
+        else:
+            self._frame = _IN_MANY_SLOTS
+            self.add([asked.first for asked in ranges])
+            self.add([asked.last for asked in ranges])
+            self.whose = "slot IN (SELECT slot FROM owned)"
+        if user_id:
+            self.whose += f" AND user_id = {self.add(user_id)}"
+
+    def add(self, value: Any) -> str:
+        """A parameter with this value; returns its number as SQL."""
+        self._parameters.append(value)
+        return f"${len(self._parameters)}"
+
+    def filter(self, wanted: pb.Filter) -> str:
+        """A condition for a filter that the router has checked."""
+        if wanted.WhichOneof("kind") is None:
+            return "true"
+        compiled = compile_filter(wanted, len(self._parameters) + 1)
+        self._parameters.extend(compiled.parameters)
+        return compiled.sql
+
+    async def ask(self, connection: Connection, found: str) -> list[asyncpg.Record]:
+        """The rows of `found`, which selects an `id`. Raises NotServedError unless all slots asked for are served."""
+        rows, _ = await self.ask_beside(connection, found, "NULL")
+        return rows
+
+    async def ask_beside(self, connection: Connection, found: str, beside: str) -> tuple[list[asyncpg.Record], Any]:
+        """The rows of `found`, and the value of the expression `beside`, which may speak of the slots, in one snapshot.
+
+        Raises NotServedError unless all slots asked for are served.
+        """
+        statement = self._frame.format(found=found, served=_SERVED, beside=f"{beside} AS beside")
+        rows = await connection.fetch(statement, *self._parameters)
+        if not rows or rows[0]["served"] != self._slots:
+            raise NotServedError
+        return [row for row in rows if row["id"] is not None], rows[0]["beside"]
+
+
+def _columns(include_embedding: bool) -> str:
+    return f"{COLUMNS}, embedding" if include_embedding else COLUMNS

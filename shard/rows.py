@@ -17,6 +17,11 @@ COLUMNS = """
 user_id, id, agent_id, session_id, type, content, metadata, importance, embedding_model, embedding IS NULL AS pending,
 create_time, update_time, expire_time, version
 """
+# The same of `memory_versions`, where no embedding is kept.
+KEPT_COLUMNS = """
+user_id, id, agent_id, session_id, type, content, metadata, importance, embedding_model, pending,
+create_time, update_time, expire_time, version
+"""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)

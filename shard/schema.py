@@ -1,9 +1,11 @@
 """The shard's tables, as numbered migrations. Types and sizes follow the cluster's dimensions and precision."""
 
-from common.catalog import Cluster, Precision
+from typing import Protocol
+
+from common.catalog import PlacementStrategy, Precision
 from common.migrations import Migration
 
-_VECTOR_TYPE = {Precision.HALF: "halfvec", Precision.SINGLE: "vector"}
+VECTOR_TYPE = {Precision.HALF: "halfvec", Precision.SINGLE: "vector"}
 _BYTES_PER_DIMENSION = {Precision.HALF: 2, Precision.SINGLE: 4}
 
 # A PLAIN value must fit PostgreSQL's 8 KiB page together with the rest of its row (about 300 bytes once content and
@@ -15,19 +17,33 @@ _TOAST_ROOM_BYTES = 1024
 _TOAST_TARGET_RANGE = (2040, 8160)
 
 
-def vector_type(precision: Precision) -> str:
-    """pgvector's name for embeddings of this precision."""
-    return _VECTOR_TYPE[precision]
+# For reads of one user in many slots, which is how all placements but user_based spread users.
+_USER_INDEX = """
+CREATE INDEX memories_of_user ON memories (user_id, create_time DESC, id DESC) WHERE deleted_at IS NULL;
+"""
 
 
-def migrations(cluster: Cluster) -> tuple[Migration, ...]:
-    """The schema changes for a shard of `cluster`, in order."""
-    vector_bytes = cluster.dimensions * _BYTES_PER_DIMENSION[cluster.precision]
+class Shape(Protocol):
+    """What of a shard's identity its tables depend on."""
+
+    @property
+    def dimensions(self) -> int: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def placement(self) -> PlacementStrategy: ...
+    @property
+    def text_language(self) -> str: ...
+
+
+def migrations(shape: Shape) -> tuple[Migration, ...]:
+    """The schema changes for a shard, in order. The text language must be the name of one that PostgreSQL has."""
+    vector_bytes = shape.dimensions * _BYTES_PER_DIMENSION[shape.precision]
     storage = "PLAIN" if vector_bytes <= _PLAIN_MAX_BYTES else "EXTERNAL"
     low, high = _TOAST_TARGET_RANGE
     toast_target = min(max(vector_bytes + _TOAST_ROOM_BYTES, low), high)
     # Numbers and names of this module only: nothing from outside goes into these statements.
-    column = f"{vector_type(cluster.precision)}({cluster.dimensions:d})"
+    column = f"{VECTOR_TYPE[shape.precision]}({shape.dimensions:d})"
     return (
         Migration(
             1,
@@ -83,6 +99,67 @@ def migrations(cluster: Cluster) -> tuple[Migration, ...]:
                 PRIMARY KEY (slot, user_id, request_id)
             );
             CREATE INDEX applied_requests_by_age ON applied_requests (applied_at);
+            """,
+        ),
+        Migration(
+            2,
+            "versions, keyword search, claims, erasures",
+            f"""
+            ALTER TABLE identity ADD COLUMN text_language text NOT NULL DEFAULT '{shape.text_language}';
+            ALTER TABLE identity ADD COLUMN placement text NOT NULL DEFAULT '{shape.placement}';
+            ALTER TABLE memories ADD COLUMN words tsvector
+                GENERATED ALWAYS AS (to_tsvector('{shape.text_language}', content)) STORED;
+            CREATE INDEX memories_words ON memories USING gin (words);
+            CREATE INDEX memories_unembedded ON memories (slot, user_id)
+                WHERE embedding IS NULL AND deleted_at IS NULL;
+            CREATE INDEX memories_expiring ON memories (expire_time)
+                WHERE expire_time IS NOT NULL AND deleted_at IS NULL;
+            {_USER_INDEX if shape.placement is not PlacementStrategy.USER_BASED else ""}
+            -- What a memory was before an update, or before it was deleted: then without its contents.
+            CREATE TABLE memory_versions (
+                slot int NOT NULL,
+                user_id text COLLATE "C" NOT NULL,
+                id uuid NOT NULL,
+                version bigint NOT NULL,
+                agent_id text NOT NULL,
+                session_id text NOT NULL,
+                type smallint NOT NULL,
+                importance real NOT NULL,
+                content text NOT NULL,
+                metadata jsonb NOT NULL,
+                embedding_model text NOT NULL,
+                pending boolean NOT NULL,
+                create_time timestamptz NOT NULL,
+                update_time timestamptz NOT NULL,
+                expire_time timestamptz,
+                replaced_at timestamptz NOT NULL DEFAULT now(),
+                PRIMARY KEY (slot, user_id, id, version)
+            );
+            CREATE INDEX memory_versions_by_age ON memory_versions (replaced_at);
+            -- The answer without content: a version's number leads to it.
+            ALTER TABLE applied_requests ADD COLUMN answer jsonb;
+            UPDATE applied_requests SET answer = jsonb_build_object('deleted', outcome);
+            ALTER TABLE applied_requests ALTER COLUMN answer SET NOT NULL;
+            ALTER TABLE applied_requests DROP COLUMN outcome;
+            -- Who has an id, where that does not follow from the memory's own slot (docs/decisions/0007-claims.md).
+            CREATE TABLE claims (
+                slot int NOT NULL,
+                user_id text COLLATE "C" NOT NULL,
+                id uuid NOT NULL,
+                digest bytea NOT NULL,
+                memory_slot int NOT NULL,
+                PRIMARY KEY (slot, user_id, id)
+            );
+            -- Requests to erase, known by a hash: nothing of the user is kept, not even the name.
+            CREATE TABLE erasures (
+                slot int NOT NULL,
+                request_hash bytea NOT NULL,
+                memories bigint NOT NULL,
+                versions bigint NOT NULL,
+                applied_at timestamptz NOT NULL DEFAULT now(),
+                PRIMARY KEY (slot, request_hash)
+            );
+            CREATE INDEX erasures_by_age ON erasures (applied_at);
             """,
         ),
     )

@@ -1,0 +1,154 @@
+"""Changing and deleting a memory: one effect for each request id, and the version from before is kept."""
+
+import asyncpg
+
+from common.errors import NotFound, Unavailable, VersionMismatch
+from common.postgres import Connection
+from memshard.internal.v1 import shard_pb2
+from memshard.v1 import memory_pb2 as pb
+from shard import ownership, requests
+from shard.identity import Identity
+from shard.ownership import NotOwnedError
+from shard.rows import COLUMNS, KEPT_COLUMNS, from_microseconds, to_json, to_memory, to_vector
+
+# One statement, for the sake of its speed: owning, deleting, forgetting versions, and the request id.
+_DELETE = """
+WITH own AS MATERIALIZED (
+    SELECT slot FROM owned_slots WHERE slot = $1 AND state = 'own' FOR SHARE
+), emptied AS (
+    UPDATE memories SET deleted_at = now(), content = '', metadata = '{}', embedding = NULL, agent_id = '',
+                        session_id = ''
+    FROM own
+    WHERE memories.slot = own.slot AND user_id = $2 AND id = $3 AND deleted_at IS NULL
+        AND (expire_time IS NULL OR expire_time > now())
+    RETURNING memories.*
+), forgotten AS (
+    UPDATE memory_versions SET content = '', metadata = '{}', agent_id = '', session_id = ''
+    FROM own
+    WHERE memory_versions.slot = own.slot AND user_id = $2 AND id = $3
+), kept AS (
+    INSERT INTO memory_versions (slot, user_id, id, version, agent_id, session_id, type, importance, content, metadata,
+                                 embedding_model, pending, create_time, update_time, expire_time)
+    SELECT slot, user_id, id, version, '', '', type, importance, '', '{}', embedding_model, true, create_time,
+           update_time, expire_time
+    FROM emptied
+), applied AS (
+    INSERT INTO applied_requests (slot, user_id, request_id, digest, answer)
+    SELECT own.slot, $2, $4, $5, jsonb_build_object('deleted', EXISTS (SELECT FROM emptied)) FROM own
+    RETURNING (answer -> 'deleted')::boolean AS deleted
+)
+SELECT EXISTS (SELECT FROM own) AS owned, applied.deleted
+FROM (VALUES (1)) AS one LEFT JOIN applied ON true
+"""
+_LOCK = """
+SELECT version, deleted_at IS NOT NULL OR (expire_time IS NOT NULL AND expire_time <= now()) AS gone
+FROM memories WHERE slot = $1 AND user_id = $2 AND id = $3 FOR UPDATE
+"""
+_KEEP_VERSION = """
+INSERT INTO memory_versions (slot, user_id, id, version, agent_id, session_id, type, importance, content, metadata,
+                             embedding_model, pending, create_time, update_time, expire_time)
+SELECT slot, user_id, id, version, agent_id, session_id, type, importance, content, metadata, embedding_model,
+       embedding IS NULL, create_time, update_time, expire_time
+FROM memories WHERE slot = $1 AND user_id = $2 AND id = $3
+"""
+_UPDATE = f"""
+UPDATE memories SET
+    content = CASE WHEN 'content' = ANY ($4) THEN $5 ELSE content END,
+    metadata = CASE WHEN 'metadata' = ANY ($4) THEN $6 ELSE metadata END,
+    importance = CASE WHEN 'importance' = ANY ($4) THEN $7 ELSE importance END,
+    type = CASE WHEN 'type' = ANY ($4) THEN $8 ELSE type END,
+    agent_id = CASE WHEN 'agent_id' = ANY ($4) THEN $9 ELSE agent_id END,
+    session_id = CASE WHEN 'session_id' = ANY ($4) THEN $10 ELSE session_id END,
+    embedding = CASE WHEN 'embedding' = ANY ($4) THEN $11 ELSE embedding END,
+    embedding_model = CASE WHEN 'embedding' = ANY ($4) THEN $12 ELSE embedding_model END,
+    expire_time = CASE WHEN 'expire_time' = ANY ($4) THEN $13 ELSE expire_time END,
+    version = version + 1,
+    update_time = now()
+WHERE slot = $1 AND user_id = $2 AND id = $3
+RETURNING {COLUMNS}
+"""  # noqa: S608  # COLUMNS is a constant.
+_FIND_VERSION = f"""
+SELECT {COLUMNS} FROM memories WHERE slot = $1 AND user_id = $2 AND id = $3 AND version = $4 AND deleted_at IS NULL
+UNION ALL
+SELECT {KEPT_COLUMNS} FROM memory_versions WHERE slot = $1 AND user_id = $2 AND id = $3 AND version = $4
+"""  # noqa: S608
+
+
+async def delete(connection: Connection, slot: int, user_id: str, memory_id: str, request_id: str) -> bool:
+    """Empties a memory to a tombstone, once; False when there was none. The same request id has the same answer.
+
+    Raises NotOwnedError, InvalidArgument (the request id was used for another request).
+    """
+    digest = requests.digest_of("delete", memory_id)
+    try:
+        row = await connection.fetchrow(_DELETE, slot, user_id, memory_id, request_id, digest)
+    except asyncpg.UniqueViolationError:
+        answer = await requests.find(connection, slot, user_id, request_id, digest)
+        if answer is None:
+            raise Unavailable("the request id is being purged; try again", retry_after_s=1.0) from None
+        return bool(answer["deleted"])
+    if row is None or not row["owned"]:
+        raise NotOwnedError
+    return bool(row["deleted"])
+
+
+async def update(
+    connection: Connection, identity: Identity, slot: int, request: shard_pb2.UpdateRequest
+) -> pb.Memory:
+    """Changes the fields that the request names, once; returns the memory, without its embedding, as it then was.
+
+    Raises NotOwnedError, NotFound, VersionMismatch, InvalidArgument (the request id was used for another request).
+    """
+    key = (slot, request.memory.user_id, request.memory.id)
+    try:
+        async with connection.transaction():
+            await ownership.hold(connection, slot)
+            return await _update_held(connection, identity, key, request)
+    except asyncpg.UniqueViolationError:
+        # Another memory's update has just taken the request id.
+        raise requests.reused() from None
+
+
+async def _update_held(
+    connection: Connection, identity: Identity, key: tuple[int, str, str], request: shard_pb2.UpdateRequest
+) -> pb.Memory:
+    slot, user_id, memory_id = key
+    # The row first: whoever repeats this request waits here, and then finds it applied.
+    locked = await connection.fetchrow(_LOCK, *key)
+    answer = await requests.find(connection, slot, user_id, request.request_id, request.digest)
+    if answer is not None:
+        return await _as_answered(connection, key, answer["version"])
+    if locked is None or locked["gone"]:
+        raise NotFound(f"this user has no memory {memory_id}")
+    if request.HasField("expected_version") and request.expected_version != locked["version"]:
+        raise VersionMismatch(f"the memory is at version {locked['version']}, not {request.expected_version}")
+    await connection.execute(_KEEP_VERSION, *key)
+    memory = request.memory
+    row = await connection.fetchrow(
+        _UPDATE,
+        *key,
+        list(request.fields),
+        memory.content,
+        to_json(memory.metadata),
+        memory.importance,
+        memory.type,
+        memory.agent_id,
+        memory.session_id,
+        to_vector(memory.embedding, identity.precision) if memory.embedding else None,
+        memory.embedding_model,
+        from_microseconds(memory.expire_time.ToMicroseconds()) if memory.HasField("expire_time") else None,
+    )
+    assert row is not None
+    answer = {"version": row["version"]}
+    await requests.record(connection, slot, user_id, request.request_id, request.digest, answer)
+    return to_memory(row)
+
+
+async def _as_answered(connection: Connection, key: tuple[int, str, str], version: int) -> pb.Memory:
+    """What an update answered before: that version, wherever it is now; without contents once it was deleted."""
+    row = await connection.fetchrow(_FIND_VERSION, *key, version)
+    if row is None:
+        raise NotFound(f"version {version} of the memory {key[2]} is no longer kept")
+    return to_memory(row)
+
+

@@ -1,0 +1,103 @@
+"""Embedding later what was stored while the embedder was away.
+
+The queue is the memories without an embedding themselves, so it lasts as long as they do, and moves with them. A memory
+that was changed or deleted meanwhile keeps what it has: the embedding is written only to the version it was made of.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+import asyncpg
+import numpy as np
+
+from common import logs
+from common.deadline import Deadline
+from common.embedder import Embedder
+from common.errors import MemshardError
+from shard.database import Database
+from shard.identity import Identity
+from shard.rows import to_vector
+
+_log = logs.get_logger("embedding queue")
+
+_BATCH = 64
+_STATEMENT_TIMEOUT_S = 30.0
+_BACKOFF_S = (1.0, 30.0)
+
+# Oldest first. A text that the model cannot embed would come back every time: it is passed over by id.
+_NEXT = """
+SELECT slot, user_id, id, version, content FROM memories
+WHERE embedding IS NULL AND deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())
+    AND id <> ALL ($2::uuid[])
+ORDER BY create_time LIMIT $1
+"""
+_EMBED = """
+WITH own AS MATERIALIZED (SELECT slot FROM owned_slots WHERE slot = $1 AND state = 'own' FOR SHARE)
+UPDATE memories SET embedding = $5, embedding_model = $6 FROM own
+WHERE memories.slot = own.slot AND user_id = $2 AND id = $3 AND version = $4 AND embedding IS NULL
+    AND deleted_at IS NULL
+"""
+
+
+class EmbeddingQueue:
+    """Embeds what waits, in the background. `wake` tells it that something new does."""
+
+    def __init__(self, database: Database, identity: Identity, embedder: Embedder, *, interval_s: float) -> None:
+        self._database = database
+        self._identity = identity
+        self._embedder = embedder
+        self._interval_s = interval_s
+        self._wake = asyncio.Event()
+        self._hopeless: set[str] = set()
+
+    def wake(self) -> None:
+        """Something was stored without an embedding."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Works until cancelled; while the embedder or the database is away, it tries again with backoff."""
+        backoff_s, longest_s = _BACKOFF_S
+        while True:
+            pause_s = self._interval_s
+            try:
+                while await self.embed_batch():
+                    backoff_s = _BACKOFF_S[0]
+            except (MemshardError, TimeoutError, asyncpg.PostgresError) as error:
+                _log.warning("embedding put off", error=type(error).__name__, retry_s=backoff_s)
+                pause_s, backoff_s = backoff_s, min(backoff_s * 2, longest_s)
+            self._wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._wake.wait()
+
+    async def embed_batch(self) -> int:
+        """Embeds the oldest that wait, and returns how many those were. Raises Unavailable."""
+        deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
+        async with deadline.bound(), self._database.reading(deadline) as connection:
+            rows = await connection.fetch(_NEXT, _BATCH, list(self._hopeless))
+        if not rows:
+            return 0
+        vectors = await self._embedder.embed([row["content"] for row in rows])
+        await self._write(rows, [vector if vector.any() else None for vector in vectors])
+        return len(rows)
+
+    async def _write(
+        self, rows: Sequence[asyncpg.Record], vectors: "Sequence[np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None]"
+    ) -> None:
+        deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
+        async with deadline.bound(), self._database.reading(deadline) as connection:
+            for row, vector in zip(rows, vectors, strict=True):
+                if vector is None:
+                    self._hopeless.add(str(row["id"]))
+                    continue
+                await connection.execute(
+                    _EMBED,
+                    row["slot"],
+                    row["user_id"],
+                    row["id"],
+                    row["version"],
+                    to_vector(vector, self._identity.precision),
+                    self._identity.embedding_model,
+                )
+        _log.info("embedded", memories=len(rows))

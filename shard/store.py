@@ -1,0 +1,188 @@
+"""Storing memories, one or many: each once, in slots that this shard owns, committed by a single statement.
+
+Ownership is the row of `owned_slots`, joined FOR SHARE inside the statement: a write that meets a fence waits for it,
+re-reads the row, and then finds nothing to insert from. A plain check in the same statement would still see the state
+from before the wait (docs/decisions/0003-ownership-in-the-statement.md).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+
+from common.errors import AlreadyExists, MemshardError, Unavailable
+from common.postgres import Connection
+from memshard.internal.v1 import shard_pb2
+from memshard.v1 import memory_pb2 as pb
+from shard.identity import Identity
+from shard.ownership import NotOwnedError
+from shard.rows import COLUMNS, from_microseconds, to_json, to_memory, to_timestamp, to_vector
+
+_STORE = """
+WITH own AS MATERIALIZED (
+    SELECT slot FROM owned_slots WHERE slot = $1 AND state = 'own' FOR SHARE
+), stored AS (
+    INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
+                          embedding, embedding_model, expire_time)
+    SELECT own.slot, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13 FROM own
+    ON CONFLICT (slot, user_id, id) DO NOTHING
+    RETURNING create_time, update_time, version
+)
+SELECT EXISTS (SELECT FROM own) AS owned, stored.*
+FROM (VALUES (1)) AS one LEFT JOIN stored ON true
+"""
+_FIND_STORED = f"""
+SELECT digest, deleted_at, {COLUMNS} FROM memories WHERE slot = $1 AND user_id = $2 AND id = $3
+"""  # noqa: S608  # COLUMNS is a constant.
+# Slots are locked, and rows inserted, in one order: two batches that share some cannot wait for each other in a ring.
+_STORE_MANY = """
+WITH items AS (
+    SELECT * FROM unnest($1::int[], $2::text[], $3::uuid[], $4::bytea[], $5::text[], $6::text[], $7::smallint[],
+                         $8::real[], $9::text[], $10::jsonb[], $11::{vector}[], $12::text[], $13::timestamptz[])
+    AS item (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata, embedding,
+             embedding_model, expire_time)
+), own AS MATERIALIZED (
+    SELECT slot FROM owned_slots WHERE slot = ANY ($1::int[]) AND state = 'own' ORDER BY slot FOR SHARE
+), stored AS (
+    INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
+                          embedding, embedding_model, expire_time)
+    SELECT items.* FROM items JOIN own USING (slot) ORDER BY slot, user_id, id
+    ON CONFLICT (slot, user_id, id) DO NOTHING
+    RETURNING slot, user_id, id
+)
+SELECT ARRAY(SELECT slot FROM own) AS owned,
+       ARRAY(SELECT ROW(slot, user_id, id) FROM stored) AS stored
+"""
+_FIND_DIGESTS = """
+SELECT memories.slot, memories.user_id, memories.id, digest, deleted_at
+FROM unnest($1::int[], $2::text[], $3::uuid[]) AS item (slot, user_id, id)
+JOIN memories ON (memories.slot, memories.user_id, memories.id) = (item.slot, item.user_id, item.id)
+"""
+
+# A conflicting row can vanish between the insert and the look at it only by being purged, a day old.
+_ATTEMPTS = 3
+
+_Key = tuple[int, str, str]
+
+
+async def store(connection: Connection, identity: Identity, slot: int, memory: pb.Memory, digest: bytes) -> pb.Memory:
+    """Stores `memory` once; returns it as stored, without its embedding. The same digest again is the same success.
+
+    Raises NotOwnedError, AlreadyExists (the id has, or had within the tombstone's life, other content).
+    """
+    for _ in range(_ATTEMPTS):
+        row = await connection.fetchrow(_STORE, slot, *_values(memory, digest, identity))
+        if row is None or not row["owned"]:
+            raise NotOwnedError
+        if row["version"] is not None:
+            return _as_stored(memory, row)
+        found = await connection.fetchrow(_FIND_STORED, slot, memory.user_id, memory.id)
+        if found is not None:
+            return _repeated(memory, digest, found)
+    raise _being_purged()
+
+
+async def store_many(
+    connection: Connection, identity: Identity, items: Sequence[shard_pb2.StoreItem]
+) -> list[MemshardError | NotOwnedError | None]:
+    """Stores every item that it can, each once; what became of each, in order: None for a success.
+
+    The same item twice is stored once; the same id with other content is AlreadyExists for whoever comes later.
+    """
+    outcomes: dict[int, MemshardError | NotOwnedError | None] = {}
+    left = list(range(len(items)))
+    for _ in range(_ATTEMPTS):
+        columns = zip(*(_row(items[number], identity) for number in left), strict=True)
+        statement = _STORE_MANY.format(vector=identity.vector_type)
+        row = await connection.fetchrow(statement, *(list(column) for column in columns))
+        assert row is not None
+        owned = set(row["owned"])
+        stored = {(slot, user_id, str(memory_id)) for slot, user_id, memory_id in row["stored"]}
+        times = Counter(_key(items[number]) for number in left)
+        in_question = []
+        for number in left:
+            if items[number].slot not in owned:
+                outcomes[number] = NotOwnedError()
+            elif (key := _key(items[number])) in stored and times[key] == 1:
+                outcomes[number] = None
+            else:
+                in_question.append(number)
+        digests = await _digests(connection, [_key(items[number]) for number in in_question])
+        left = []
+        for number in in_question:
+            found = digests.get(_key(items[number]))
+            if found is None:
+                left.append(number)
+            else:
+                outcomes[number] = None if found[0] == items[number].digest else _taken(items[number].memory.id, found[1])
+        if not left:
+            break
+    outcomes.update(dict.fromkeys(left, _being_purged()))
+    return [outcomes[number] for number in range(len(items))]
+
+
+async def _digests(connection: Connection, keys: Sequence[_Key]) -> dict[_Key, tuple[bytes, datetime | None]]:
+    if not keys:
+        return {}
+    slots, users, ids = (list(column) for column in zip(*keys, strict=True))
+    rows = await connection.fetch(_FIND_DIGESTS, slots, users, ids)
+    return {
+        (row["slot"], row["user_id"], str(row["id"])): (row["digest"], row["deleted_at"]) for row in rows
+    }
+
+
+def _key(item: shard_pb2.StoreItem) -> _Key:
+    return item.slot, item.memory.user_id, item.memory.id
+
+
+def _row(item: shard_pb2.StoreItem, identity: Identity) -> tuple[Any, ...]:
+    return item.slot, *_values(item.memory, item.digest, identity)
+
+
+def _values(memory: pb.Memory, digest: bytes, identity: Identity) -> tuple[Any, ...]:
+    """The columns of a new row, after its slot."""
+    return (
+        memory.user_id,
+        memory.id,
+        digest,
+        memory.agent_id,
+        memory.session_id,
+        memory.type,
+        memory.importance,
+        memory.content,
+        to_json(memory.metadata),
+        to_vector(memory.embedding, identity.precision) if memory.embedding else None,
+        memory.embedding_model,
+        from_microseconds(memory.expire_time.ToMicroseconds()) if memory.HasField("expire_time") else None,
+    )
+
+
+def _as_stored(memory: pb.Memory, row: asyncpg.Record) -> pb.Memory:
+    stored = pb.Memory()
+    stored.CopyFrom(memory)
+    stored.embedding_state = pb.EMBEDDING_STATE_READY if memory.embedding else pb.EMBEDDING_STATE_PENDING
+    stored.ClearField("embedding")
+    stored.create_time.CopyFrom(to_timestamp(row["create_time"]))
+    stored.update_time.CopyFrom(to_timestamp(row["update_time"]))
+    stored.version = row["version"]
+    return stored
+
+
+def _repeated(memory: pb.Memory, digest: bytes, found: asyncpg.Record) -> pb.Memory:
+    if found["digest"] != digest:
+        raise _taken(memory.id, found["deleted_at"])
+    if found["deleted_at"]:
+        # Its content is gone for good; a late retry hears what the first attempt would have.
+        return _as_stored(memory, found)
+    return to_memory(found)
+
+
+def _taken(memory_id: str, deleted_at: datetime | None) -> AlreadyExists:
+    gone = " of a memory deleted within the last 24 hours" if deleted_at else ""
+    return AlreadyExists(f"the id {memory_id} is taken by other content{gone}")
+
+
+def _being_purged() -> Unavailable:
+    return Unavailable("the memory with this id is being purged; try again", retry_after_s=1.0)
