@@ -177,14 +177,17 @@ async def read_topology(connection: Connection) -> Topology:
         epoch = await connection.fetchval(_READ_EPOCH)
         shards = await connection.fetch(_READ_SHARDS)
         ranges = await connection.fetch(_READ_RANGES)
-    return Topology(
-        cluster_id=cluster.cluster_id,
-        epoch=epoch,
-        shards=tuple(
-            Shard(row["shard_id"], row["address"], row["weight"], ShardStatus(row["status"])) for row in shards
-        ),
-        ranges=tuple(SlotRange(row["first"], row["last"], row["shard_id"]) for row in ranges),
-    )
+    try:
+        return Topology(
+            cluster_id=cluster.cluster_id,
+            epoch=epoch,
+            shards=tuple(
+                Shard(row["shard_id"], row["address"], row["weight"], ShardStatus(row["status"])) for row in shards
+            ),
+            ranges=tuple(SlotRange(row["first"], row["last"], row["shard_id"]) for row in ranges),
+        )
+    except ValueError as error:
+        raise CatalogError(f"the catalog's topology at epoch {epoch} cannot be: {error}") from error
 
 
 async def set_addresses(connection: Connection, epoch: int, addresses: Mapping[str, str]) -> int:

@@ -4,6 +4,7 @@ Requests arrive as bytes and are parsed here rather than by gRPC, so that garbag
 INVALID_ARGUMENT instead of INTERNAL, and a bug is the only thing that is ever INTERNAL.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -54,6 +55,11 @@ def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: fl
             return response.SerializeToString()
         except errors.MemshardError as raised:
             error = raised
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            # Something that the handler waited for was cancelled, not the call: the caller still waits for a status.
+            error = errors.Unavailable("the request was interrupted", reason="INTERRUPTED", retry_after_s=1.0)
         except TimeoutError:
             error = errors.DeadlineExceeded("the deadline passed before the answer was there")
         except Exception as bug:  # The last resort: whatever is not a domain error is a bug, and says so.

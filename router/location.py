@@ -6,13 +6,15 @@ look, and a Redis that is slow or dead costs at most its timeout, then nothing f
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable
+from uuid import UUID
 
 from cachetools import TTLCache
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ResponseError
 
 from common import logs
 from common.config import RouterSettings
@@ -28,6 +30,9 @@ _MAX_SLOTS = 8
 # Seconds without Redis after it failed, so that a dead one costs its timeout once and not with every call.
 _REST_S = 1.0
 _MAX_CONNECTIONS = 64
+
+_JUST_NOW_MS = 60_000
+_CLOCK_SKEW_MS = 5_000
 
 
 class LocationCache:
@@ -55,8 +60,16 @@ class LocationCache:
         await self._ask(lambda redis: redis.set(_key(memory_id), render(slots), ex=self._ttl_s))
 
     async def add(self, memory_id: str, slot: int) -> None:
-        """Remembers where a memory was just stored, besides wherever another user has one with the same id."""
+        """Remembers where a memory was just stored, besides wherever another user has one with the same id.
+
+        An id that was made just now is nobody else's, so this is all there is to know of it. An older one may be
+        others' too, without anything being known of that here: then what is known is added to, and nothing is made up.
+        """
         here = frozenset((slot,))
+        if not made_just_now(memory_id):
+            known = await self.find(memory_id)
+            await (self.learn(memory_id, known | here) if known else self.forget(memory_id))
+            return
         self._remember(memory_id, self._memory.get(memory_id, NOWHERE) | here)
         before = parse(
             await self._ask(lambda redis: redis.set(_key(memory_id), render(here), ex=self._ttl_s, get=True))
@@ -86,10 +99,21 @@ class LocationCache:
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await command(self._redis)
-        except (RedisError, OSError, TimeoutError) as error:
+        except ResponseError:
+            # It answers, and refuses: there is something else than an entry under the key.
+            return None
+        except Exception as error:
+            # A cache may fail a call in no way whatever, not even by an answer that its client chokes on.
             self._resting_until = loop.time() + _REST_S
             _log.warning("going on without Redis", error=type(error).__name__)
             return None
+
+
+def made_just_now(memory_id: str) -> bool:
+    """Whether this is a UUIDv7 of the last minute, by this machine's clock."""
+    made = UUID(memory_id)
+    age_ms = time.time_ns() // 1_000_000 - (made.int >> 80)
+    return made.version == 7 and -_CLOCK_SKEW_MS <= age_ms <= _JUST_NOW_MS
 
 
 def parse(reply: object) -> Slots:

@@ -22,6 +22,9 @@ RETRY_AFTER_S = 1.0
 # Largest answer taken: 1,000 results of 64 KiB content, 32 KiB metadata and an embedding.
 _MAX_ANSWER_BYTES = 128 * 1024 * 1024
 
+# Longest that calls to an address that is no shard's any more may go on.
+_CLOSE_GRACE_S = 60.0
+
 _CHANNEL_OPTIONS = [
     # With gRPC's defaults (up to 120 s) a channel comes back seconds after its server does.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -58,6 +61,7 @@ class Shards:
     def __init__(self, settings: RouterSettings) -> None:
         self._margin_s = settings.shard_deadline_margin_s
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._stubs: dict[str, shard_pb2_grpc.ShardServiceAsyncStub] = {}
 
     async def call(self, shard: Shard, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> R:
@@ -73,19 +77,30 @@ class Shards:
             return cast("R", await getattr(self._stub(shard.address), rpc.name)(request, timeout=remaining_s))
         except grpc.aio.AioRpcError as error:
             raise _explained(error, shard, rpc) from error
+        except asyncio.CancelledError as error:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            # Nobody cancelled the caller: gRPC cancels what is in flight when a channel closes.
+            raise _gone(shard, rpc) from error
 
-    async def follow(self, topology: Topology) -> None:
-        """Closes the channels to addresses that no shard has any more."""
+    def follow(self, topology: Topology) -> None:
+        """Closes the channels to addresses that no shard has any more, once what is in flight on them has ended."""
         current = {shard.address for shard in topology.shards}
         for address in self._channels.keys() - current:
             self._stubs.pop(address, None)
-            await self._channels.pop(address).close(grace=RETRY_AFTER_S)
+            closing = asyncio.create_task(self._channels.pop(address).close(grace=_CLOSE_GRACE_S))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         """Closes all channels."""
         self._stubs.clear()
         channels, self._channels = self._channels, {}
-        await asyncio.gather(*(channel.close() for channel in channels.values()))
+        for closing in self._closing:
+            closing.cancel()
+        await asyncio.gather(
+            *self._closing, *(channel.close() for channel in channels.values()), return_exceptions=True
+        )
 
     def _stub(self, address: str) -> shard_pb2_grpc.ShardServiceAsyncStub:
         stub = self._stubs.get(address)
@@ -99,11 +114,24 @@ def _explained(error: grpc.aio.AioRpcError, shard: Shard, rpc: Rpc[Any, Any]) ->
     """A failed call in words that an agent may see: the shard's name, never its address."""
     domain_error = from_rpc_error(error)
     if domain_error is not None:
-        return domain_error
+        return _late(shard, rpc) if isinstance(domain_error, DeadlineExceeded) else domain_error
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceeded(f"{shard.shard_id} did not answer in time")
+        return _late(shard, rpc)
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ResourceExhausted(f"the answer of {shard.shard_id} is too large; ask for fewer results")
+    return _gone(shard, rpc)
+
+
+def _late(shard: Shard, rpc: Rpc[Any, Any]) -> MemshardError:
+    if rpc.writes:
+        return OutcomeUnknown(
+            f"{shard.shard_id} did not answer in time; the same request again settles whether the write happened",
+            retry_after_s=RETRY_AFTER_S,
+        )
+    return DeadlineExceeded(f"{shard.shard_id} did not answer in time")
+
+
+def _gone(shard: Shard, rpc: Rpc[Any, Any]) -> MemshardError:
     if rpc.writes:
         return OutcomeUnknown(
             f"{shard.shard_id} went away during the write; the same request again settles whether it happened",

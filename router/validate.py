@@ -5,7 +5,6 @@ Functions return the request in its normal form (ids in lower case, defaults fil
 
 import math
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,8 +68,10 @@ def new_memory(given: pb.Memory, cluster: Cluster) -> pb.Memory:
         # Empty is the same as absent, so that a memory reads the same however often it was stored.
         memory.metadata.CopyFrom(given.metadata)
     if given.HasField("expire_time"):
-        _expire_time(given.expire_time)
-        memory.expire_time.CopyFrom(given.expire_time)
+        # Kept to the microsecond. Whether it is in the past, the shard finds: the repetition of a store that was in
+        # time is the same success at any time.
+        _timestamp(given.expire_time, "memory.expire_time")
+        memory.expire_time.FromMicroseconds(given.expire_time.ToMicroseconds())
     if given.embedding:
         embedding(given.embedding, cluster, "memory.embedding")
     return memory
@@ -220,11 +221,9 @@ def _model(value: str, cluster: Cluster) -> str:
     return value or cluster.embedding_model
 
 
-def _expire_time(value: timestamp_pb2.Timestamp) -> None:
+def _timestamp(value: timestamp_pb2.Timestamp, field: str) -> None:
     if value.seconds not in _TIMESTAMP_SECONDS or not 0 <= value.nanos < 1_000_000_000:
-        raise bad("memory.expire_time", "INVALID_TIMESTAMP", "is no time between the years 1 and 9999")
-    if value.ToMicroseconds() <= time.time() * 1e6:
-        raise bad("memory.expire_time", "EXPIRE_TIME_IN_PAST", "is in the past")
+        raise bad(field, "INVALID_TIMESTAMP", "is no time between the years 1 and 9999")
 
 
 def _struct(value: struct_pb2.Struct, depth: int) -> None:

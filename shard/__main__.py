@@ -14,7 +14,7 @@ from common.rpc import generic_handler
 from memshard.internal.v1 import shard_pb2
 from shard import identity, purge
 from shard.commits import Commits
-from shard.database import Database, close_pool, is_writable, open_pool
+from shard.database import Database, Probe, close_pool, open_pool
 from shard.service import ShardServicer
 
 _SERVICE = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
@@ -32,6 +32,8 @@ async def main(settings: ShardSettings) -> None:
         stack.push_async_callback(close_pool, pool)
         database, commits = Database(pool), Commits()
         stack.push_async_callback(commits.settled, settings.drain_timeout_s)
+        probe = Probe(settings.database_dsn.get_secret_value())
+        stack.callback(probe.close)
         servicer = ShardServicer(settings, known, database, commits)
         server = lifecycle.Server(
             settings,
@@ -39,13 +41,13 @@ async def main(settings: ShardSettings) -> None:
             [_SERVICE.full_name],
         )
         await server.start()
-        await server.run_until_stopped([_health(server, database), _purge(settings, database)])
+        await server.run_until_stopped([_health(server, probe), _purge(settings, database)])
 
 
-def _health(server: lifecycle.Server, database: Database) -> Callable[[], Coroutine[Any, Any, None]]:
+def _health(server: lifecycle.Server, probe: Probe) -> Callable[[], Coroutine[Any, Any, None]]:
     async def watch() -> None:
         while True:
-            await server.set_serving(await is_writable(database))
+            await server.set_serving(await probe.is_writable())
             await asyncio.sleep(_HEALTH_INTERVAL_S)
 
     return watch

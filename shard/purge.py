@@ -1,4 +1,4 @@
-"""Clean-up in the background: tombstones and request ids past their day, in bounded batches."""
+"""Clean-up in the background, in bounded batches: what has expired, and tombstones and request ids past their day."""
 
 import asyncio
 
@@ -16,6 +16,13 @@ _log = logs.get_logger("purge")
 _BATCH = 500
 _STATEMENT_TIMEOUT_S = 30.0
 
+# Expired: emptied like a deleted one, so that its id stays taken for as long.
+_EMPTY_EXPIRED = """
+UPDATE memories SET deleted_at = now(), content = '', metadata = '{}', embedding = NULL, agent_id = '', session_id = ''
+WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM memories WHERE expire_time <= now() AND deleted_at IS NULL LIMIT $1 FOR UPDATE SKIP LOCKED
+))
+"""
 _PURGE_TOMBSTONES = """
 DELETE FROM memories WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM memories WHERE deleted_at < now() - make_interval(secs => $1) LIMIT $2 FOR UPDATE SKIP LOCKED
@@ -40,13 +47,20 @@ async def run(database: Database, *, ttl_s: float, interval_s: float) -> None:
 
 
 async def purge(database: Database, *, ttl_s: float, batch: int = _BATCH) -> int:
-    """Removes what is older than `ttl_s`, at most `batch` rows with one statement; returns how many rows went."""
+    """Empties what has expired and removes what is older than `ttl_s`; returns how many rows that was.
+
+    One statement takes at most `batch` rows.
+    """
     removed = 0
-    for statement in (_PURGE_TOMBSTONES, _PURGE_REQUESTS):
+    for statement, arguments in (
+        (_EMPTY_EXPIRED, ()),
+        (_PURGE_TOMBSTONES, (float(ttl_s),)),
+        (_PURGE_REQUESTS, (float(ttl_s),)),
+    ):
         while True:
             deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
             async with deadline.bound(), database.reading(deadline) as connection:
-                count = await _delete_batch(connection, statement, ttl_s, batch)
+                count = await _change_batch(connection, statement, *arguments, batch)
             removed += count
             if count < batch:
                 break
@@ -55,6 +69,6 @@ async def purge(database: Database, *, ttl_s: float, batch: int = _BATCH) -> int
     return removed
 
 
-async def _delete_batch(connection: Connection, statement: str, ttl_s: float, batch: int) -> int:
-    status = await connection.execute(statement, float(ttl_s), batch)
+async def _change_batch(connection: Connection, statement: str, *arguments: float) -> int:
+    status = await connection.execute(statement, *arguments)
     return int(status.rsplit(" ", 1)[1])

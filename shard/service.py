@@ -88,13 +88,16 @@ class ShardServicer:
                 raise self._wrong_shard(await identity.read_epoch(connection)) from None
 
     async def _write(self, write: Callable[[Connection], Awaitable[T]], deadline: Deadline) -> T:
+        acquired = await self._database.to_write(deadline)
+
         async def commit() -> T:
-            async with self._database.writing(deadline) as connection:
+            async with acquired.entered() as connection:
                 try:
                     return await write(connection)
                 except writes.NotOwnedError:
                     raise self._wrong_shard(await identity.read_epoch(connection)) from None
 
+        # From here on the caller may leave, and the write goes on. Nothing is awaited between the two.
         return await self._commits.run(commit())
 
     def _slot(self, route: shard_pb2.Route) -> int:

@@ -6,6 +6,7 @@ from before the wait (docs/decisions/0003-ownership-in-the-statement.md).
 """
 
 import hashlib
+from datetime import UTC, datetime
 
 import asyncpg
 
@@ -23,6 +24,7 @@ WITH own AS MATERIALIZED (
     INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
                           embedding, embedding_model, expire_time)
     SELECT own.slot, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13 FROM own
+    WHERE $13::timestamptz IS NULL OR $13 > now()
     ON CONFLICT (slot, user_id, id) DO NOTHING
     RETURNING create_time, update_time, version
 )
@@ -98,6 +100,8 @@ async def store(connection: Connection, identity: Identity, slot: int, memory: p
         found = await connection.fetchrow(_FIND_STORED, slot, memory.user_id, memory.id)
         if found is not None:
             return _repeated(memory, digest, found)
+        if expire_time is not None and expire_time <= datetime.now(UTC):
+            raise InvalidArgument.field("memory.expire_time", "EXPIRE_TIME_IN_PAST", "is in the past")
     raise Unavailable("the memory with this id is being purged; try again", retry_after_s=1.0)
 
 

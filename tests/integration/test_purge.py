@@ -1,13 +1,18 @@
 """What a deleted memory leaves behind is cleaned up after its day, in batches."""
 
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import asyncpg
+import grpc
+import pytest
+from google.protobuf import timestamp_pb2
 
 from memshard.v1 import memory_pb2 as pb
 from shard import purge
 from shard.database import Database
 from tests.support.cluster import LocalCluster
+from tests.support.eventually import eventually
 from tests.support.wire import store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
@@ -15,6 +20,27 @@ if TYPE_CHECKING:
 
 DAY_S = 86400.0
 MEMORIES = 7
+
+
+async def test_what_has_expired_is_emptied_and_its_id_stays_taken_for_a_day(
+    cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    soon = timestamp_pb2.Timestamp()
+    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=1))
+    stored = (await api.StoreMemory(store_request(user, "soon gone", expire_time=soon))).memory
+    shard = (await topology_of(cluster.catalog_dsn())).owner(user_slot(user))
+    async with asyncpg.create_pool(cluster.shard_dsn(shard.shard_id), min_size=1, max_size=1) as pool:
+        database = Database(pool)
+
+        async def emptied() -> bool:
+            await purge.purge(database, ttl_s=DAY_S)
+            row = await pool.fetchrow("SELECT content, deleted_at FROM memories WHERE user_id = $1", user)
+            return row is not None and row["content"] == "" and row["deleted_at"] is not None
+
+        await eventually(emptied)
+    with pytest.raises(grpc.aio.AioRpcError) as taken:
+        await api.StoreMemory(store_request(user, "another", stored.id))
+    assert taken.value.code() is grpc.StatusCode.ALREADY_EXISTS
 
 
 async def test_tombstones_and_request_ids_go_after_a_day_and_not_before(
