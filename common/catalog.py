@@ -149,12 +149,15 @@ async def create(
 ) -> Cluster:
     """Makes a new cluster in an empty database: its identity, its shards, and their slots by weight, at epoch 1.
 
-    Raises CatalogError when the database already holds a cluster, ValueError for dimensions or a language that cannot be.
+    Raises CatalogError when the database already holds a cluster, ValueError for dimensions or a
+    language that cannot be.
     """
     if not 1 <= dimensions <= MAX_DIMENSIONS[precision]:
         raise ValueError(f"dimensions must be 1 to {MAX_DIMENSIONS[precision]} at {precision} precision")
     if not TEXT_LANGUAGE.fullmatch(text_language):
-        raise ValueError("a text language is the name of a PostgreSQL text search configuration, like english or simple")
+        raise ValueError(
+            "a text language is the name of a PostgreSQL text search configuration, like english or simple"
+        )
     await upgrade(connection)
     cluster_id, token_key = str(uuid.uuid4()), secrets.token_bytes(TOKEN_KEY_BYTES)
     ranges = share_out({shard.shard_id: shard.weight for shard in shards})
@@ -216,14 +219,17 @@ async def read_topology(connection: Connection) -> Topology:
         epoch = await connection.fetchval(_READ_EPOCH)
         shards = await connection.fetch(_READ_SHARDS)
         ranges = await connection.fetch(_READ_RANGES)
-    return Topology(
-        cluster_id=cluster.cluster_id,
-        epoch=epoch,
-        shards=tuple(
-            Shard(row["shard_id"], row["address"], row["weight"], ShardStatus(row["status"])) for row in shards
-        ),
-        ranges=tuple(SlotRange(row["first"], row["last"], row["shard_id"]) for row in ranges),
-    )
+    try:
+        return Topology(
+            cluster_id=cluster.cluster_id,
+            epoch=epoch,
+            shards=tuple(
+                Shard(row["shard_id"], row["address"], row["weight"], ShardStatus(row["status"])) for row in shards
+            ),
+            ranges=tuple(SlotRange(row["first"], row["last"], row["shard_id"]) for row in ranges),
+        )
+    except ValueError as error:
+        raise CatalogError(f"the catalog's topology at epoch {epoch} cannot be: {error}") from error
 
 
 async def set_addresses(connection: Connection, epoch: int, addresses: Mapping[str, str]) -> int:

@@ -27,6 +27,13 @@ class ConfigError(Exception):
 def _postgres_dsn(value: SecretStr) -> SecretStr:
     if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
         raise ValueError("must be a PostgreSQL URL, like postgresql://user:password@host:5432/database")
+    try:
+        _ = urlsplit(value.get_secret_value()).port
+    except ValueError:
+        # Without the cause, whose text quotes part of the password.
+        raise ValueError(
+            "cannot be taken apart; in a password, characters like / : @ # must be percent-encoded"
+        ) from None
     return value
 
 
@@ -151,7 +158,7 @@ class RouterSettings(EmbedderSettings):
     location_cache_entries: Annotated[int, Field(ge=0, le=10_000_000)] = 100_000
     """Memory locations that this router remembers; about 200 bytes each."""
 
-    location_cache_ttl_s: Seconds = 60.0
+    location_cache_ttl_s: Seconds = 10.0
     """Seconds that this router remembers a location. Short, because other routers do not tell it what they learn."""
 
     location_redis_ttl_s: Annotated[int, Field(ge=1, le=30 * 86400)] = 86400
@@ -195,6 +202,9 @@ class ShardSettings(EmbedderSettings):
 
     default_deadline_s: Seconds = 10.0
     """Seconds for a call that came without a deadline. Routers always send one."""
+
+    lock_timeout_s: Annotated[float, Field(ge=0.1, le=60)] = 3.0
+    """Seconds that a write waits for a slot that is being handed over, before it answers that it may be sent again."""
 
     tombstone_ttl_s: Annotated[int, Field(ge=60, le=30 * 86400)] = 86400
     """Seconds that a deleted memory's id and a request id are remembered (the contract's 24 h)."""

@@ -4,12 +4,15 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2
+
+SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 _Response = health_pb2.HealthCheckResponse
 
 
-class Health(health_pb2_grpc.HealthServicer):
+class Health:
     """One state for all services of the process, NOT_SERVING at first.
 
     grpcio's own servicer never ends a watch, so that a server that is watched would drain until its time runs out.
@@ -31,23 +34,29 @@ class Health(health_pb2_grpc.HealthServicer):
         self._stopping = True
         self._change(False)
 
-    async def Check(  # noqa: N802  # The rpc's name.
-        self, request: health_pb2.HealthCheckRequest, context: "grpc.aio.ServicerContext[bytes, bytes]"
-    ) -> health_pb2.HealthCheckResponse:
-        if request.service not in self._names:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service here")
-        return self._health_of(request.service)
+    def handler(self) -> grpc.GenericRpcHandler:
+        """gRPC's handler of the service. Requests are parsed here, so that garbage is INVALID_ARGUMENT."""
+        methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            "Check": grpc.unary_unary_rpc_method_handler(self._check),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
-    async def Watch(  # noqa: N802
-        self, request: health_pb2.HealthCheckRequest, context: "grpc.aio.ServicerContext[bytes, bytes]"
-    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+    async def _check(self, raw: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
+        service = await _service(raw, context)
+        if service not in self._names:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service here")
+        return self._health_of(service).SerializeToString()
+
+    async def _watch(self, raw: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> AsyncIterator[bytes]:
+        service = await _service(raw, context)
         told = None
         while True:
             # Taken before the health is read, so that no change in between is missed.
             changed = self._changed
-            health = self._health_of(request.service)
+            health = self._health_of(service)
             if health != told:
-                yield health
+                yield health.SerializeToString()
                 told = health
             elif self._stopping:
                 return
@@ -63,3 +72,12 @@ class Health(health_pb2_grpc.HealthServicer):
         self._serving = serving
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+async def _service(raw: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> str:
+    """The service that a request asks about."""
+    try:
+        return health_pb2.HealthCheckRequest.FromString(raw).service
+    except DecodeError:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no valid HealthCheckRequest")
+        raise

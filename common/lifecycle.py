@@ -12,12 +12,10 @@ from typing import Any
 
 import grpc
 import uvloop
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from common import logs
+from common import health, logs
 from common.config import ConfigError, ServiceSettings
-from common.health import Health
 
 _log = logs.get_logger("lifecycle")
 
@@ -39,7 +37,7 @@ class Server:
         self, settings: ServiceSettings, handlers: Sequence[grpc.GenericRpcHandler], service_names: Sequence[str]
     ) -> None:
         self._settings = settings
-        self._health = Health(service_names)
+        self._health = health.Health(service_names)
         self._serving: bool | None = None
         self._stop = asyncio.Event()
         self._server = grpc.aio.server(
@@ -52,10 +50,10 @@ class Server:
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ]
         )
-        self._server.add_generic_rpc_handlers(list(handlers))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection((*service_names, health_name, reflection.SERVICE_NAME), self._server)
+        self._server.add_generic_rpc_handlers([*handlers, self._health.handler()])
+        reflection.enable_server_reflection(
+            (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
 
     async def start(self) -> None:
         """Listens. Raises StartError when the port cannot be had."""

@@ -25,7 +25,17 @@ CONNECTION_LOST = (
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
     asyncpg.OperatorInterventionError,
-    asyncpg.TooManyConnectionsError,
+)
+
+# The server answers, and cannot do it now: out of some resource, an I/O error, a primary that has become read-only, a
+# lock that was not had in time, a deadlock. None of them leaves an effect.
+CANNOT_NOW = (
+    asyncpg.InsufficientResourcesError,
+    asyncpg.PostgresIOError,
+    asyncpg.PostgresSystemError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.LockNotAvailableError,
 )
 
 # What a connection attempt raises when the server is not there, not ready, or says no.

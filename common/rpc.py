@@ -4,7 +4,9 @@ Requests arrive as bytes and are parsed here rather than by gRPC, so that garbag
 INVALID_ARGUMENT instead of INTERNAL, and a bug is the only thing that is ever INTERNAL.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 
 _log = logs.get_logger("rpc")
+
+_current: "ContextVar[Context]" = ContextVar("the call being handled")
 
 Handler = Callable[[Message, Deadline], Awaitable[Message]]
 _Behavior = Callable[[bytes, "Context"], Awaitable[bytes]]
@@ -42,10 +46,17 @@ def generic_handler(
     )
 
 
+def add_trailer(key: str, value: str) -> None:
+    """Sends something besides the answer to the call being handled, for those who look: the contract has no field."""
+    context = _current.get()
+    context.set_trailing_metadata((*(context.trailing_metadata() or ()), (key, value)))
+
+
 def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: float) -> _Behavior:
     request_class: type[Message] = GetMessageClass(method.input_type)
 
     async def behavior(raw: bytes, context: "Context") -> bytes:
+        _current.set(context)
         deadline = Deadline.of(context, default_deadline_s)
         error: errors.MemshardError
         try:
@@ -54,6 +65,11 @@ def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: fl
             return response.SerializeToString()
         except errors.MemshardError as raised:
             error = raised
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            # Something that the handler waited for was cancelled, not the call: the caller still waits for a status.
+            error = errors.Unavailable("the request was interrupted", reason="INTERRUPTED", retry_after_s=1.0)
         except TimeoutError:
             error = errors.DeadlineExceeded("the deadline passed before the answer was there")
         except Exception as bug:  # The last resort: whatever is not a domain error is a bug, and says so.

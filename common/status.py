@@ -32,6 +32,8 @@ _CLASSES: tuple[type[MemshardError], ...] = (
     errors.Internal,
 )
 _CLASS_BY_REASON = {cls.default_reason: cls for cls in _CLASSES}
+# grpc.StatusCode's value is (number, text); google.rpc.Status carries the number.
+_CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 # The first class of each code is the general one.
 _CLASS_BY_CODE = {cls.code: cls for cls in reversed(_CLASSES)}
 
@@ -61,7 +63,6 @@ def to_status(error: MemshardError) -> status_pb2.Status:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         attach(error_details_pb2.RetryInfo(retry_delay=delay))
-    # grpc.StatusCode's value is (number, text); google.rpc.Status carries the number.
     return status_pb2.Status(code=error.code.value[0], message=error.message, details=details)
 
 
@@ -74,26 +75,31 @@ async def abort(context: "grpc.aio.ServicerContext[bytes, bytes]", error: Memsha
 def from_rpc_error(error: grpc.aio.AioRpcError) -> MemshardError | None:
     """The domain error that another memshard service answered a call with; None when gRPC itself failed the call."""
     status = _details(error)
+    return from_status(status) if status else None
+
+
+def from_status(status: status_pb2.Status) -> MemshardError | None:
+    """The domain error that a google.rpc.Status was made of; None when it is not one of ours."""
     info = error_details_pb2.ErrorInfo()
     bad_request = error_details_pb2.BadRequest()
     retry = error_details_pb2.RetryInfo()
-    for detail in status.details if status else ():
+    for detail in status.details:
         for message in (info, bad_request, retry):
             _read(detail, message)
-    retry_after_s = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
     if info.domain != DOMAIN:
         return None
-    message = error.details() or error.code().name
+    text = status.message or info.reason
     if info.reason == errors.WrongShard.default_reason:
         epoch = info.metadata.get("epoch", "")
         known = epoch.isdecimal() and len(epoch) <= _MAX_EPOCH_DIGITS
-        return errors.WrongShard(message, epoch=int(epoch) if known else 0)
-    cls = _CLASS_BY_REASON.get(info.reason) or _CLASS_BY_CODE.get(error.code(), errors.Unavailable)
+        return errors.WrongShard(text, epoch=int(epoch) if known else 0)
+    code = _CODE_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
+    cls = _CLASS_BY_REASON.get(info.reason) or _CLASS_BY_CODE.get(code, errors.Unavailable)
     return cls(
-        message,
+        text,
         reason=info.reason,
         violations=tuple(FieldViolation(v.field, v.description) for v in bad_request.field_violations),
-        retry_after_s=retry_after_s,
+        retry_after_s=retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None,
         metadata=dict(info.metadata),
     )
 

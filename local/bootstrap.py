@@ -35,6 +35,10 @@ _CREATE_ROLE = "SELECT format('CREATE ROLE %I LOGIN PASSWORD %L', $1::text, $2::
 _CREATE_DATABASE = "SELECT format('CREATE DATABASE %I OWNER %I', $1::text, $2::text)"
 # The owner of the database may create in `public` (pg_database_owner); nobody else may, in any PostgreSQL.
 _CLOSE_SCHEMA = "REVOKE CREATE ON SCHEMA public FROM PUBLIC"
+# The roles of the services have no business in the maintenance database, nor with temporary tables.
+_CLOSE_DATABASES = """
+SELECT format('REVOKE ALL ON DATABASE postgres FROM PUBLIC; REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', $1::text)
+"""
 _ADD_VECTOR = "CREATE EXTENSION vector"
 _READ_ONLY = f"""
 GRANT SELECT ON ALL TABLES IN SCHEMA public TO {APP};
@@ -83,6 +87,7 @@ async def make_database(server: Server, secrets: Secrets, *, vector: bool) -> No
         await connection.execute(await connection.fetchval(_CREATE_DATABASE, server.database, OWNER))
     async with _as(SUPERUSER, secrets.postgres, server) as connection:
         await connection.execute(_CLOSE_SCHEMA)
+        await connection.execute(await connection.fetchval(_CLOSE_DATABASES, server.database))
         if vector:
             await connection.execute(_ADD_VECTOR)
 

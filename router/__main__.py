@@ -13,10 +13,15 @@ from common.rpc import generic_handler
 from common.topology import Topology
 from memshard.v1 import memory_pb2
 from router.dispatch import Dispatch
+from router.embed import Embedding
 from router.fanout import Fanout
 from router.location import LocationCache
+from router.parts import Parts
+from router.place import Placement
+from router.scatter import Scatter
 from router.service import MemoryServicer
 from router.shards import Shards
+from router.tokens import Tokens
 from router.topology_watch import TopologyWatch
 
 _SERVICE = memory_pb2.DESCRIPTOR.services_by_name["MemoryService"]
@@ -40,11 +45,16 @@ async def main(settings: RouterSettings) -> None:
             settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=shards.follow
         )
         servicer = MemoryServicer(
-            cluster,
-            embeds,
-            Dispatch(watch, shards),
-            Fanout(watch, shards, concurrency=settings.fanout_concurrency),
-            locations,
+            Parts(
+                cluster=cluster,
+                placement=Placement(cluster.placement),
+                embedding=Embedding(embeds),
+                dispatch=Dispatch(watch, shards),
+                scatter=Scatter(watch, shards),
+                fanout=Fanout(watch, shards, concurrency=settings.fanout_concurrency),
+                locations=locations,
+                tokens=Tokens(cluster.token_key),
+            )
         )
         server = lifecycle.Server(
             settings,

@@ -86,9 +86,12 @@ class Fanout:
             except MemshardError as error:
                 failed.append((shard, error))
 
+        asked = topology.serving()
         async with asyncio.TaskGroup() as group:
-            for shard in topology.serving():
+            for shard in asked:
                 group.create_task(ask(shard))
+        # A shard that is in neither list would be missing from the answer without a word.
+        assert len(answers) + len(failed) == len(asked)
         return Gathered(_by_id(answers), _by_id(failed))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.deadline import Deadline
-from common.errors import Ambiguous, NotFound, Unavailable
+from common.errors import Ambiguous, DeadlineExceeded, NotFound, Unavailable
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router.dispatch import Dispatch
@@ -45,9 +45,11 @@ class Locator:
         asked: set[str] = set()
         found: list[shard_pb2.FoundMemory] = []
         for slot in sorted(slots):
+            # Half of what is left, since a stale entry may lead to a shard that does not answer.
+            half = Deadline.after(deadline.remaining_s() / 2)
             try:
-                shard, answer = await self._dispatch.to_owner(slot, GET, request, deadline)
-            except Unavailable:
+                shard, answer = await self._dispatch.to_owner(slot, GET, request, half)
+            except (Unavailable, DeadlineExceeded):
                 # Somebody else may have it; and if nobody has, asking everybody says who could not be asked.
                 return None
             asked.add(shard.shard_id)

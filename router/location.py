@@ -6,13 +6,15 @@ look, and a Redis that is slow or dead costs at most its timeout, then nothing f
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from uuid import UUID
 
 from cachetools import TTLCache
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ResponseError
 
 from common import logs
 from common.config import RouterSettings
@@ -28,6 +30,11 @@ _MAX_SLOTS = 8
 # Seconds without Redis after it failed, so that a dead one costs its timeout once and not with every call.
 _REST_S = 1.0
 _MAX_CONNECTIONS = 64
+# Keys in one command: some milliseconds of Redis' one thread.
+_MAX_KEYS = 1000
+
+_JUST_NOW_MS = 60_000
+_CLOCK_SKEW_MS = 5_000
 
 
 class LocationCache:
@@ -55,14 +62,51 @@ class LocationCache:
         await self._ask(lambda redis: redis.set(_key(memory_id), render(slots), ex=self._ttl_s))
 
     async def add(self, memory_id: str, slot: int) -> None:
-        """Remembers where a memory was just stored, besides wherever another user has one with the same id."""
+        """Remembers where a memory was just stored, besides wherever another user has one with the same id.
+
+        An id that was made just now is nobody else's, so this is all there is to know of it. An older one may be
+        others' too, without anything being known of that here: then what is known is added to, and nothing is made up.
+        """
         here = frozenset((slot,))
+        if not made_just_now(memory_id):
+            known = await self.find(memory_id)
+            await (self.learn(memory_id, known | here) if known else self.forget(memory_id))
+            return
         self._remember(memory_id, self._memory.get(memory_id, NOWHERE) | here)
         before = parse(
             await self._ask(lambda redis: redis.set(_key(memory_id), render(here), ex=self._ttl_s, get=True))
         )
         if before - here:
             await self.learn(memory_id, before | here)
+
+    async def add_many(self, stored: Sequence[tuple[str, int]]) -> None:
+        """The same for the memories of a batch, in one exchange with Redis. Of older ids nothing is kept at all."""
+        fresh: dict[str, Slots] = {}
+        for memory_id, slot in stored:
+            if made_just_now(memory_id):
+                fresh[memory_id] = fresh.get(memory_id, NOWHERE) | {slot}
+        for memory_id, here in fresh.items():
+            self._remember(memory_id, self._memory.get(memory_id, NOWHERE) | here)
+
+        async def write(redis: Redis) -> list[object]:
+            async with redis.pipeline(transaction=False) as pipeline:
+                for memory_id, here in fresh.items():
+                    pipeline.set(_key(memory_id), render(here), ex=self._ttl_s, get=True)
+                return await pipeline.execute()
+
+        replies = await self._ask(write) if fresh else None
+        for (memory_id, here), reply in zip(fresh.items(), replies if isinstance(replies, list) else [], strict=False):
+            if (before := parse(reply)) - here:
+                await self.learn(memory_id, before | here)
+        await self.forget_many([memory_id for memory_id, _ in stored if memory_id not in fresh])
+
+    async def forget_many(self, memory_ids: Sequence[str]) -> None:
+        """Drops what is known of many memories."""
+        for memory_id in memory_ids:
+            self._memory.pop(memory_id, None)
+        for start in range(0, len(memory_ids), _MAX_KEYS):
+            keys = [_key(memory_id) for memory_id in memory_ids[start : start + _MAX_KEYS]]
+            await self._ask(lambda redis, keys=keys: redis.delete(*keys))  # type: ignore[misc]
 
     async def forget(self, memory_id: str) -> None:
         """Drops what is known of a memory."""
@@ -86,10 +130,21 @@ class LocationCache:
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await command(self._redis)
-        except (RedisError, OSError, TimeoutError) as error:
+        except ResponseError:
+            # It answers, and refuses: there is something else than an entry under the key.
+            return None
+        except Exception as error:
+            # A cache may fail a call in no way whatever, not even by an answer that its client chokes on.
             self._resting_until = loop.time() + _REST_S
             _log.warning("going on without Redis", error=type(error).__name__)
             return None
+
+
+def made_just_now(memory_id: str) -> bool:
+    """Whether this is a UUIDv7 of the last minute, by this machine's clock."""
+    made = UUID(memory_id)
+    age_ms = time.time_ns() // 1_000_000 - (made.int >> 80)
+    return made.version == 7 and -_CLOCK_SKEW_MS <= age_ms <= _JUST_NOW_MS
 
 
 def parse(reply: object) -> Slots:

@@ -1,7 +1,9 @@
-"""Merging the shards' answers to one search. Pure."""
+"""Merging the shards' answers to one search, or to one page of a listing. Pure."""
 
+import uuid
 from collections.abc import Iterable, Sequence
 
+from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router.validate import Window
 
@@ -19,3 +21,29 @@ def merge(answers: Iterable[Sequence[pb.ScoredMemory]], window: Window) -> list[
                 best[key] = result
     ordered = sorted(best.values(), key=lambda r: (-r.score, r.memory.id, r.memory.user_id))
     return ordered[window.offset : window.k]
+
+
+def merge_page(
+    answers: Sequence[shard_pb2.ListResponse], page_size: int
+) -> tuple[list[pb.Memory], shard_pb2.ListPosition | None]:
+    """One page of a listing over several shards, newest first, and where the next begins; None when that was all.
+
+    Each answer is its shard's page from the same position on. A shard that has more than it gave has said up to where
+    it is complete; nothing older than that may be taken from anybody, or its rows would be skipped.
+    """
+    floor = max((_position(answer.next) for answer in answers if answer.HasField("next")), default=None)
+    memories = {memory.id: memory for answer in answers for memory in answer.memories}
+    ordered = sorted(memories.values(), key=_place, reverse=True)
+    page = [memory for memory in ordered if floor is None or _place(memory) >= floor][:page_size]
+    if floor is None and len(page) == len(ordered):
+        return page, None
+    create_time_us, memory_id = _place(page[-1]) if page else floor or (0, b"")
+    return page, shard_pb2.ListPosition(create_time_us=create_time_us, id=memory_id)
+
+
+def _place(memory: pb.Memory) -> tuple[int, bytes]:
+    return memory.create_time.ToMicroseconds(), uuid.UUID(memory.id).bytes
+
+
+def _position(position: shard_pb2.ListPosition) -> tuple[int, bytes]:
+    return position.create_time_us, position.id

@@ -11,9 +11,9 @@ from google.protobuf.message import Message
 
 from common.config import RouterSettings
 from common.deadline import Deadline
-from common.errors import DeadlineExceeded, MemshardError, OutcomeUnknown, ResourceExhausted, Unavailable
+from common.errors import DeadlineExceeded, MemshardError, OutcomeUnknown, ReadOnly, ResourceExhausted, Unavailable
 from common.status import from_rpc_error
-from common.topology import Shard, Topology
+from common.topology import Shard, ShardStatus, Topology
 from memshard.internal.v1 import shard_pb2, shard_pb2_grpc
 
 # Seconds after which a caller may try again: about what a shard process takes to be restarted.
@@ -21,6 +21,9 @@ RETRY_AFTER_S = 1.0
 
 # Largest answer taken: 1,000 results of 64 KiB content, 32 KiB metadata and an embedding.
 _MAX_ANSWER_BYTES = 128 * 1024 * 1024
+
+# Longest that calls to an address that is no shard's any more may go on.
+_CLOSE_GRACE_S = 60.0
 
 _CHANNEL_OPTIONS = [
     # With gRPC's defaults (up to 120 s) a channel comes back seconds after its server does.
@@ -47,6 +50,12 @@ class Rpc(Generic[Q, R]):
 
 STORE: Rpc[shard_pb2.StoreRequest, shard_pb2.StoreResponse] = Rpc("Store", writes=True)
 DELETE: Rpc[shard_pb2.DeleteRequest, shard_pb2.DeleteResponse] = Rpc("Delete", writes=True)
+STORE_BATCH: Rpc[shard_pb2.StoreBatchRequest, shard_pb2.StoreBatchResponse] = Rpc("StoreBatch", writes=True)
+CLAIM: Rpc[shard_pb2.ClaimRequest, shard_pb2.ClaimResponse] = Rpc("Claim", writes=True)
+UPDATE: Rpc[shard_pb2.UpdateRequest, shard_pb2.UpdateResponse] = Rpc("Update", writes=True)
+ERASE: Rpc[shard_pb2.EraseRequest, shard_pb2.EraseResponse] = Rpc("Erase", writes=True)
+FIND_CLAIM: Rpc[shard_pb2.FindClaimRequest, shard_pb2.FindClaimResponse] = Rpc("FindClaim")
+LIST_VERSIONS: Rpc[shard_pb2.ListVersionsRequest, shard_pb2.ListVersionsResponse] = Rpc("ListVersions")
 GET: Rpc[shard_pb2.GetRequest, shard_pb2.GetResponse] = Rpc("Get")
 LIST: Rpc[shard_pb2.ListRequest, shard_pb2.ListResponse] = Rpc("List")
 SEARCH: Rpc[shard_pb2.SearchRequest, shard_pb2.SearchResponse] = Rpc("Search")
@@ -58,14 +67,16 @@ class Shards:
     def __init__(self, settings: RouterSettings) -> None:
         self._margin_s = settings.shard_deadline_margin_s
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._stubs: dict[str, shard_pb2_grpc.ShardServiceAsyncStub] = {}
 
     async def call(self, shard: Shard, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> R:
         """The answer of `shard` to one rpc of ShardService.
 
-        Raises the shard's own domain error; Unavailable when it cannot be reached, OutcomeUnknown when that leaves a
-        write in doubt; DeadlineExceeded.
+        Raises ReadOnly or Unavailable when the shard's status says so; the shard's own domain error; Unavailable when
+        it cannot be reached, OutcomeUnknown when that leaves a write in doubt; DeadlineExceeded.
         """
+        _admit(shard, rpc)
         remaining_s = deadline.less(self._margin_s).remaining_s()
         if remaining_s <= 0:
             raise DeadlineExceeded(f"no time left to ask {shard.shard_id}")
@@ -73,19 +84,30 @@ class Shards:
             return cast("R", await getattr(self._stub(shard.address), rpc.name)(request, timeout=remaining_s))
         except grpc.aio.AioRpcError as error:
             raise _explained(error, shard, rpc) from error
+        except asyncio.CancelledError as error:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            # Nobody cancelled the caller: gRPC cancels what is in flight when a channel closes.
+            raise _gone(shard, rpc) from error
 
-    async def follow(self, topology: Topology) -> None:
-        """Closes the channels to addresses that no shard has any more."""
+    def follow(self, topology: Topology) -> None:
+        """Closes the channels to addresses that no shard has any more, once what is in flight on them has ended."""
         current = {shard.address for shard in topology.shards}
         for address in self._channels.keys() - current:
             self._stubs.pop(address, None)
-            await self._channels.pop(address).close(grace=RETRY_AFTER_S)
+            closing = asyncio.create_task(self._channels.pop(address).close(grace=_CLOSE_GRACE_S))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         """Closes all channels."""
         self._stubs.clear()
         channels, self._channels = self._channels, {}
-        await asyncio.gather(*(channel.close() for channel in channels.values()))
+        for closing in self._closing:
+            closing.cancel()
+        await asyncio.gather(
+            *self._closing, *(channel.close() for channel in channels.values()), return_exceptions=True
+        )
 
     def _stub(self, address: str) -> shard_pb2_grpc.ShardServiceAsyncStub:
         stub = self._stubs.get(address)
@@ -95,15 +117,38 @@ class Shards:
         return stub
 
 
+def _admit(shard: Shard, rpc: Rpc[Any, Any]) -> None:
+    """Whether the shard may be asked this now. A draining one serves on: its slots are on their way, not gone."""
+    if shard.status is ShardStatus.MAINTENANCE:
+        raise Unavailable(
+            f"{shard.shard_id} is in maintenance", reason="SHARD_MAINTENANCE", retry_after_s=RETRY_AFTER_S
+        )
+    if rpc.writes and shard.status is ShardStatus.READONLY:
+        raise ReadOnly(f"{shard.shard_id} takes no writes for the time being")
+
+
 def _explained(error: grpc.aio.AioRpcError, shard: Shard, rpc: Rpc[Any, Any]) -> MemshardError:
     """A failed call in words that an agent may see: the shard's name, never its address."""
     domain_error = from_rpc_error(error)
     if domain_error is not None:
-        return domain_error
+        return _late(shard, rpc) if isinstance(domain_error, DeadlineExceeded) else domain_error
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceeded(f"{shard.shard_id} did not answer in time")
+        return _late(shard, rpc)
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ResourceExhausted(f"the answer of {shard.shard_id} is too large; ask for fewer results")
+    return _gone(shard, rpc)
+
+
+def _late(shard: Shard, rpc: Rpc[Any, Any]) -> MemshardError:
+    if rpc.writes:
+        return OutcomeUnknown(
+            f"{shard.shard_id} did not answer in time; the same request again settles whether the write happened",
+            retry_after_s=RETRY_AFTER_S,
+        )
+    return DeadlineExceeded(f"{shard.shard_id} did not answer in time")
+
+
+def _gone(shard: Shard, rpc: Rpc[Any, Any]) -> MemshardError:
     if rpc.writes:
         return OutcomeUnknown(
             f"{shard.shard_id} went away during the write; the same request again settles whether it happened",

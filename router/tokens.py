@@ -2,7 +2,9 @@
 
 import base64
 import binascii
+import copy
 import hashlib
+from typing import TypeAlias
 
 from google.protobuf.message import DecodeError
 
@@ -15,6 +17,8 @@ _CONSISTENCY = "consistency"
 _PAGE = "page"
 _MAX_CONSISTENCY_TOKENS = 64
 
+Listing: TypeAlias = pb.ListMemoriesRequest | pb.ListMemoryVersionsRequest
+
 
 class Tokens:
     """Makes and checks tokens with the cluster's key."""
@@ -22,13 +26,17 @@ class Tokens:
     def __init__(self, key: bytes) -> None:
         self._sealer = TokenSealer(key)
 
-    def receipt(self, shard_id: str, commit: shard_pb2.Commit) -> pb.WriteReceipt:
-        """The receipt of a write to one shard."""
-        position = tokens_pb2.ShardPosition(shard_id=shard_id, timeline=commit.timeline, lsn=commit.lsn)
-        payload = tokens_pb2.ConsistencyToken(positions=[position]).SerializeToString()
+    def receipt(self, *commits: tuple[str, shard_pb2.Commit]) -> pb.WriteReceipt:
+        """The receipt of a write to one or several shards: (shard id, commit) of each."""
+        positions = [
+            tokens_pb2.ShardPosition(shard_id=shard_id, timeline=commit.timeline, lsn=commit.lsn)
+            for shard_id, commit in commits
+        ]
+        payload = tokens_pb2.ConsistencyToken(positions=positions).SerializeToString()
         return pb.WriteReceipt(
             consistency_token=self._sealer.seal(_CONSISTENCY, payload),
-            durability=commit.durability,
+            # Of several, the least: a receipt must not promise more than every part of it keeps.
+            durability=min((commit.durability for _, commit in commits), default=pb.DURABILITY_UNSPECIFIED),
             degradation_level=pb.DEGRADATION_LEVEL_NORMAL,
         )
 
@@ -46,32 +54,32 @@ class Tokens:
                     "read.consistency_tokens", "BAD_CONSISTENCY_TOKEN", "is no token of this cluster"
                 ) from None
 
-    def next_page(self, request: pb.ListMemoriesRequest, after: shard_pb2.ListPosition) -> str:
-        """The token of the page that follows `after` in the listing that `request` asked for."""
-        payload = tokens_pb2.PageToken(after=after).SerializeToString()
-        return base64.urlsafe_b64encode(self._sealer.seal(_PAGE, payload, _listing(request))).decode()
+    def next_page(self, request: Listing, start: tokens_pb2.PageToken) -> str:
+        """The token of the page that begins at `start` in the listing that `request` asked for."""
+        sealed = self._sealer.seal(_PAGE, start.SerializeToString(), _listing(request))
+        return base64.urlsafe_b64encode(sealed).decode()
 
-    def page_start(self, request: pb.ListMemoriesRequest) -> shard_pb2.ListPosition | None:
-        """Where the page asked for begins; None for the first.
+    def page_start(self, request: Listing) -> tokens_pb2.PageToken:
+        """Where the page asked for begins; empty for the first.
 
         Raises InvalidArgument when the token is made up, or of another listing or cluster.
         """
         if not request.page_token:
-            return None
+            return tokens_pb2.PageToken()
         try:
             token = base64.b64decode(request.page_token.encode(), altchars=b"-_", validate=True)
-            payload = self._sealer.open(_PAGE, token, _listing(request))
-            return tokens_pb2.PageToken.FromString(payload).after
+            return tokens_pb2.PageToken.FromString(self._sealer.open(_PAGE, token, _listing(request)))
         except (binascii.Error, BadTokenError, DecodeError):
             raise InvalidArgument.field(
                 "page_token", "BAD_PAGE_TOKEN", "is no token of this listing; begin again with an empty one"
             ) from None
 
 
-def _listing(request: pb.ListMemoriesRequest) -> bytes:
+def _listing(request: Listing) -> bytes:
     """What makes two requests pages of one listing: everything but the token, the page size and the freshness."""
-    same = pb.ListMemoriesRequest()
-    same.CopyFrom(request)
+    same = copy.deepcopy(request)
     for field in ("page_token", "page_size", "read"):
-        same.ClearField(field)
-    return hashlib.sha256(same.SerializeToString(deterministic=True)).digest()
+        if field in same.DESCRIPTOR.fields_by_name:
+            same.ClearField(field)  # type: ignore[arg-type]  # Which of the two it is, the line above has asked.
+    name = same.DESCRIPTOR.full_name.encode()
+    return hashlib.sha256(name + b"\0" + same.SerializeToString(deterministic=True)).digest()

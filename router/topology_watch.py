@@ -5,7 +5,7 @@ longer owns one says so itself.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 
 from common import catalog, logs, postgres
@@ -25,9 +25,7 @@ _EXPECTED = (postgres.DatabaseUnreachableError, catalog.CatalogError, *postgres.
 class TopologyWatch:
     """Holds the newest topology seen. `run` keeps it fresh; `refresh` asks for a look right now."""
 
-    def __init__(
-        self, dsn: str, first: Topology, *, poll_s: float, changed: Callable[[Topology], Awaitable[None]]
-    ) -> None:
+    def __init__(self, dsn: str, first: Topology, *, poll_s: float, changed: Callable[[Topology], None]) -> None:
         self._dsn = dsn
         self._poll_s = poll_s
         self._changed = changed
@@ -60,14 +58,15 @@ class TopologyWatch:
         """Follows the catalog until cancelled, reconnecting with backoff."""
         backoff_s, longest_s = _BACKOFF_S
         while True:
+            looks = self._looks
             try:
                 connection = await postgres.connect(self._dsn, what="the catalog")
                 try:
                     await connection.add_listener(catalog.CHANNEL, self._notified)
                     connection.add_termination_listener(self._notified)
-                    backoff_s = _BACKOFF_S[0]
                     await self._follow(connection)
                 finally:
+                    connection.remove_termination_listener(self._notified)
                     # Without the round trip of a polite close, which would wait for a server that may be gone.
                     connection.terminate()
             except _EXPECTED as error:
@@ -80,8 +79,13 @@ class TopologyWatch:
                 # Serving from the snapshot matters more than being told here and now: a router that left while the
                 # catalog is away could not start again.
                 _log.error("following the catalog failed by a bug", **logs.describe_bug(bug))
+            if self._looks > looks:
+                backoff_s = _BACKOFF_S[0]
             await self._announce_look()
-            await self._wait(backoff_s)
+            # Whatever wishes for a look gets it after the shortest pause: a catalog that is away is not hammered.
+            self._wanted.clear()
+            await asyncio.sleep(_BACKOFF_S[0])
+            await self._wait(backoff_s - _BACKOFF_S[0])
             backoff_s = min(backoff_s * 2, longest_s)
 
     async def _follow(self, connection: Connection) -> None:
@@ -102,7 +106,7 @@ class TopologyWatch:
         if topology.epoch < self._topology.epoch:
             raise catalog.CatalogError("the catalog has gone back to an older epoch")
         self._topology = topology
-        await self._changed(topology)
+        self._changed(topology)
         _log.info("topology changed", epoch=topology.epoch, shards=len(topology.shards))
 
     async def _announce_look(self) -> None:

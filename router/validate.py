@@ -5,7 +5,6 @@ Functions return the request in its normal form (ids in lower case, defaults fil
 
 import math
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,9 +21,22 @@ MAX_CONTENT_BYTES = 64 * 1024
 MAX_METADATA_BYTES = 32 * 1024
 MAX_METADATA_DEPTH = 8
 MAX_RESULTS = 1000
+MAX_BATCH_ITEMS = 500
+MAX_BATCH_BYTES = 8 * 1024 * 1024
 DEFAULT_LIMIT = 10
 DEFAULT_PAGE_SIZE = 100
 DEFAULT_IMPORTANCE = 0.5
+
+UPDATABLE = (
+    "content",
+    "metadata",
+    "importance",
+    "type",
+    "agent_id",
+    "session_id",
+    "embedding",
+    "expire_time",
+)
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 # Timestamps of the protobuf contract: 0001-01-01 to 9999-12-31.
@@ -49,31 +61,81 @@ class Window:
         return self.limit + self.offset
 
 
-def new_memory(given: pb.Memory, cluster: Cluster) -> pb.Memory:
-    """A memory to store, without the fields that only the server writes. An empty id becomes a new UUIDv7."""
-    user_id(given.user_id, "memory.user_id")
-    _content(given.content)
+def new_memory(given: pb.Memory, cluster: Cluster, field: str = "memory") -> pb.Memory:
+    """A memory to store, without the fields that only the server writes. An empty id becomes a new UUIDv7.
+
+    `field` is where the request has it, such as `memories[3]` in a batch.
+    """
+    user_id(given.user_id, f"{field}.user_id")
     memory = pb.Memory(
-        id=memory_id(given.id, "memory.id") if given.id else new_id(),
+        id=memory_id(given.id, f"{field}.id") if given.id else new_id(),
         user_id=given.user_id,
-        agent_id=_name(given.agent_id, "memory.agent_id"),
-        session_id=_name(given.session_id, "memory.session_id"),
-        type=_memory_type(given.type),
-        content=given.content,
-        importance=_importance(given),
+        agent_id=_name(given.agent_id, f"{field}.agent_id"),
+        session_id=_name(given.session_id, f"{field}.session_id"),
+        type=_memory_type(given.type, field),
+        content=_content(given.content, field),
+        importance=_importance(given, field),
         embedding=given.embedding,
-        embedding_model=_model(given.embedding_model, cluster),
+        embedding_model=_model(given.embedding_model, cluster, field),
     )
-    metadata(given.metadata)
+    metadata(given.metadata, field)
     if given.metadata.fields:
         # Empty is the same as absent, so that a memory reads the same however often it was stored.
         memory.metadata.CopyFrom(given.metadata)
     if given.HasField("expire_time"):
-        _expire_time(given.expire_time)
-        memory.expire_time.CopyFrom(given.expire_time)
+        memory.expire_time.CopyFrom(_expire_time(given.expire_time, field))
     if given.embedding:
-        embedding(given.embedding, cluster, "memory.embedding")
+        embedding(given.embedding, cluster, f"{field}.embedding")
     return memory
+
+
+def change(given: pb.UpdateMemoryRequest, cluster: Cluster) -> pb.UpdateMemoryRequest:  # noqa: PLR0912  # A field each.
+    """An update with the fields that its mask names, each once and in order, and no others."""
+    memory = given.memory
+    paths = sorted(set(given.update_mask.paths))
+    if not paths:
+        raise bad("update_mask", "INVALID_UPDATE_MASK", "must name what to change")
+    for path in paths:
+        if path not in UPDATABLE:
+            known = ", ".join(UPDATABLE)
+            raise bad("update_mask", "INVALID_UPDATE_MASK", f"{path[:100]!r} cannot be changed; these can: {known}")
+    if given.HasField("expected_version") and given.expected_version < 1:
+        raise bad("expected_version", "OUT_OF_RANGE", "must be 1 or more")
+    change = pb.UpdateMemoryRequest(request_id=request_id(given.request_id))
+    change.update_mask.paths.extend(paths)
+    if given.HasField("expected_version"):
+        change.expected_version = given.expected_version
+    taken = change.memory
+    taken.id = memory_id(memory.id, "memory.id")
+    taken.user_id = user_id(memory.user_id, "memory.user_id")
+    if "content" in paths:
+        taken.content = _content(memory.content, "memory")
+    if "metadata" in paths:
+        metadata(memory.metadata, "memory")
+        taken.metadata.CopyFrom(memory.metadata)
+    if "importance" in paths:
+        taken.importance = _importance(memory, "memory")
+    if "type" in paths:
+        taken.type = _memory_type(memory.type, "memory")
+    if "agent_id" in paths:
+        taken.agent_id = _name(memory.agent_id, "memory.agent_id")
+    if "session_id" in paths:
+        taken.session_id = _name(memory.session_id, "memory.session_id")
+    if "embedding" in paths:
+        embedding(memory.embedding, cluster, "memory.embedding")
+        taken.embedding.extend(memory.embedding)
+        taken.embedding_model = _model(memory.embedding_model, cluster, "memory")
+    if "expire_time" in paths and memory.HasField("expire_time"):
+        taken.expire_time.CopyFrom(_expire_time(memory.expire_time, "memory"))
+    return change
+
+
+def batch(request: pb.BatchStoreMemoriesRequest) -> None:
+    """A batch of a size that the contract allows. Its items are checked one by one."""
+    if not 1 <= len(request.memories) <= MAX_BATCH_ITEMS:
+        raise bad("memories", "BATCH_SIZE", f"must be 1 to {MAX_BATCH_ITEMS}, not {len(request.memories)}")
+    if request.ByteSize() > MAX_BATCH_BYTES:
+        raise bad("memories", "TOO_LARGE", f"must be at most {MAX_BATCH_BYTES} bytes in all")
 
 
 def user_id(value: str, field: str) -> str:
@@ -156,11 +218,11 @@ def embedding(values: Sequence[float], cluster: Cluster, field: str) -> None:
             raise bad(field, "OUT_OF_RANGE", f"must have a length of {low:g} to {high:g}; scale it to 1")
 
 
-def metadata(value: struct_pb2.Struct) -> None:
+def metadata(value: struct_pb2.Struct, field: str) -> None:
     """Metadata within its bounds, and such that PostgreSQL's jsonb takes it as it is."""
     if value.ByteSize() > MAX_METADATA_BYTES:
-        raise bad("memory.metadata", "METADATA_TOO_LARGE", f"must be at most {MAX_METADATA_BYTES} bytes")
-    _struct(value, 1)
+        raise bad(f"{field}.metadata", "METADATA_TOO_LARGE", f"must be at most {MAX_METADATA_BYTES} bytes")
+    _struct(value, 1, f"{field}.metadata")
 
 
 def read_options(options: pb.ReadOptions) -> None:
@@ -172,12 +234,13 @@ def read_options(options: pb.ReadOptions) -> None:
         raise bad("read.max_staleness", "OUT_OF_RANGE", "must be 0 or more")
 
 
-def _content(value: str) -> None:
+def _content(value: str, field: str) -> str:
     if not value:
-        raise bad("memory.content", "INVALID_CONTENT", "must not be empty")
+        raise bad(f"{field}.content", "INVALID_CONTENT", "must not be empty")
     if len(value.encode()) > MAX_CONTENT_BYTES:
-        raise bad("memory.content", "INVALID_CONTENT", f"must be at most {MAX_CONTENT_BYTES} bytes of UTF-8")
-    _no_nul(value, "memory.content", "INVALID_CONTENT")
+        raise bad(f"{field}.content", "INVALID_CONTENT", f"must be at most {MAX_CONTENT_BYTES} bytes of UTF-8")
+    _no_nul(value, f"{field}.content", "INVALID_CONTENT")
+    return value
 
 
 def _name(value: str, field: str, reason: str = "INVALID_NAME") -> str:
@@ -192,61 +255,63 @@ def _no_nul(value: str, field: str, reason: str) -> None:
         raise bad(field, reason, "must not contain the character NUL")
 
 
-def _memory_type(value: int) -> pb.MemoryType.ValueType:
+def _memory_type(value: int, field: str) -> pb.MemoryType.ValueType:
     if value == pb.MEMORY_TYPE_UNSPECIFIED:
         return pb.MEMORY_TYPE_EPISODIC
     if value not in pb.MemoryType.values():
-        raise bad("memory.type", "INVALID_ENUM", f"{value} is no memory type")
+        raise bad(f"{field}.type", "INVALID_ENUM", f"{value} is no memory type")
     return pb.MemoryType.ValueType(value)
 
 
-def _importance(memory: pb.Memory) -> float:
+def _importance(memory: pb.Memory, field: str) -> float:
     if not memory.HasField("importance"):
         return DEFAULT_IMPORTANCE
     # Written so that NaN, which compares as false, is out of range.
     if not 0 <= memory.importance <= 1:
-        raise bad("memory.importance", "OUT_OF_RANGE", "must be 0 to 1")
+        raise bad(f"{field}.importance", "OUT_OF_RANGE", "must be 0 to 1")
     return memory.importance
 
 
-def _model(value: str, cluster: Cluster) -> str:
-    _name(value, "memory.embedding_model")
+def _model(value: str, cluster: Cluster, field: str) -> str:
+    _name(value, f"{field}.embedding_model")
     if value and cluster.embedding_model and value != cluster.embedding_model:
         raise bad(
-            "memory.embedding_model",
+            f"{field}.embedding_model",
             "WRONG_MODEL",
             f"this cluster holds embeddings of {cluster.embedding_model}; those of two models cannot be compared",
         )
     return value or cluster.embedding_model
 
 
-def _expire_time(value: timestamp_pb2.Timestamp) -> None:
+def _expire_time(value: timestamp_pb2.Timestamp, field: str) -> timestamp_pb2.Timestamp:
+    """An expiry, to the microsecond. Whether it is past, the shard finds: a request in time may be repeated later."""
     if value.seconds not in _TIMESTAMP_SECONDS or not 0 <= value.nanos < 1_000_000_000:
-        raise bad("memory.expire_time", "INVALID_TIMESTAMP", "is no time between the years 1 and 9999")
-    if value.ToMicroseconds() <= time.time() * 1e6:
-        raise bad("memory.expire_time", "EXPIRE_TIME_IN_PAST", "is in the past")
+        raise bad(f"{field}.expire_time", "INVALID_TIMESTAMP", "is no time between the years 1 and 9999")
+    kept = timestamp_pb2.Timestamp()
+    kept.FromMicroseconds(value.ToMicroseconds())
+    return kept
 
 
-def _struct(value: struct_pb2.Struct, depth: int) -> None:
+def _struct(value: struct_pb2.Struct, depth: int, field: str) -> None:
     if depth > MAX_METADATA_DEPTH:
-        raise bad("memory.metadata", "METADATA_TOO_DEEP", f"must be at most {MAX_METADATA_DEPTH} deep")
+        raise bad(field, "METADATA_TOO_DEEP", f"must be at most {MAX_METADATA_DEPTH} deep")
     for key, item in value.fields.items():
-        _no_nul(key, "memory.metadata", "INVALID_METADATA")
-        _value(item, depth)
+        _no_nul(key, field, "INVALID_METADATA")
+        _value(item, depth, field)
 
 
-def _value(value: struct_pb2.Value, depth: int) -> None:
+def _value(value: struct_pb2.Value, depth: int, field: str) -> None:
     kind = value.WhichOneof("kind")
     if kind == "struct_value":
-        _struct(value.struct_value, depth + 1)
+        _struct(value.struct_value, depth + 1, field)
     elif kind == "list_value":
         if depth + 1 > MAX_METADATA_DEPTH:
-            raise bad("memory.metadata", "METADATA_TOO_DEEP", f"must be at most {MAX_METADATA_DEPTH} deep")
+            raise bad(field, "METADATA_TOO_DEEP", f"must be at most {MAX_METADATA_DEPTH} deep")
         for item in value.list_value.values:
-            _value(item, depth + 1)
+            _value(item, depth + 1, field)
     elif kind == "string_value":
-        _no_nul(value.string_value, "memory.metadata", "INVALID_METADATA")
+        _no_nul(value.string_value, field, "INVALID_METADATA")
     elif kind == "number_value" and not math.isfinite(value.number_value):
-        raise bad("memory.metadata", "INVALID_METADATA", "has a NaN or infinite number, which JSON has not")
+        raise bad(field, "INVALID_METADATA", "has a NaN or infinite number, which JSON has not")
     elif kind is None:
-        raise bad("memory.metadata", "INVALID_METADATA", "has a value of no kind")
+        raise bad(field, "INVALID_METADATA", "has a value of no kind")

@@ -2,19 +2,20 @@
 
 import argparse
 import asyncio
-from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from common import config, lifecycle
+from common import config, embedder, lifecycle
 from common.config import ShardSettings
 from common.postgres import CONNECT_ERRORS, explain
 from common.rpc import generic_handler
 from memshard.internal.v1 import shard_pb2
 from shard import identity, purge
 from shard.commits import Commits
-from shard.database import Database, close_pool, is_writable, open_pool
+from shard.database import Database, Probe, close_pool, open_pool
+from shard.embedding_queue import EmbeddingQueue
+from shard.purge import Retention
 from shard.service import ShardServicer
 
 _SERVICE = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
@@ -32,30 +33,36 @@ async def main(settings: ShardSettings) -> None:
         stack.push_async_callback(close_pool, pool)
         database, commits = Database(pool), Commits()
         stack.push_async_callback(commits.settled, settings.drain_timeout_s)
-        servicer = ShardServicer(settings, known, database, commits)
+        probe = Probe(settings.database_dsn.get_secret_value())
+        stack.callback(probe.close)
+        try:
+            embeds = embedder.create(settings, known.embedding_model, known.dimensions)
+        except embedder.EmbedderMismatchError as error:
+            raise lifecycle.StartError(str(error)) from error
+        queue = EmbeddingQueue(database, known, embeds, interval_s=settings.embedding_interval_s)
+        servicer = ShardServicer(settings, known, database, commits, queue)
         server = lifecycle.Server(
             settings,
             [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s)],
             [_SERVICE.full_name],
         )
+        retention = Retention(tombstone_s=settings.tombstone_ttl_s, version_s=settings.version_ttl_s)
         await server.start()
-        await server.run_until_stopped([_health(server, database), _purge(settings, database)])
+        await server.run_until_stopped(
+            [
+                partial(_watch_health, server, probe),
+                partial(purge.run, database, retention, interval_s=settings.purge_interval_s),
+                queue.run,
+            ]
+        )
+        if embeds is not None:
+            await embeds.close()
 
 
-def _health(server: lifecycle.Server, database: Database) -> Callable[[], Coroutine[Any, Any, None]]:
-    async def watch() -> None:
-        while True:
-            await server.set_serving(await is_writable(database))
-            await asyncio.sleep(_HEALTH_INTERVAL_S)
-
-    return watch
-
-
-def _purge(settings: ShardSettings, database: Database) -> Callable[[], Coroutine[Any, Any, None]]:
-    async def work() -> None:
-        await purge.run(database, ttl_s=settings.tombstone_ttl_s, interval_s=settings.purge_interval_s)
-
-    return work
+async def _watch_health(server: lifecycle.Server, probe: Probe) -> None:
+    while True:
+        await server.set_serving(await probe.is_writable())
+        await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 
 if __name__ == "__main__":

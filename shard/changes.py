@@ -1,8 +1,10 @@
 """Changing and deleting a memory: one effect for each request id, and the version from before is kept."""
 
+import time
+
 import asyncpg
 
-from common.errors import NotFound, Unavailable, VersionMismatch
+from common.errors import InvalidArgument, NotFound, Unavailable, VersionMismatch
 from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
@@ -92,9 +94,7 @@ async def delete(connection: Connection, slot: int, user_id: str, memory_id: str
     return bool(row["deleted"])
 
 
-async def update(
-    connection: Connection, identity: Identity, slot: int, request: shard_pb2.UpdateRequest
-) -> pb.Memory:
+async def update(connection: Connection, identity: Identity, slot: int, request: shard_pb2.UpdateRequest) -> pb.Memory:
     """Changes the fields that the request names, once; returns the memory, without its embedding, as it then was.
 
     Raises NotOwnedError, NotFound, VersionMismatch, InvalidArgument (the request id was used for another request).
@@ -122,8 +122,10 @@ async def _update_held(
         raise NotFound(f"this user has no memory {memory_id}")
     if request.HasField("expected_version") and request.expected_version != locked["version"]:
         raise VersionMismatch(f"the memory is at version {locked['version']}, not {request.expected_version}")
-    await connection.execute(_KEEP_VERSION, *key)
     memory = request.memory
+    if memory.HasField("expire_time") and memory.expire_time.ToMicroseconds() <= time.time() * 1e6:
+        raise InvalidArgument.field("memory.expire_time", "EXPIRE_TIME_IN_PAST", "is in the past")
+    await connection.execute(_KEEP_VERSION, *key)
     row = await connection.fetchrow(
         _UPDATE,
         *key,
@@ -150,5 +152,3 @@ async def _as_answered(connection: Connection, key: tuple[int, str, str], versio
     if row is None:
         raise NotFound(f"version {version} of the memory {key[2]} is no longer kept")
     return to_memory(row)
-
-

@@ -1,8 +1,8 @@
 """Claims: who has an id, for placements under which a memory's slot does not follow from user and id.
 
-Ids are unique per user. Where a memory's slot follows from user and id, the primary key of `memories` sees to that; with
-placement by content or by type, two memories with one id could end up in two slots. So the id is claimed first, in the
-slot that user and id give, for one digest and one memory slot; the claim also says where the memory is.
+Ids are unique per user. Where a memory's slot follows from user and id, the primary key of `memories` sees to that;
+with placement by content or by type, two memories with one id could end up in two slots. So the id is claimed first, in
+the slot that user and id give, for one digest and one memory slot; the claim also says where the memory is.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """The pool of connections to the shard's own database, and what its failures mean to a caller."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -10,51 +10,63 @@ from pgvector.asyncpg import register_vector
 
 from common.config import ShardSettings
 from common.deadline import Deadline
-from common.errors import OutcomeUnknown, Unavailable
-from common.postgres import CONNECT_TIMEOUT_S, CONNECTION_LOST, Connection, Pool
+from common.errors import InvalidArgument, OutcomeUnknown, Unavailable
+from common.postgres import CANNOT_NOW, CONNECT_ERRORS, CONNECT_TIMEOUT_S, CONNECTION_LOST, Connection, Pool
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
 # Seconds after which a caller may try again: a primary that was killed is back in about one.
 _RETRY_AFTER_S = 1.0
+_PROBE_TIMEOUT_S = 2.0
 
 
 class Database:
-    """Connections to the shard's database, with the two kinds of use that fail differently: reads and writes."""
+    """Connections to the shard's database, with the two kinds of use that fail differently: reads and writes.
+
+    Writes may not take all connections: one that waits for a fence, its caller long gone, must not keep readers out.
+    """
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._writes = asyncio.Semaphore(max(1, pool.get_max_size() * 3 // 4))
 
     @asynccontextmanager
     async def reading(self, deadline: Deadline) -> AsyncIterator[Connection]:
-        """A connection for a read. A lost one is Unavailable: nothing happened, any retry is safe."""
+        """A connection for a read, or work that may be done again. A lost one is Unavailable: any retry is safe."""
         connection = await self._acquire(deadline)
         try:
-            yield connection
+            with _explained():
+                yield connection
         except CONNECTION_LOST as error:
             raise _unavailable() from error
         finally:
             await self._release(connection)
 
-    @asynccontextmanager
-    async def writing(self, deadline: Deadline) -> AsyncIterator[Connection]:
-        """A connection for a write that commits by itself. One lost meanwhile is OutcomeUnknown."""
-        connection = await self._acquire(deadline)
+    async def to_write(self, deadline: Deadline) -> "WriteConnection":
+        """A connection for one write. Whoever gets it must enter it, which gives it back at the end.
+
+        Raises Unavailable, TimeoutError.
+        """
+        async with deadline.bound():
+            await self._writes.acquire()
         try:
-            yield connection
-        except CONNECTION_LOST as error:
-            raise OutcomeUnknown(
-                "the database went away during the write; the same request again settles whether it happened",
-                retry_after_s=_RETRY_AFTER_S,
-            ) from error
-        finally:
+            connection = await self._acquire(deadline)
+        except BaseException:
+            self._writes.release()
+            raise
+        return WriteConnection(connection, self._give_back)
+
+    async def _give_back(self, connection: "PoolConnectionProxy[asyncpg.Record]") -> None:
+        try:
             await self._release(connection)
+        finally:
+            self._writes.release()
 
     async def _acquire(self, deadline: Deadline) -> "PoolConnectionProxy[asyncpg.Record]":
         try:
             return await self._pool.acquire(timeout=deadline.remaining_s())
-        except CONNECTION_LOST as error:
+        except (*CONNECTION_LOST, *CANNOT_NOW) as error:
             raise _unavailable() from error
 
     async def _release(self, connection: "PoolConnectionProxy[asyncpg.Record]") -> None:
@@ -62,6 +74,32 @@ class Database:
         # of the error that the caller is about to see.
         with suppress(*CONNECTION_LOST):
             await self._pool.release(connection)
+
+
+class WriteConnection:
+    """`async with` it: a write that commits by itself. A connection lost meanwhile is OutcomeUnknown."""
+
+    def __init__(
+        self,
+        connection: "PoolConnectionProxy[asyncpg.Record]",
+        give_back: "Callable[[PoolConnectionProxy[asyncpg.Record]], Awaitable[None]]",
+    ) -> None:
+        self._connection = connection
+        self._give_back = give_back
+
+    @asynccontextmanager
+    async def entered(self) -> AsyncIterator[Connection]:
+        """The connection, given back at the end."""
+        try:
+            with _explained():
+                yield self._connection
+        except CONNECTION_LOST as error:
+            raise OutcomeUnknown(
+                "the database went away during the write; the same request again settles whether it happened",
+                retry_after_s=_RETRY_AFTER_S,
+            ) from error
+        finally:
+            await self._give_back(self._connection)
 
 
 async def open_pool(settings: ShardSettings) -> Pool:
@@ -73,7 +111,14 @@ async def open_pool(settings: ShardSettings) -> Pool:
         init=_prepare,
         reset=_keep,
         timeout=CONNECT_TIMEOUT_S,
-        server_settings={"application_name": f"memshard {settings.shard_id}"},
+        server_settings={
+            "application_name": f"memshard {settings.shard_id}",
+            # What receipts promise, and what the statements rely on, whatever the database's own defaults are.
+            "synchronous_commit": "on",
+            "default_transaction_isolation": "read committed",
+            # A write that waits for a fence gives up before its commit begins, and may be sent again.
+            "lock_timeout": f"{settings.lock_timeout_s:.3f}s",
+        },
     )
 
 
@@ -86,14 +131,29 @@ async def close_pool(pool: Pool) -> None:
         pool.terminate()
 
 
-async def is_writable(database: Database) -> bool:
-    """Whether the database answers and is a primary, within two seconds."""
-    deadline = Deadline.after(2.0)
-    try:
-        async with deadline.bound(), database.reading(deadline) as connection:
-            return not await connection.fetchval("SELECT pg_is_in_recovery()")
-    except (Unavailable, TimeoutError, asyncpg.PostgresError):
-        return False
+class Probe:
+    """Whether the database can be written to, asked on a connection of its own: a busy pool is no bad health."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
+
+    async def is_writable(self) -> bool:
+        """Whether the database answers within two seconds, and is a primary."""
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                if self._connection is None:
+                    self._connection = await asyncpg.connect(self._dsn)
+                return not await self._connection.fetchval("SELECT pg_is_in_recovery()")
+        except CONNECT_ERRORS:
+            self.close()
+            return False
+
+    def close(self) -> None:
+        """Drops the connection."""
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
 
 
 async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
@@ -102,6 +162,24 @@ async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
 
 async def _keep(connection: Connection) -> None:
     """Instead of asyncpg's reset, which costs a round trip: no statement here changes a session's state."""
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What the server itself says of a statement that it did not carry out, in domain errors."""
+    try:
+        yield
+    except asyncpg.LockNotAvailableError as error:
+        raise Unavailable(
+            "the memory's slot is held by something else at the moment",
+            reason="SLOT_BUSY",
+            retry_after_s=_RETRY_AFTER_S,
+        ) from error
+    except CANNOT_NOW as error:
+        raise _unavailable() from error
+    except asyncpg.DataError as error:
+        # Routers check what comes from agents; this is what came past them.
+        raise InvalidArgument("a value in the request does not fit the database", reason="BAD_VALUE") from error
 
 
 def _unavailable() -> Unavailable:

@@ -41,9 +41,9 @@ WHERE memories.slot = own.slot AND user_id = $2 AND id = $3 AND version = $4 AND
 
 
 class EmbeddingQueue:
-    """Embeds what waits, in the background. `wake` tells it that something new does."""
+    """Embeds what waits, in the background, if there is an embedder. `wake` tells it that something new does."""
 
-    def __init__(self, database: Database, identity: Identity, embedder: Embedder, *, interval_s: float) -> None:
+    def __init__(self, database: Database, identity: Identity, embedder: Embedder | None, *, interval_s: float) -> None:
         self._database = database
         self._identity = identity
         self._embedder = embedder
@@ -61,7 +61,7 @@ class EmbeddingQueue:
         while True:
             pause_s = self._interval_s
             try:
-                while await self.embed_batch():
+                while self._embedder is not None and await self.embed_batch(self._embedder):
                     backoff_s = _BACKOFF_S[0]
             except (MemshardError, TimeoutError, asyncpg.PostgresError) as error:
                 _log.warning("embedding put off", error=type(error).__name__, retry_s=backoff_s)
@@ -71,19 +71,21 @@ class EmbeddingQueue:
                 async with asyncio.timeout(pause_s):
                     await self._wake.wait()
 
-    async def embed_batch(self) -> int:
+    async def embed_batch(self, embedder: Embedder) -> int:
         """Embeds the oldest that wait, and returns how many those were. Raises Unavailable."""
         deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
         async with deadline.bound(), self._database.reading(deadline) as connection:
             rows = await connection.fetch(_NEXT, _BATCH, list(self._hopeless))
         if not rows:
             return 0
-        vectors = await self._embedder.embed([row["content"] for row in rows])
+        vectors = await embedder.embed([row["content"] for row in rows])
         await self._write(rows, [vector if vector.any() else None for vector in vectors])
         return len(rows)
 
     async def _write(
-        self, rows: Sequence[asyncpg.Record], vectors: "Sequence[np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None]"
+        self,
+        rows: Sequence[asyncpg.Record],
+        vectors: "Sequence[np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None]",
     ) -> None:
         deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
         async with deadline.bound(), self._database.reading(deadline) as connection:

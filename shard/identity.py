@@ -47,8 +47,15 @@ _HAS_LANGUAGE = "SELECT EXISTS (SELECT FROM pg_ts_config WHERE cfgname = $1)"
 _CREATE_OWNED = "INSERT INTO owned_slots (slot, state) SELECT generate_series($1::int, $2::int), 'own'"
 _READ_EPOCH = "SELECT epoch FROM identity"
 _READ_OWNED = "SELECT slot FROM owned_slots WHERE state IN ('own', 'fenced')"
-# format's %I quotes the role's name; the statement is made by the server from a parameter.
-_GRANT = "SELECT format('GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO %I', $1::text)"
+# format's %I quotes the role's name; the statements are made by the server from a parameter. Who owns which slot, and
+# what the schema is, the serving role can only read.
+_GRANTS = """
+SELECT format('GRANT SELECT ON identity, owned_slots TO %1$I; GRANT UPDATE (held) ON owned_slots TO %1$I;
+               GRANT SELECT, INSERT, UPDATE, DELETE
+               ON memories, memory_versions, applied_requests, claims, erasures TO %1$I', $1::text)
+"""
+# A start waits this long for another one that changes the schema.
+_MIGRATION_LOCK_TIMEOUT = "SET lock_timeout = '30s'"
 _HAS_IDENTITY = "SELECT to_regclass('public.identity') IS NOT NULL"
 
 
@@ -63,6 +70,7 @@ async def settle(settings: ShardSettings) -> Identity:
     except postgres.DatabaseUnreachableError as error:
         raise StartError(f"{error}. Check database_dsn and migration_dsn") from error
     try:
+        await connection.execute(_MIGRATION_LOCK_TIMEOUT)
         known = await _read(connection)
         if known is None:
             known = await _join(connection, settings)
@@ -71,6 +79,11 @@ async def settle(settings: ShardSettings) -> Identity:
         await _grant(connection, settings, owner_dsn)
     except migrations.NewerSchemaError as error:
         raise StartError(str(error)) from error
+    except asyncpg.PostgresError as error:
+        raise StartError(
+            f"the shard's database cannot be made ready: {error}. Check that the extension vector exists in it, that "
+            "the role of migration_dsn owns it, and that no other start of this shard is under way"
+        ) from error
     finally:
         await connection.close()
     if known.shard_id != settings.shard_id:
@@ -172,7 +185,7 @@ async def _grant(connection: Connection, settings: ShardSettings, owner_dsn: str
         role = await other.fetchval("SELECT current_user")
     finally:
         await other.close()
-    await connection.execute(await connection.fetchval(_GRANT, role))
+    await connection.execute(await connection.fetchval(_GRANTS, role))
 
 
 async def _compare_with_catalog(settings: ShardSettings, known: Identity) -> None:

@@ -2,7 +2,7 @@
 
 from common.postgres import Connection
 
-# FOR SHARE conflicts with the update that fences a slot, and so waits for it, or makes it wait. (FOR KEY SHARE would not.)
+# FOR SHARE conflicts with the update that fences a slot, and so waits for it, or makes it wait. (KEY SHARE would not.)
 _HOLD = "SELECT 1 FROM owned_slots WHERE slot = $1 AND state = 'own' FOR SHARE"
 
 

@@ -1,60 +1,91 @@
-"""Clean-up in the background: tombstones and request ids past their day, in bounded batches."""
+"""Clean-up in the background, in bounded batches: what has expired, and what has been kept for long enough."""
 
 import asyncio
+from dataclasses import dataclass
 
 import asyncpg
 
 from common import logs
 from common.deadline import Deadline
 from common.errors import Unavailable
-from common.postgres import Connection
 from shard.database import Database
 
 _log = logs.get_logger("purge")
 
-# Rows deleted by one statement: a few milliseconds, so that it never holds locks or the pool for long.
+# Rows changed by one statement: a few milliseconds, so that it never holds locks or the pool for long.
 _BATCH = 500
 _STATEMENT_TIMEOUT_S = 30.0
 
-_PURGE_TOMBSTONES = """
-DELETE FROM memories WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM memories WHERE deleted_at < now() - make_interval(secs => $1) LIMIT $2 FOR UPDATE SKIP LOCKED
-))
+# Expired: emptied like a deleted one, so that its id stays taken for as long. Each statement gives its count of rows.
+_EMPTY_EXPIRED = """
+WITH emptied AS (
+    UPDATE memories SET deleted_at = now(), content = '', metadata = '{}', embedding = NULL, agent_id = '',
+                        session_id = ''
+    WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM memories WHERE expire_time <= now() AND deleted_at IS NULL LIMIT $1 FOR UPDATE SKIP LOCKED
+    ))
+    RETURNING slot, user_id, id
+), forgotten AS (
+    UPDATE memory_versions SET content = '', metadata = '{}', agent_id = '', session_id = ''
+    FROM emptied
+    WHERE (memory_versions.slot, memory_versions.user_id, memory_versions.id)
+        = (emptied.slot, emptied.user_id, emptied.id)
+)
+SELECT count(*) FROM emptied
 """
-_PURGE_REQUESTS = """
-DELETE FROM applied_requests WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM applied_requests WHERE applied_at < now() - make_interval(secs => $1)
-    LIMIT $2 FOR UPDATE SKIP LOCKED
-))
+_REMOVE = """
+WITH removed AS (
+    DELETE FROM {table} WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM {table} WHERE {since} < now() - make_interval(secs => $2) LIMIT $1 FOR UPDATE SKIP LOCKED
+    ))
+    RETURNING 1
+)
+SELECT count(*) FROM removed
 """
+_REMOVE_TOMBSTONES = _REMOVE.format(table="memories", since="deleted_at")
+_REMOVE_REQUESTS = _REMOVE.format(table="applied_requests", since="applied_at")
+_REMOVE_ERASURES = _REMOVE.format(table="erasures", since="applied_at")
+_REMOVE_VERSIONS = _REMOVE.format(table="memory_versions", since="replaced_at")
 
 
-async def run(database: Database, *, ttl_s: float, interval_s: float) -> None:
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long what is kept is kept, in seconds."""
+
+    tombstone_s: float
+    version_s: float
+
+
+async def run(database: Database, retention: Retention, *, interval_s: float) -> None:
     """Purges every `interval_s` until cancelled; a database that is away is tried again the next time."""
     while True:
         try:
-            await purge(database, ttl_s=ttl_s)
+            await purge(database, retention)
         except (Unavailable, TimeoutError, asyncpg.PostgresError) as error:
             _log.warning("purge put off", error=type(error).__name__)
         await asyncio.sleep(interval_s)
 
 
-async def purge(database: Database, *, ttl_s: float, batch: int = _BATCH) -> int:
-    """Removes what is older than `ttl_s`, at most `batch` rows with one statement; returns how many rows went."""
-    removed = 0
-    for statement in (_PURGE_TOMBSTONES, _PURGE_REQUESTS):
+async def purge(database: Database, retention: Retention, *, batch: int = _BATCH) -> int:
+    """Empties what has expired and removes what was kept for long enough; returns how many rows that was.
+
+    One statement takes at most `batch` rows.
+    """
+    changed = 0
+    for statement, arguments in (
+        (_EMPTY_EXPIRED, ()),
+        (_REMOVE_TOMBSTONES, (retention.tombstone_s,)),
+        (_REMOVE_REQUESTS, (retention.tombstone_s,)),
+        (_REMOVE_ERASURES, (retention.tombstone_s,)),
+        (_REMOVE_VERSIONS, (retention.version_s,)),
+    ):
         while True:
             deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
             async with deadline.bound(), database.reading(deadline) as connection:
-                count = await _delete_batch(connection, statement, ttl_s, batch)
-            removed += count
+                count: int = await connection.fetchval(statement, batch, *arguments)
+            changed += count
             if count < batch:
                 break
-    if removed:
-        _log.info("purged", rows=removed)
-    return removed
-
-
-async def _delete_batch(connection: Connection, statement: str, ttl_s: float, batch: int) -> int:
-    status = await connection.execute(statement, float(ttl_s), batch)
-    return int(status.rsplit(" ", 1)[1])
+    if changed:
+        _log.info("purged", rows=changed)
+    return changed

@@ -70,9 +70,7 @@ async def get(
     ]
 
 
-async def list_page(
-    connection: Connection, request: shard_pb2.ListRequest, page_bytes: int
-) -> shard_pb2.ListResponse:
+async def list_page(connection: Connection, request: shard_pb2.ListRequest, page_bytes: int) -> shard_pb2.ListResponse:
     """One page of a user's memories, newest first; it ends early after `page_bytes`."""
     after = _NEWEST
     if request.HasField("after"):
@@ -95,7 +93,9 @@ async def list_page(
             return page
 
 
-async def list_versions(connection: Connection, request: shard_pb2.ListVersionsRequest) -> shard_pb2.ListVersionsResponse:
+async def list_versions(
+    connection: Connection, request: shard_pb2.ListVersionsRequest
+) -> shard_pb2.ListVersionsResponse:
     """The versions of a memory, newest first: what it is now, if it is, and what is kept of before.
 
     Of an expired memory there is nothing; of a deleted one, the versions without their contents.
@@ -136,7 +136,7 @@ async def search(
         connection,
         f"SELECT {_columns(request.include_embedding)}, {score} AS score FROM memories "  # noqa: S608
         f"WHERE {' AND '.join(conditions)} ORDER BY score DESC, id, user_id LIMIT {question.add(request.k)}",
-        f"(SELECT count(*) FROM memories WHERE {question.whose} AND embedding IS NULL AND {_LIVE})",
+        f"(SELECT count(*) FROM memories WHERE {question.whose} AND embedding IS NULL AND {_LIVE})",  # noqa: S608
     )
     results = [
         pb.ScoredMemory(memory=to_memory(row, include_embedding=request.include_embedding), score=row["score"])

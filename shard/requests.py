@@ -15,7 +15,9 @@ INSERT INTO applied_requests (slot, user_id, request_id, digest, answer) VALUES 
 """
 
 
-async def find(connection: Connection, slot: int, user_id: str, request_id: str, digest: bytes) -> dict[str, Any] | None:
+async def find(
+    connection: Connection, slot: int, user_id: str, request_id: str, digest: bytes
+) -> dict[str, Any] | None:
     """The answer given to this request before, None when it is new.
 
     Raises InvalidArgument when the id was used for another request.

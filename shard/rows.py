@@ -25,6 +25,7 @@ create_time, update_time, expire_time, version
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_LATEST = datetime.max.replace(tzinfo=UTC) - _MICROSECOND
 
 
 def to_memory(row: asyncpg.Record, *, include_embedding: bool = False) -> pb.Memory:
@@ -73,9 +74,13 @@ def to_timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
 
 def to_microseconds(moment: datetime) -> int:
     """Microseconds since 1970, UTC, of an aware datetime; exact, as a float would not be."""
+    if moment.tzinfo is None:
+        # asyncpg's form of PostgreSQL's infinity.
+        moment = moment.replace(tzinfo=UTC)
     return (moment - _EPOCH) // _MICROSECOND
 
 
 def from_microseconds(microseconds: int) -> datetime:
-    """The aware datetime, UTC, of microseconds since 1970."""
-    return _EPOCH + microseconds * _MICROSECOND
+    """The aware datetime, UTC, of microseconds since 1970; the last one of the year 9999 is taken a step earlier."""
+    # asyncpg would store datetime.max as infinity.
+    return min(_EPOCH + microseconds * _MICROSECOND, _LATEST)

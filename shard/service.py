@@ -3,10 +3,10 @@
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from common.config import ShardSettings
-from common.deadline import Deadline
 from google.rpc import status_pb2
 
+from common.config import ShardSettings
+from common.deadline import Deadline
 from common.errors import InvalidArgument, MemshardError, WrongShard
 from common.postgres import Connection
 from common.slots import SLOT_COUNT
@@ -176,13 +176,16 @@ class ShardServicer:
                 raise self._wrong_shard(await identity.read_epoch(connection)) from None
 
     async def _write(self, write: Callable[[Connection], Awaitable[T]], deadline: Deadline) -> T:
+        acquired = await self._database.to_write(deadline)
+
         async def commit() -> T:
-            async with self._database.writing(deadline) as connection:
+            async with acquired.entered() as connection:
                 try:
                     return await write(connection)
                 except NotOwnedError:
                     raise self._wrong_shard(await identity.read_epoch(connection)) from None
 
+        # From here on the caller may leave, and the write goes on. Nothing is awaited between the two.
         return await self._commits.run(commit())
 
     def _slot(self, route: shard_pb2.Route) -> int:

@@ -5,6 +5,7 @@ re-reads the row, and then finds nothing to insert from. A plain check in the sa
 from before the wait (docs/decisions/0003-ownership-in-the-statement.md).
 """
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
@@ -12,7 +13,7 @@ from typing import Any
 
 import asyncpg
 
-from common.errors import AlreadyExists, MemshardError, Unavailable
+from common.errors import AlreadyExists, InvalidArgument, MemshardError, Unavailable
 from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
@@ -27,6 +28,7 @@ WITH own AS MATERIALIZED (
     INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
                           embedding, embedding_model, expire_time)
     SELECT own.slot, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13 FROM own
+    WHERE $13::timestamptz IS NULL OR $13 > now()
     ON CONFLICT (slot, user_id, id) DO NOTHING
     RETURNING create_time, update_time, version
 )
@@ -48,7 +50,8 @@ WITH items AS (
 ), stored AS (
     INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
                           embedding, embedding_model, expire_time)
-    SELECT items.* FROM items JOIN own USING (slot) ORDER BY slot, user_id, id
+    SELECT items.* FROM items JOIN own USING (slot) WHERE items.expire_time IS NULL OR items.expire_time > now()
+    ORDER BY slot, user_id, id
     ON CONFLICT (slot, user_id, id) DO NOTHING
     RETURNING slot, user_id, id
 )
@@ -81,6 +84,8 @@ async def store(connection: Connection, identity: Identity, slot: int, memory: p
         found = await connection.fetchrow(_FIND_STORED, slot, memory.user_id, memory.id)
         if found is not None:
             return _repeated(memory, digest, found)
+        if _expired(memory):
+            raise _too_late()
     raise _being_purged()
 
 
@@ -113,10 +118,14 @@ async def store_many(
         left = []
         for number in in_question:
             found = digests.get(_key(items[number]))
-            if found is None:
+            if found is None and _expired(items[number].memory):
+                outcomes[number] = _too_late()
+            elif found is None:
                 left.append(number)
             else:
-                outcomes[number] = None if found[0] == items[number].digest else _taken(items[number].memory.id, found[1])
+                outcomes[number] = (
+                    None if found[0] == items[number].digest else _taken(items[number].memory.id, found[1])
+                )
         if not left:
             break
     outcomes.update(dict.fromkeys(left, _being_purged()))
@@ -128,9 +137,7 @@ async def _digests(connection: Connection, keys: Sequence[_Key]) -> dict[_Key, t
         return {}
     slots, users, ids = (list(column) for column in zip(*keys, strict=True))
     rows = await connection.fetch(_FIND_DIGESTS, slots, users, ids)
-    return {
-        (row["slot"], row["user_id"], str(row["id"])): (row["digest"], row["deleted_at"]) for row in rows
-    }
+    return {(row["slot"], row["user_id"], str(row["id"])): (row["digest"], row["deleted_at"]) for row in rows}
 
 
 def _key(item: shard_pb2.StoreItem) -> _Key:
@@ -182,6 +189,15 @@ def _repeated(memory: pb.Memory, digest: bytes, found: asyncpg.Record) -> pb.Mem
 def _taken(memory_id: str, deleted_at: datetime | None) -> AlreadyExists:
     gone = " of a memory deleted within the last 24 hours" if deleted_at else ""
     return AlreadyExists(f"the id {memory_id} is taken by other content{gone}")
+
+
+def _expired(memory: pb.Memory) -> bool:
+    return memory.HasField("expire_time") and memory.expire_time.ToMicroseconds() <= time.time() * 1e6
+
+
+def _too_late() -> InvalidArgument:
+    # Found here and not by the router: the repetition of a store that was in time is the same success at any time.
+    return InvalidArgument.field("memory.expire_time", "EXPIRE_TIME_IN_PAST", "is in the past")
 
 
 def _being_purged() -> Unavailable:

@@ -11,7 +11,7 @@ _PAGE = _ROOT / "docs" / "api.md"
 # Reasons of the internal service; routers never hand them on. INTERNAL is a bug, which has no row.
 _INTERNAL = {"WRONG_SHARD", "BAD_ROUTE", "INTERNAL"}
 # What the general classes say when nothing more is known: "the code again".
-_GENERAL = {"INVALID_REQUEST", "FAILED_PRECONDITION", "UNAVAILABLE"}
+_GENERAL = {"INVALID_REQUEST", "FAILED_PRECONDITION", "ABORTED", "UNAVAILABLE"}
 
 
 def test_the_page_is_what_the_contract_makes_of_it_today(tmp_path: Path) -> None:

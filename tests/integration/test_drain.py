@@ -19,7 +19,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 async def lock_waiters(cluster: LocalCluster, shard_id: str) -> int:
     async with database(cluster.shard_dsn(shard_id)) as connection:
-        count: int = await connection.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        count: int = await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted")
         return count
 
 
@@ -30,7 +30,7 @@ async def drained_with_a_store_in_flight(cluster: LocalCluster, user: str, name:
     async with (
         memory_service(cluster.address) as api,
         grpc.aio.insecure_channel(address) as channel,
-        database(cluster.shard_dsn(shard.shard_id)) as fence,
+        database(cluster.shard_dsn(shard.shard_id, owner=True)) as fence,
     ):
         health: Any = health_pb2_grpc.HealthStub(channel)  # Its published stubs lack the methods.
         watch = health.Watch(health_pb2.HealthCheckRequest())

@@ -170,6 +170,27 @@ async def test_a_redis_that_never_answers_costs_its_timeout_once(topology: Topol
     await server.wait_closed()
 
 
+@pytest.mark.parametrize(
+    "reply", [b"-ASK x\r\n", b"%1\r\n*0\r\n+x\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"$-7\r\n"]
+)
+async def test_a_redis_that_speaks_something_else_costs_calls_but_no_answer(
+    topology: Topology, memory_id: str, user: str, reply: bytes
+) -> None:
+    async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await reader.read(1024):
+                writer.write(reply)
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(babble, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with router(topology, f"redis://127.0.0.1:{port}/0") as fresh:
+        assert await fresh.calls_for(memory_id, user) == SHARDS
+    server.close()
+    await server.wait_closed()
+
+
 async def test_no_redis_at_all_is_fine(topology: Topology, memory_id: str, user: str) -> None:
     async with router(topology, None) as fresh:
         assert await fresh.calls_for(memory_id, user) == SHARDS
@@ -186,6 +207,21 @@ async def test_one_id_of_several_users_is_ambiguous_cached_or_not(
                 with pytest.raises(Ambiguous):
                     await fresh.get(memory_id)
         await redis.delete(f"loc:{memory_id}")
+
+
+async def test_an_id_that_others_may_have_is_not_cached_by_its_store_alone(
+    api: "MemoryServiceAsyncStub", cluster: LocalCluster, topology: Topology, redis: Redis, user: str
+) -> None:
+    """The entry of the first user's is lost before the second one's store: one slot would hide the other."""
+    memory_id = str(uuid.uuid4())
+    await api.StoreMemory(store_request(user, "the first", memory_id))
+    async with router(topology, cluster.redis_url()) as fresh:
+        assert (await fresh.get(memory_id)).user_id == user
+    await redis.delete(f"loc:{memory_id}")
+    await api.StoreMemory(store_request(f"{user}-2", "the second", memory_id))
+    async with router(topology, cluster.redis_url()) as another:
+        with pytest.raises(Ambiguous):
+            await another.get(memory_id)
 
 
 async def test_not_found_takes_every_shards_word_for_it(topology: Topology, memory_id: str, user: str) -> None:

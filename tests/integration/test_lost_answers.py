@@ -26,9 +26,9 @@ async def test_a_write_that_loses_its_server_is_in_doubt_and_the_same_request_se
 
     async def somebody_waits() -> bool:
         async with database(cluster.shard_dsn(shard.shard_id)) as other:
-            return bool(await other.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+            return bool(await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
 
-    async with database(cluster.shard_dsn(shard.shard_id)) as fence:
+    async with database(cluster.shard_dsn(shard.shard_id, owner=True)) as fence:
         transaction = fence.transaction()
         await transaction.start()
         await fence.execute("UPDATE owned_slots SET state = 'fenced' WHERE slot = $1", user_slot(user))

@@ -12,9 +12,12 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from common.deadline import Deadline
+from common.errors import InvalidArgument, Unavailable
 from common.topology import Shard, Topology
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2
+from shard.database import Database
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.wire import database, reason_of, route, shard_service, topology_of, user_slot
@@ -72,7 +75,10 @@ async def place(cluster: LocalCluster, user: str) -> AsyncIterator[Place]:
     topology = await topology_of(cluster.catalog_dsn())
     slot = user_slot(user)
     shard = topology.owner(slot)
-    async with shard_service(shard.address) as stub, database(cluster.shard_dsn(shard.shard_id)) as connection:
+    async with (
+        shard_service(shard.address) as stub,
+        database(cluster.shard_dsn(shard.shard_id, owner=True)) as connection,
+    ):
         found = Place(user, slot, shard, topology, stub, connection)
         yield found
         await found.set_state("own")
@@ -89,12 +95,8 @@ async def held_fence(place: Place, state: str = "fenced") -> AsyncIterator["asyn
 
 async def somebody_waits_for_a_lock(cluster: LocalCluster, place: Place) -> None:
     async def waiting() -> bool:
-        async with database(cluster.shard_dsn(place.shard.shard_id)) as other:
-            return bool(
-                await other.fetchval(
-                    "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND state = 'active'"
-                )
-            )
+        async with database(cluster.shard_dsn(place.shard.shard_id, owner=True)) as other:
+            return bool(await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
 
     await eventually(waiting, within_s=10)
 
@@ -116,7 +118,7 @@ async def test_the_same_race_is_lost_by_a_check_in_the_statements_own_snapshot(
     cluster: LocalCluster, place: Place
 ) -> None:
     """The control: were the shard to check like this, the test above would be red."""
-    async with database(cluster.shard_dsn(place.shard.shard_id)) as writer, held_fence(place) as fence:
+    async with database(cluster.shard_dsn(place.shard.shard_id, owner=True)) as writer, held_fence(place) as fence:
         await place.database.execute("SELECT pg_advisory_xact_lock($1)", place.slot)
         write = asyncio.ensure_future(writer.execute(NAIVE_INSERT, place.slot, place.user_id, uuid.uuid4()))
         await somebody_waits_for_a_lock(cluster, place)
@@ -150,6 +152,64 @@ async def test_a_deadline_ends_the_callers_wait_but_never_the_commit(cluster: Lo
         return await place.rows() == 1
 
     await eventually(stored, within_s=10)
+
+
+async def test_writers_waiting_for_one_slot_leave_the_shard_to_everybody_else(
+    cluster: LocalCluster, place: Place
+) -> None:
+    """Callers of a fenced slot give up and come again; their writes wait on, but not on every connection."""
+    neighbour = next(slot for slot in range(16384) if slot != place.slot and place.topology.owner(slot) == place.shard)
+    listing = shard_pb2.ListRequest(
+        route=route(place.topology, place.shard, neighbour), user_id="somebody else", page_size=1
+    )
+    async with held_fence(place) as fence:
+        waiting = [asyncio.ensure_future(place.store(timeout=20)) for _ in range(40)]
+        await somebody_waits_for_a_lock(cluster, place)
+        for _ in range(10):
+            await place.stub.List(listing, timeout=2)
+        refused = await asyncio.gather(*waiting, return_exceptions=True)
+        # Held longer than the shard lets a write wait: each may be sent again, at once or once the slot is free.
+        reasons = {reason_of(error) for error in refused if isinstance(error, grpc.aio.AioRpcError)}
+        assert reasons == {"SLOT_BUSY"}
+        assert len(refused) == 40
+        await fence.rollback()
+    assert await place.rows() == 0
+
+
+async def test_the_serving_role_can_hold_a_slot_but_not_take_it(cluster: LocalCluster, place: Place) -> None:
+    async with database(cluster.shard_dsn(place.shard.shard_id)) as serving:
+        for statement in (
+            "UPDATE owned_slots SET state = 'own'",
+            "INSERT INTO owned_slots (slot, state) VALUES (1, 'own')",
+            "UPDATE identity SET shard_id = 'other'",
+            "DELETE FROM schema_migrations",
+            "CREATE TABLE mine (x int)",
+            "CREATE TEMPORARY TABLE mine (x int)",
+        ):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await serving.execute(statement)
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "reason"),
+    [
+        ("25006", "DATABASE_UNAVAILABLE"),  # a primary that has become read-only
+        ("53100", "DATABASE_UNAVAILABLE"),  # disk full
+        ("53200", "DATABASE_UNAVAILABLE"),  # out of memory
+        ("58030", "DATABASE_UNAVAILABLE"),  # I/O error
+        ("40P01", "DATABASE_UNAVAILABLE"),  # deadlock
+        ("55P03", "SLOT_BUSY"),  # a lock that was not had in time
+        ("57P01", "OUTCOME_UNKNOWN"),  # shut down meanwhile
+        ("22P02", "BAD_VALUE"),  # a value that came past the router's checks
+    ],
+)
+async def test_what_the_database_cannot_do_is_no_bug(cluster: LocalCluster, sqlstate: str, reason: str) -> None:
+    deadline = Deadline.after(10)
+    async with asyncpg.create_pool(cluster.shard_dsn("shard-0"), min_size=1, max_size=1) as pool:
+        with pytest.raises((Unavailable, InvalidArgument)) as refused:
+            async with (await Database(pool).to_write(deadline)).entered() as connection:
+                await connection.execute(f"DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '{sqlstate}'; END $$")
+    assert refused.value.reason == reason
 
 
 async def test_a_fenced_slot_is_read_but_not_written(place: Place) -> None:

@@ -1,20 +1,47 @@
 """What a deleted memory leaves behind is cleaned up after its day, in batches."""
 
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import asyncpg
+import grpc
+import pytest
+from google.protobuf import timestamp_pb2
 
 from memshard.v1 import memory_pb2 as pb
 from shard import purge
 from shard.database import Database
+from shard.purge import Retention
 from tests.support.cluster import LocalCluster
+from tests.support.eventually import eventually
 from tests.support.wire import store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
     from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
 
-DAY_S = 86400.0
+DAY = Retention(tombstone_s=86400.0, version_s=86400.0)
 MEMORIES = 7
+
+
+async def test_what_has_expired_is_emptied_and_its_id_stays_taken_for_a_day(
+    cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    soon = timestamp_pb2.Timestamp()
+    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=1))
+    stored = (await api.StoreMemory(store_request(user, "soon gone", expire_time=soon))).memory
+    shard = (await topology_of(cluster.catalog_dsn())).owner(user_slot(user))
+    async with asyncpg.create_pool(cluster.shard_dsn(shard.shard_id), min_size=1, max_size=1) as pool:
+        database = Database(pool)
+
+        async def emptied() -> bool:
+            await purge.purge(database, DAY)
+            row = await pool.fetchrow("SELECT content, deleted_at FROM memories WHERE user_id = $1", user)
+            return row is not None and row["content"] == "" and row["deleted_at"] is not None
+
+        await eventually(emptied)
+    with pytest.raises(grpc.aio.AioRpcError) as taken:
+        await api.StoreMemory(store_request(user, "another", stored.id))
+    assert taken.value.code() is grpc.StatusCode.ALREADY_EXISTS
 
 
 async def test_tombstones_and_request_ids_go_after_a_day_and_not_before(
@@ -27,14 +54,14 @@ async def test_tombstones_and_request_ids_go_after_a_day_and_not_before(
     shard = (await topology_of(cluster.catalog_dsn())).owner(user_slot(user))
     async with asyncpg.create_pool(cluster.shard_dsn(shard.shard_id), min_size=1, max_size=1) as pool:
         database = Database(pool)
-        assert await purge.purge(database, ttl_s=DAY_S) == 0
+        assert await purge.purge(database, DAY) == 0
         for table, column in (("memories", "deleted_at"), ("applied_requests", "applied_at")):
             await pool.execute(
                 f"UPDATE {table} SET {column} = {column} - interval '25 hours' "
                 f"WHERE user_id = $1 AND {column} IS NOT NULL",
                 user,
             )
-        assert await purge.purge(database, ttl_s=DAY_S, batch=2) == 2 * MEMORIES
+        assert await purge.purge(database, DAY, batch=2) == 2 * MEMORIES
     listed = await api.ListMemories(pb.ListMemoriesRequest(user_id=user))
     assert [memory.id for memory in listed.memories] == [kept.id]
     # The id is free again, for anything.

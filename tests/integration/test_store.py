@@ -116,7 +116,7 @@ async def test_a_deleted_memorys_text_is_in_no_table(
     await api.DeleteMemory(pb.DeleteMemoryRequest(id=stored.memory.id, user_id=user))
     topology = await topology_of(cluster.catalog_dsn())
     shard = topology.owner(user_slot(user))
-    async with database(cluster.shard_dsn(shard.shard_id)) as connection:
+    async with database(cluster.shard_dsn(shard.shard_id, owner=True)) as connection:
         tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
         for (table,) in tables:
             rows = await connection.fetch(f'SELECT t::text AS row FROM "{table}" AS t')
@@ -200,6 +200,40 @@ async def test_an_expired_memory_is_in_no_read(api: "MemoryServiceAsyncStub", us
         with pytest.raises(grpc.aio.AioRpcError) as missing:
             await api.GetMemory(pb.GetMemoryRequest(id=stored.memory.id, user_id=whose))
         assert missing.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_an_expiry_in_the_past_is_refused_but_a_repeated_store_is_the_same_success_after_it(
+    api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    past = timestamp_pb2.Timestamp(seconds=1_000_000_000)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await api.StoreMemory(store_request(user, "too late", expire_time=past))
+    assert (reason_of(refused.value), fields_of(refused.value)) == ("EXPIRE_TIME_IN_PAST", ["memory.expire_time"])
+    soon = timestamp_pb2.Timestamp()
+    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=1))
+    request = store_request(user, "in time", new_id(), expire_time=soon)
+    first = await api.StoreMemory(request)
+
+    async def expired() -> bool:
+        return await contents(api, user) == []
+
+    await eventually(expired)
+    assert (await api.StoreMemory(request)).memory == first.memory
+
+
+@pytest.mark.parametrize("nanos", [0, 999_998_000, 999_999_000, 999_999_999])
+async def test_the_last_moment_of_the_calendar_is_an_expiry_like_any_other(
+    api: "MemoryServiceAsyncStub", user: str, nanos: int
+) -> None:
+    """asyncpg stores datetime.max as infinity, and reads that as something else."""
+    request = store_request(
+        user, "for ever", new_id(), expire_time=timestamp_pb2.Timestamp(seconds=253_402_300_799, nanos=nanos)
+    )
+    await api.StoreMemory(request)
+    await api.StoreMemory(request)
+    assert await contents(api, user) == ["for ever"]
+    found = await api.SearchMemories(pb.SearchMemoriesRequest(query="for ever", require_all_shards=True))
+    assert found.results
 
 
 async def test_a_listing_during_writes_neither_repeats_nor_skips_what_was_there(

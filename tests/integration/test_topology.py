@@ -1,5 +1,6 @@
 """A router that is behind finds out, refreshes once, and tries once more; without the catalog it serves on."""
 
+import asyncio
 import os
 import signal
 import uuid
@@ -15,7 +16,7 @@ import pytest_asyncio
 from common import catalog
 from common.topology import Shard
 from memshard.v1 import memory_pb2 as pb
-from tests.support.cluster import LocalCluster
+from tests.support.cluster import LocalCluster, free_port
 from tests.support.eventually import eventually
 from tests.support.wire import database, memory_service, reason_of, store_request, topology_of, user_slot
 
@@ -41,10 +42,10 @@ async def move(cluster: LocalCluster, slot: int, *, notify: bool) -> tuple[Shard
     topology = await topology_of(cluster.catalog_dsn())
     source = topology.owner(slot)
     target = next(shard for shard in topology.shards if shard != source)
-    async with database(cluster.shard_dsn(source.shard_id)) as connection:
+    async with database(cluster.shard_dsn(source.shard_id, owner=True)) as connection:
         await connection.execute("UPDATE owned_slots SET state = 'gone' WHERE slot = $1", slot)
         await connection.execute("UPDATE identity SET epoch = $1", topology.epoch + 1)
-    async with database(cluster.shard_dsn(target.shard_id)) as connection:
+    async with database(cluster.shard_dsn(target.shard_id, owner=True)) as connection:
         await connection.execute("INSERT INTO owned_slots (slot, state) VALUES ($1, 'own')", slot)
         await connection.execute("UPDATE identity SET epoch = $1", topology.epoch + 1)
     async with database(cluster.catalog_dsn(owner=True)) as connection, connection.transaction():
@@ -113,12 +114,51 @@ async def test_a_shard_and_a_catalog_that_disagree_are_unavailable_not_wrong(
 ) -> None:
     topology = await topology_of(moving.catalog_dsn())
     owner = topology.owner(user_slot(user))
-    async with database(moving.shard_dsn(owner.shard_id)) as connection:
+    async with database(moving.shard_dsn(owner.shard_id, owner=True)) as connection:
         await connection.execute("UPDATE owned_slots SET state = 'gone' WHERE slot = $1", user_slot(user))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await moving_api.StoreMemory(store_request(user, "nowhere to go"))
         await connection.execute("UPDATE owned_slots SET state = 'own' WHERE slot = $1", user_slot(user))
     assert (refused.value.code(), reason_of(refused.value)) == (grpc.StatusCode.UNAVAILABLE, "TOPOLOGY_CHANGING")
+
+
+async def test_calls_in_flight_when_a_shard_changes_its_address_are_answered_and_never_dropped(
+    moving: LocalCluster, moving_api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    """Closing the old channel must not make the shard vanish from an answer, nor leave a caller without one."""
+    topology = await topology_of(moving.catalog_dsn())
+    owner = topology.owner(user_slot(user))
+    stored = await moving_api.StoreMemory(store_request(user, "on a shard that moves house"))
+    search = pb.SearchMemoriesRequest(query="moves house", require_all_shards=True)
+
+    async def set_address(address: str) -> int:
+        async with database(moving.catalog_dsn(owner=True)) as connection:
+            return await catalog.set_addresses(
+                connection, await catalog.read_epoch(connection), {owner.shard_id: address}
+            )
+
+    with frozen(moving.pid(f"postgres-{owner.shard_id}")):
+        calls = [
+            asyncio.ensure_future(moving_api.SearchMemories(search, timeout=8)),
+            asyncio.ensure_future(moving_api.ListMemories(pb.ListMemoriesRequest(user_id=user), timeout=8)),
+            asyncio.ensure_future(moving_api.StoreMemory(store_request(user, "meanwhile"), timeout=8)),
+        ]
+        await asyncio.wait(calls, timeout=0.5)
+        epoch = await set_address(f"127.0.0.1:{free_port()}")
+        await eventually(
+            lambda: f'"epoch": {epoch}, "shards": 2, "event": "topology changed"' in moving.logs(), within_s=10
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as nobody:
+            await moving_api.GetMemory(pb.GetMemoryRequest(id=str(uuid.uuid4())), timeout=5)
+        assert nobody.value.code() is grpc.StatusCode.UNAVAILABLE
+        await set_address(owner.address)
+    outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), timeout=10)
+    for outcome in outcomes:
+        if isinstance(outcome, grpc.aio.AioRpcError):
+            assert outcome.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        elif isinstance(outcome, pb.SearchMemoriesResponse):
+            assert outcome.report.shards.succeeded == 2
+    await eventually(lambda: moving_api.GetMemory(pb.GetMemoryRequest(id=stored.memory.id)), within_s=10)
 
 
 @contextmanager
@@ -161,6 +201,24 @@ async def test_a_router_with_a_snapshot_serves_on_while_the_catalog_is_down(
         await eventually(lambda: moving.pid("postgres-catalog") not in killed, within_s=20)
         await eventually(moving.healthy, within_s=20)
     assert moving.pid("router-0") == router
+
+
+async def test_a_catalog_that_is_away_is_not_hammered(
+    moving: LocalCluster, moving_api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    """Not even by stale requests, each of which wishes for a newer topology."""
+    owner = (await topology_of(moving.catalog_dsn())).owner(user_slot(user))
+    async with database(moving.shard_dsn(owner.shard_id, owner=True)) as connection:
+        await connection.execute("UPDATE owned_slots SET state = 'gone' WHERE slot = $1", user_slot(user))
+        with frozen(moving.pid("postgres-catalog")):
+            before = moving.logs().count("serving from the snapshot")
+            for _ in range(20):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await moving_api.StoreMemory(store_request(user, "stale"), timeout=0.3)
+            after = moving.logs().count("serving from the snapshot")
+        await connection.execute("UPDATE owned_slots SET state = 'own' WHERE slot = $1", user_slot(user))
+    # Twenty requests over six seconds, and a shortest pause of 0.2 s.
+    assert after - before <= 31
     epoch = (await topology_of(moving.catalog_dsn())).epoch
     await move(moving, user_slot(f"user-{uuid.uuid4()}"), notify=True)
     await eventually(

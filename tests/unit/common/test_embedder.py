@@ -12,7 +12,7 @@ import pytest
 from pydantic import SecretStr
 
 from common import embedder
-from common.catalog import Cluster, Precision
+from common.catalog import Cluster, PlacementStrategy, Precision
 from common.config import RouterSettings
 from common.embedder import Embedder, EmbedderMismatchError, HttpEmbedder, LocalEmbedder, local_model_name
 from common.errors import Unavailable
@@ -22,7 +22,7 @@ _DIMENSIONS = 3
 
 
 def _cluster(model: str = "model-a", dimensions: int = _DIMENSIONS) -> Cluster:
-    return Cluster("cluster", model, dimensions, Precision.HALF, "user_based", b"k" * 32)
+    return Cluster("cluster", model, dimensions, Precision.HALF, PlacementStrategy.USER_BASED, "english", b"k" * 32)
 
 
 def _settings(**changes: Any) -> RouterSettings:
@@ -116,8 +116,12 @@ def _given(vectors: Sequence[Sequence[Any]], order: Sequence[int] | None = None)
     return 200, json.dumps({"object": "list", "data": items}).encode()
 
 
+def _model(cluster: Cluster) -> tuple[str, int]:
+    return cluster.embedding_model, cluster.dimensions
+
+
 async def _embed(url: str, texts: Sequence[str], **changes: Any) -> embedder.Vectors:
-    model = HttpEmbedder(_settings(embedder="http", embedder_url=url, **changes), _cluster())
+    model = HttpEmbedder(_settings(embedder="http", embedder_url=url, **changes), *_model(_cluster()))
     try:
         return await model.embed(texts)
     finally:
@@ -245,7 +249,7 @@ async def test_key_is_sent_only_when_there_is_one() -> None:
 
 
 async def _created(settings: RouterSettings, cluster: Cluster) -> Embedder | None:
-    made = embedder.create(settings, cluster)
+    made = embedder.create(settings, *_model(cluster))
     if made is not None:
         await made.close()
     return made
@@ -284,5 +288,5 @@ def test_embedder_of_another_model_is_refused_at_start(
     cluster: Cluster, settings: dict[str, Any], parts: list[str]
 ) -> None:
     with pytest.raises(EmbedderMismatchError) as caught:
-        embedder.create(_settings(**settings), cluster)
+        embedder.create(_settings(**settings), *_model(cluster))
     assert [part for part in parts if part not in str(caught.value)] == []

@@ -188,6 +188,14 @@ async def test_background_task_that_fails_takes_the_service_down(tmp_path: Path)
         assert "told to" not in output
 
 
+async def test_garbage_to_the_health_service_is_the_callers_fault(tmp_path: Path) -> None:
+    async with _serving(tmp_path) as service:
+        check: Any = service.channel.unary_unary("/grpc.health.v1.Health/Check")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await check(b"\xff\xff\xff")
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_reflection_lists_the_services_and_has_their_contract(tmp_path: Path) -> None:
     async with _serving(tmp_path) as service:
         channel: Any = service.channel  # The type stubs know of blocking ones only.

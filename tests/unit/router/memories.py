@@ -6,7 +6,7 @@ from typing import Any
 from google.protobuf import struct_pb2
 from hypothesis import strategies as st
 
-from common.catalog import Cluster, Precision
+from common.catalog import Cluster, PlacementStrategy, Precision
 from memshard.v1 import memory_pb2 as pb
 
 DIMENSIONS = 4
@@ -17,7 +17,7 @@ _FLOAT16_MAX = 65504.0
 
 def cluster(precision: Precision = Precision.HALF, model: str = MODEL, key: bytes = b"k" * 32) -> Cluster:
     """A cluster of this precision, with embeddings of four numbers."""
-    return Cluster("cluster", model, DIMENSIONS, precision, "user_based", key)
+    return Cluster("cluster", model, DIMENSIONS, precision, PlacementStrategy.USER_BASED, "english", key)
 
 
 def memory(**changes: Any) -> pb.Memory:

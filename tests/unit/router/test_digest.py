@@ -77,7 +77,7 @@ _CHANGES: list[dict[str, Any]] = [
     {"embedding": [0.5, -0.25, 0.125, 1.0000001]},
     {"embedding": [-0.25, 0.5, 0.125, 1.0]},
     {"expire_time": None},
-    {"expire_time": {"seconds": 4_000_000_000, "nanos": 1001}},
+    {"expire_time": {"seconds": 4_000_000_000, "nanos": 2000}},
     {"expire_time": {"seconds": 4_000_000_001, "nanos": 1000}},
 ]
 

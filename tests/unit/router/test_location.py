@@ -1,5 +1,7 @@
 """Location entries: what is written is read; whatever else is found under a key is nothing, and no error."""
 
+import uuid
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from pydantic import SecretStr
 
 from common.config import RouterSettings
 from common.slots import SLOT_COUNT
+from memshard.ids import new_id
 from router.location import NOWHERE, LocationCache, parse, render
 
 _slots = st.integers(0, SLOT_COUNT - 1)
@@ -66,28 +69,42 @@ def _cache(entries: int) -> LocationCache:
 
 async def test_what_was_stored_learned_or_forgotten_is_remembered() -> None:
     cache = _cache(10)
-    assert await cache.find("a") == NOWHERE
-    await cache.add("a", 1)
-    await cache.add("a", 2)  # Another user has a memory with the same id.
-    assert await cache.find("a") == {1, 2}
-    await cache.learn("a", frozenset((2,)))
-    assert await cache.find("a") == {2}
-    await cache.forget("a")
-    await cache.forget("a")
-    assert await cache.find("a") == NOWHERE
+    fresh = new_id()
+    assert await cache.find(fresh) == NOWHERE
+    await cache.add(fresh, 1)
+    await cache.add(fresh, 2)  # Another user has a memory with the same id.
+    assert await cache.find(fresh) == {1, 2}
+    await cache.learn(fresh, frozenset((2,)))
+    assert await cache.find(fresh) == {2}
+    await cache.forget(fresh)
+    await cache.forget(fresh)
+    assert await cache.find(fresh) == NOWHERE
+
+
+async def test_an_old_id_is_added_to_what_is_known_and_never_begins_an_entry() -> None:
+    """Others may have it already: an entry with one slot would hide theirs."""
+    cache = _cache(10)
+    for old in (str(uuid.uuid4()), "0190b5a4-7b3c-7def-8123-456789abcdef"):
+        await cache.add(old, 1)
+        assert await cache.find(old) == NOWHERE
+        await cache.learn(old, frozenset((1,)))
+        await cache.add(old, 2)
+        assert await cache.find(old) == {1, 2}
 
 
 async def test_memory_is_bounded() -> None:
     cache = _cache(10)
+    ids = [new_id() for _ in range(25)]
     for i in range(25):
-        await cache.add(str(i), i)
-    found = [i for i in range(25) if await cache.find(str(i))]
+        await cache.add(ids[i], i)
+    found = [i for i in range(25) if await cache.find(ids[i])]
     assert found == list(range(15, 25))
 
 
 async def test_router_may_remember_nothing_at_all() -> None:
     cache = _cache(0)
-    await cache.add("a", 1)
-    await cache.learn("a", frozenset((1,)))
-    assert await cache.find("a") == NOWHERE
-    await cache.forget("a")
+    fresh = new_id()
+    await cache.add(fresh, 1)
+    await cache.learn(fresh, frozenset((1,)))
+    assert await cache.find(fresh) == NOWHERE
+    await cache.forget(fresh)

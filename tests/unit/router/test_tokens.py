@@ -16,7 +16,7 @@ from tests.unit.router.memories import struct
 
 _KEY = b"k" * 32
 _TOKENS, _OTHER_CLUSTER = Tokens(_KEY), Tokens(b"o" * 32)
-_POSITION = shard_pb2.ListPosition(create_time_us=1_700_000_000_123_456, id=b"i" * 16)
+_POSITION = tokens_pb2.PageToken(after=shard_pb2.ListPosition(create_time_us=1_700_000_000_123_456, id=b"i" * 16))
 # Enough names for protobuf to write them in the order they came, unless it is told not to.
 _MAP = {str(i): i for i in range(50)}
 
@@ -24,7 +24,7 @@ _positions = st.builds(
     shard_pb2.ListPosition,
     create_time_us=st.integers(-(2**63), 2**63 - 1),
     id=st.binary(min_size=16, max_size=16),
-)
+).map(lambda position: tokens_pb2.PageToken(after=position))
 
 
 def _listing(**changes: object) -> pb.ListMemoriesRequest:
@@ -51,13 +51,13 @@ def _refused(tokens: Tokens, request: pb.ListMemoriesRequest) -> None:
 
 
 @given(_positions)
-def test_next_page_begins_where_its_token_says(position: shard_pb2.ListPosition) -> None:
+def test_next_page_begins_where_its_token_says(position: tokens_pb2.PageToken) -> None:
     token = _TOKENS.next_page(_listing(), position)
     assert _TOKENS.page_start(_listing(page_token=token)) == position
 
 
 def test_first_page_has_no_token() -> None:
-    assert _TOKENS.page_start(_listing()) is None
+    assert _TOKENS.page_start(_listing()) == tokens_pb2.PageToken()
 
 
 def test_page_size_and_freshness_may_change_from_page_to_page() -> None:
@@ -116,7 +116,7 @@ def test_page_token_with_a_character_changed_is_refused_or_the_same(data: st.Dat
 
 def test_consistency_token_says_where_the_write_is() -> None:
     commit = shard_pb2.Commit(timeline=3, lsn=2**63 + 5, durability=pb.DURABILITY_QUORUM)
-    receipt = _TOKENS.receipt("shard-1", commit)
+    receipt = _TOKENS.receipt(("shard-1", commit))
     assert receipt.durability == pb.DURABILITY_QUORUM
     payload = TokenSealer(_KEY).open("consistency", receipt.consistency_token)
     (position,) = tokens_pb2.ConsistencyToken.FromString(payload).positions
@@ -124,7 +124,7 @@ def test_consistency_token_says_where_the_write_is() -> None:
 
 
 def test_consistency_tokens_of_this_cluster_are_taken() -> None:
-    token = _TOKENS.receipt("shard-1", shard_pb2.Commit(timeline=1, lsn=1)).consistency_token
+    token = _TOKENS.receipt(("shard-1", shard_pb2.Commit(timeline=1, lsn=1))).consistency_token
     _TOKENS.check_consistency(pb.ReadOptions())
     _TOKENS.check_consistency(pb.ReadOptions(consistency_tokens=[token] * 64))
 
@@ -135,7 +135,7 @@ def test_consistency_tokens_of_this_cluster_are_taken() -> None:
         pytest.param([b""], "BAD_CONSISTENCY_TOKEN", id="empty"),
         pytest.param([b"made up"], "BAD_CONSISTENCY_TOKEN", id="made up"),
         pytest.param(
-            [_OTHER_CLUSTER.receipt("shard-1", shard_pb2.Commit()).consistency_token],
+            [_OTHER_CLUSTER.receipt(("shard-1", shard_pb2.Commit())).consistency_token],
             "BAD_CONSISTENCY_TOKEN",
             id="another cluster's",
         ),
@@ -145,7 +145,7 @@ def test_consistency_tokens_of_this_cluster_are_taken() -> None:
             id="a page's",
         ),
         pytest.param(
-            [_TOKENS.receipt("shard-1", shard_pb2.Commit()).consistency_token, b"made up"],
+            [_TOKENS.receipt(("shard-1", shard_pb2.Commit())).consistency_token, b"made up"],
             "BAD_CONSISTENCY_TOKEN",
             id="one of two",
         ),

@@ -108,13 +108,19 @@ def test_moment_is_exact_to_the_microsecond(moment: datetime) -> None:
         (datetime(1970, 1, 1, tzinfo=UTC), 0),
         (datetime(1969, 12, 31, 23, 59, 59, 999999, tzinfo=UTC), -1),
         (datetime(1970, 1, 1, 2, tzinfo=timezone(timedelta(hours=2))), 0),
-        (datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=UTC), 253_402_300_799_999_999),
+        (datetime(9999, 12, 31, 23, 59, 59, 999998, tzinfo=UTC), 253_402_300_799_999_998),
         (datetime(1, 1, 1, tzinfo=UTC), -62_135_596_800_000_000),
     ],
 )
 def test_moment_at_the_ends_of_time_is_exact(moment: datetime, microseconds: int) -> None:
     assert to_microseconds(moment) == microseconds
     assert from_microseconds(microseconds) == moment
+
+
+def test_infinity_is_never_stored_and_read_all_the_same() -> None:
+    """asyncpg stores datetime.max as infinity, and reads that as a datetime without a time zone."""
+    assert from_microseconds(253_402_300_799_999_999) < datetime.max.replace(tzinfo=UTC)
+    assert to_microseconds(datetime.max) == 253_402_300_799_999_999
 
 
 def test_row_becomes_a_memory() -> None:

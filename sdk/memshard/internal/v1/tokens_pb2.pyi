@@ -77,16 +77,22 @@ class PageToken(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     AFTER_FIELD_NUMBER: _builtins.int
+    BEFORE_VERSION_FIELD_NUMBER: _builtins.int
+    before_version: _builtins.int
+    """Of a listing of versions."""
     @_builtins.property
-    def after(self) -> _shard_pb2.ListPosition: ...
+    def after(self) -> _shard_pb2.ListPosition:
+        """Of a listing of memories."""
+
     def __init__(
         self,
         *,
         after: _shard_pb2.ListPosition | None = ...,
+        before_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before_version", b"before_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

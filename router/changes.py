@@ -1,0 +1,86 @@
+"""Changing, deleting, erasing: each has one effect for one request id, which is made here when the caller gave none."""
+
+import hashlib
+import uuid
+
+from common.deadline import Deadline
+from common.errors import NotFound
+from memshard.internal.v1 import shard_pb2
+from memshard.v1 import memory_pb2 as pb
+from router import validate
+from router.digest import digest_of
+from router.parts import Parts
+from router.place import home_slot
+from router.resolve import slot_of_memory
+from router.shards import DELETE, ERASE, UPDATE
+
+
+async def update(parts: Parts, request: pb.UpdateMemoryRequest, deadline: Deadline) -> pb.UpdateMemoryResponse:
+    """Validates, embeds new content, finds the memory's slot, and has its owner change it."""
+    change = validate.change(request, parts.cluster)
+    memory, fields = change.memory, list(change.update_mask.paths)
+    digest = _digest_of_change(change)
+    if "content" in fields and "embedding" not in fields:
+        # The old embedding is of the old content. LATER is an empty one, which the shard makes up for.
+        memory.embedding.extend(await parts.embedding.of_memory(memory))
+        memory.embedding_model = parts.cluster.embedding_model
+        fields.append("embedding")
+    slot = await slot_of_memory(parts.placement, parts.dispatch, memory.user_id, memory.id, deadline)
+    if slot is None:
+        raise NotFound(f"this user has no memory {memory.id}")
+    question = shard_pb2.UpdateRequest(
+        memory=memory,
+        fields=fields,
+        expected_version=change.expected_version if change.HasField("expected_version") else None,
+        request_id=change.request_id or str(uuid.uuid4()),
+        digest=digest,
+    )
+    shard, answer = await parts.dispatch.to_owner(slot, UPDATE, question, deadline)
+    return pb.UpdateMemoryResponse(memory=answer.memory, receipt=parts.tokens.receipt((shard.shard_id, answer.commit)))
+
+
+async def delete(parts: Parts, request: pb.DeleteMemoryRequest, deadline: Deadline) -> pb.DeleteMemoryResponse:
+    """Finds the memory's slot and has its owner delete it. What was never there is deleted in its home slot, in vain:
+    the request id is kept all the same."""
+    memory_id = validate.memory_id(request.id, "id")
+    user_id = validate.user_id(request.user_id, "user_id")
+    request_id = validate.request_id(request.request_id) or str(uuid.uuid4())
+    slot = await slot_of_memory(parts.placement, parts.dispatch, user_id, memory_id, deadline)
+    shard, answer = await parts.dispatch.to_owner(
+        home_slot(user_id, memory_id) if slot is None else slot,
+        DELETE,
+        shard_pb2.DeleteRequest(id=memory_id, user_id=user_id, request_id=request_id),
+        deadline,
+    )
+    if answer.deleted:
+        await parts.locations.forget(memory_id)
+    return pb.DeleteMemoryResponse(
+        deleted=answer.deleted, receipt=parts.tokens.receipt((shard.shard_id, answer.commit))
+    )
+
+
+async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) -> pb.EraseUserResponse:
+    """Has every shard that may hold anything of the user remove it. All of them, or it is to be asked again."""
+    user_id = validate.user_id(request.user_id, "user_id")
+    request_id = validate.request_id(request.request_id) or str(uuid.uuid4())
+    question = shard_pb2.EraseRequest(user_id=user_id, request_id=request_id)
+    slot = parts.placement.user_slot(user_id)
+    if slot is not None:
+        answers = [await parts.dispatch.to_owner(slot, ERASE, question, deadline)]
+    else:
+        gathered = await parts.fanout.ask_all(ERASE, question, deadline)
+        gathered.require_all()
+        answers = list(gathered.answers)
+    await parts.locations.forget_many([memory_id for _, answer in answers for memory_id in answer.ids])
+    return pb.EraseUserResponse(
+        memories_erased=sum(answer.memories_erased for _, answer in answers),
+        versions_erased=sum(answer.versions_erased for _, answer in answers),
+        receipt=parts.tokens.receipt(*((shard.shard_id, answer.commit) for shard, answer in answers)),
+    )
+
+
+def _digest_of_change(change: pb.UpdateMemoryRequest) -> bytes:
+    """Equal for the same update sent again, whatever embedding is added to it here."""
+    expected = str(change.expected_version) if change.HasField("expected_version") else ""
+    parts = ["memshard update 1", *change.update_mask.paths, "", expected]
+    return hashlib.sha256("\0".join(parts).encode() + b"\0" + digest_of(change.memory)).digest()

@@ -1,0 +1,65 @@
+"""Embeddings for what comes as text: at once, or, for a memory whose embedder is away, later."""
+
+from collections.abc import Sequence
+
+from common import logs
+from common.embedder import Embedder
+from common.errors import InvalidArgument, Unavailable
+from memshard.v1 import memory_pb2 as pb
+
+_log = logs.get_logger("embed")
+
+Vector = Sequence[float]
+# An embedding that follows: the shard makes it when the embedder is back.
+LATER: Vector = ()
+
+
+class Embedding:
+    """The cluster's embedder, if it has one, as the steps of a request use it."""
+
+    def __init__(self, embedder: Embedder | None) -> None:
+        self._embedder = embedder
+
+    async def of_query(self, text: str) -> Vector:
+        """The embedding of a search's text.
+
+        Raises InvalidArgument when there is no embedder or it knows nothing of the text, Unavailable.
+        """
+        (vector,) = await self._embed([text], "embedding")
+        if not any(vector):
+            raise _nothing_known("query")
+        return vector
+
+    async def of_memories(self, memories: Sequence[pb.Memory], fields: Sequence[str]) -> list[Vector | InvalidArgument]:
+        """The embedding of each memory's content, LATER for all while the embedder is away, or why there is none.
+
+        `fields` is where the request has each memory. Raises InvalidArgument when there is no embedder.
+        """
+        try:
+            vectors = await self._embed([memory.content for memory in memories], f"{fields[0]}.embedding")
+        except Unavailable as error:
+            _log.warning("stored without an embedding, which will follow", reason=error.reason, memories=len(memories))
+            return [LATER] * len(memories)
+        return [
+            vector if any(vector) else _nothing_known(f"{field}.content")
+            for vector, field in zip(vectors, fields, strict=True)
+        ]
+
+    async def of_memory(self, memory: pb.Memory) -> Vector:
+        """The same for the one memory of a request. Raises InvalidArgument."""
+        (vector,) = await self.of_memories([memory], ["memory"])
+        if isinstance(vector, InvalidArgument):
+            raise vector
+        return vector
+
+    async def _embed(self, texts: Sequence[str], field: str) -> list[Vector]:
+        if self._embedder is None:
+            raise InvalidArgument.field(
+                field, "EMBEDDING_REQUIRED", "is required: this cluster was made without an embedder"
+            )
+        vectors: list[Vector] = (await self._embedder.embed(texts)).tolist()
+        return vectors
+
+
+def _nothing_known(field: str) -> InvalidArgument:
+    return InvalidArgument.field(field, "UNEMBEDDABLE_TEXT", "has nothing that the embedding model knows")

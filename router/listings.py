@@ -1,0 +1,66 @@
+"""Listing a user's memories, and the versions of one."""
+
+from common.deadline import Deadline
+from common.errors import NotFound
+from memshard.internal.v1 import shard_pb2, tokens_pb2
+from memshard.v1 import memory_pb2 as pb
+from router import filters, validate
+from router.merge import merge_page
+from router.parts import Parts
+from router.report import ONE_SHARD, report
+from router.resolve import slot_of_memory
+from router.shards import LIST, LIST_VERSIONS
+
+
+async def list_memories(parts: Parts, request: pb.ListMemoriesRequest, deadline: Deadline) -> pb.ListMemoriesResponse:
+    """One page, from the shard that has the user, or merged from all: then none of them may be missing."""
+    user_id = validate.user_id(request.user_id, "user_id")
+    page_size = validate.page_size(request.page_size)
+    if request.HasField("filter"):
+        filters.check(request.filter)
+    start = parts.tokens.page_start(request)
+    question = shard_pb2.ListRequest(
+        user_id=user_id,
+        page_size=page_size,
+        after=start.after if start.HasField("after") else None,
+        include_embedding=request.include_embedding,
+        filter=request.filter if request.HasField("filter") else None,
+    )
+    slot = parts.placement.user_slot(user_id)
+    if slot is not None:
+        _, answer = await parts.dispatch.to_owner(slot, LIST, question, deadline)
+        memories, summary = list(answer.memories), ONE_SHARD
+        following = answer.next if answer.HasField("next") else None
+    else:
+        gathered = await parts.fanout.ask_all(LIST, question, deadline)
+        # A page without one shard's memories would skip them for good.
+        gathered.require_all()
+        memories, following = merge_page([answer for _, answer in gathered.answers], page_size)
+        summary = gathered.summary()
+    token = parts.tokens.next_page(request, tokens_pb2.PageToken(after=following)) if following else ""
+    return pb.ListMemoriesResponse(memories=memories, next_page_token=token, report=report(summary))
+
+
+async def list_versions(
+    parts: Parts, request: pb.ListMemoryVersionsRequest, deadline: Deadline
+) -> pb.ListMemoryVersionsResponse:
+    """One page of versions, newest first. Raises NotFound when there is none at all."""
+    memory_id = validate.memory_id(request.id, "id")
+    user_id = validate.user_id(request.user_id, "user_id")
+    page_size = validate.page_size(request.page_size)
+    start = parts.tokens.page_start(request)
+    missing = NotFound(f"this user has no memory {memory_id}")
+    slot = await slot_of_memory(parts.placement, parts.dispatch, user_id, memory_id, deadline)
+    if slot is None:
+        raise missing
+    question = shard_pb2.ListVersionsRequest(
+        id=memory_id, user_id=user_id, page_size=page_size, before_version=start.before_version
+    )
+    _, answer = await parts.dispatch.to_owner(slot, LIST_VERSIONS, question, deadline)
+    if not answer.versions and not request.page_token:
+        raise missing
+    token = ""
+    if answer.more:
+        following = tokens_pb2.PageToken(before_version=answer.versions[-1].version)
+        token = parts.tokens.next_page(request, following)
+    return pb.ListMemoryVersionsResponse(versions=answer.versions, next_page_token=token)

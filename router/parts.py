@@ -1,0 +1,26 @@
+"""What the steps of a request are made with: one bundle, made at start."""
+
+from dataclasses import dataclass
+
+from common.catalog import Cluster
+from router.dispatch import Dispatch
+from router.embed import Embedding
+from router.fanout import Fanout
+from router.location import LocationCache
+from router.place import Placement
+from router.scatter import Scatter
+from router.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The router's parts."""
+
+    cluster: Cluster
+    placement: Placement
+    embedding: Embedding
+    dispatch: Dispatch
+    scatter: Scatter
+    fanout: Fanout
+    locations: LocationCache
+    tokens: Tokens

@@ -1,0 +1,92 @@
+"""Many items to the owners of their slots: grouped by shard, concurrently, each item with an outcome of its own."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from google.rpc import status_pb2
+
+from common.deadline import Deadline
+from common.errors import Internal, MemshardError, WrongShard
+from common.slots import as_ranges
+from common.status import from_status
+from common.topology import Shard
+from router.dispatch import set_route, still_moving
+from router.shards import Q, R, Rpc, Shards
+from router.topology_watch import TopologyWatch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Sending(Generic[T, Q, R]):
+    """How items travel."""
+
+    rpc: Rpc[Q, R]
+    slot_of: Callable[[T], int]
+    request_of: Callable[[Sequence[T]], Q]
+    errors_of: Callable[[R], Sequence[status_pb2.Status | None]]
+    """What became of each item of a request, in its order; None: it went well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scattered(Generic[R]):
+    """What became of each item, in order, and the answers of the shards that took any."""
+
+    outcomes: tuple[MemshardError | None, ...]
+    answers: tuple[tuple[Shard, R], ...]
+
+
+class Scatter:
+    """Sends items by the snapshot, and those that met a stale shard once more by a newer one."""
+
+    def __init__(self, watch: TopologyWatch, shards: Shards) -> None:
+        self._watch = watch
+        self._shards = shards
+
+    async def send(self, sending: Sending[T, Q, R], items: Sequence[T], deadline: Deadline) -> Scattered[R]:
+        """Sends every item once to the owner of its slot. No item's fault is another's."""
+        outcomes, answers = await self._round(sending, dict(enumerate(items)), deadline)
+        stale = {number: error for number, error in outcomes.items() if isinstance(error, WrongShard)}
+        if stale:
+            await self._watch.refresh(max(error.epoch for error in stale.values()), deadline)
+            again, more = await self._round(sending, {number: items[number] for number in stale}, deadline)
+            outcomes |= {n: still_moving() if isinstance(error, WrongShard) else error for n, error in again.items()}
+            answers += more
+        return Scattered(tuple(outcomes[number] for number in range(len(items))), tuple(answers))
+
+    async def _round(
+        self, sending: Sending[T, Q, R], items: dict[int, T], deadline: Deadline
+    ) -> tuple[dict[int, MemshardError | None], list[tuple[Shard, R]]]:
+        topology = self._watch.topology
+        groups: dict[str, list[int]] = {}
+        for number, item in items.items():
+            groups.setdefault(topology.owner(sending.slot_of(item)).shard_id, []).append(number)
+        outcomes: dict[int, MemshardError | None] = {}
+        answers: list[tuple[Shard, R]] = []
+
+        async def send(numbers: list[int]) -> None:
+            group = [items[number] for number in numbers]
+            shard = topology.owner(sending.slot_of(group[0]))
+            request = sending.request_of(group)
+            set_route(request, topology, shard, as_ranges(sending.slot_of(item) for item in group))
+            try:
+                answer = await self._shards.call(shard, sending.rpc, request, deadline)
+            except MemshardError as error:
+                outcomes.update(dict.fromkeys(numbers, error))
+                return
+            answers.append((shard, answer))
+            for number, status in zip(numbers, sending.errors_of(answer), strict=True):
+                outcomes[number] = _error(status)
+
+        async with asyncio.TaskGroup() as tasks:
+            for numbers in groups.values():
+                tasks.create_task(send(numbers))
+        return outcomes, answers
+
+
+def _error(status: status_pb2.Status | None) -> MemshardError | None:
+    if status is None:
+        return None
+    return from_status(status) or Internal("a shard answered with an error of no known kind")

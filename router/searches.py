@@ -1,0 +1,93 @@
+"""Searching: by meaning or by words, one user or all, on one shard or many."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.deadline import Deadline
+from common.errors import InvalidArgument, Unavailable, Unimplemented
+from common.rpc import add_trailer
+from memshard.internal.v1 import shard_pb2
+from memshard.v1 import memory_pb2 as pb
+from router import filters, validate
+from router.merge import merge
+from router.parts import Parts
+from router.report import ONE_SHARD, report
+from router.shards import SEARCH
+
+# How many of the memories in question have no embedding yet, and so cannot be found by meaning.
+UNEMBEDDED_TRAILER = "memshard-unembedded"
+
+
+@dataclass(frozen=True, slots=True)
+class _Query:
+    """What is looked for: by an embedding, or else by words; `fallback` when words stand in for an embedding."""
+
+    embedding: Sequence[float] = ()
+    words: str = ""
+    fallback: bool = False
+
+
+async def search(parts: Parts, request: pb.SearchMemoriesRequest, deadline: Deadline) -> pb.SearchMemoriesResponse:
+    """The results of the window asked for, and which shards they come from."""
+    user_id = validate.optional_user_id(request.user_id, "user_id")
+    window = validate.window(request.limit, request.offset)
+    min_score = validate.min_score(request)
+    if request.HasField("filter"):
+        filters.check(request.filter)
+    query = await _query(parts, request)
+    question = shard_pb2.SearchRequest(
+        user_id=user_id,
+        embedding=query.embedding,
+        words=query.words,
+        k=window.k,
+        # A score of the one kind is no bound for the other.
+        min_score=None if query.fallback else min_score,
+        include_embedding=request.include_embedding,
+        filter=request.filter if request.HasField("filter") else None,
+    )
+    slot = parts.placement.user_slot(user_id) if user_id else None
+    if slot is not None:
+        _, answer = await parts.dispatch.to_owner(slot, SEARCH, question, deadline)
+        answers, summary = [answer], ONE_SHARD
+    else:
+        gathered = await parts.fanout.ask_all(SEARCH, question, deadline)
+        if request.require_all_shards:
+            gathered.require_all()
+        gathered.require_any()
+        answers, summary = [answer for _, answer in gathered.answers], gathered.summary()
+    if unembedded := sum(answer.unembedded for answer in answers):
+        add_trailer(UNEMBEDDED_TRAILER, str(unembedded))
+    return pb.SearchMemoriesResponse(
+        results=merge([answer.results for answer in answers], window),
+        score_kind=pb.SCORE_KIND_TEXT_RANK if query.words else pb.SCORE_KIND_COSINE,
+        report=report(summary, fallback=query.fallback),
+    )
+
+
+async def _query(parts: Parts, request: pb.SearchMemoriesRequest) -> _Query:
+    text = validate.query_text(request.query)
+    if request.embedding:
+        validate.embedding(request.embedding, parts.cluster, "embedding")
+    match request.mode:
+        case pb.SEARCH_MODE_KEYWORD:
+            if not text:
+                raise InvalidArgument.field("query", "EMPTY_QUERY", "a keyword search needs words")
+            return _Query(words=text)
+        case pb.SEARCH_MODE_UNSPECIFIED | pb.SEARCH_MODE_SEMANTIC:
+            return await _semantic(parts, request, text)
+        case pb.SEARCH_MODE_HYBRID:
+            raise Unimplemented("hybrid search is not offered yet", reason="MODE_NOT_IMPLEMENTED")
+        case unknown:
+            raise InvalidArgument.field("mode", "INVALID_ENUM", f"{unknown} is no search mode")
+
+
+async def _semantic(parts: Parts, request: pb.SearchMemoriesRequest, text: str) -> _Query:
+    if request.embedding:
+        return _Query(embedding=request.embedding)
+    if not text:
+        raise InvalidArgument.field("query", "EMPTY_QUERY", "give a query, an embedding, or both")
+    try:
+        return _Query(embedding=await parts.embedding.of_query(text))
+    except Unavailable:
+        # Words find something of what was meant, which the answer says; nothing at all would help nobody.
+        return _Query(words=text, fallback=True)

@@ -1,0 +1,156 @@
+"""Storing: one memory, or a batch whose items know nothing of each other."""
+
+from collections.abc import Sequence
+
+from google.rpc import status_pb2
+
+from common.deadline import Deadline
+from common.errors import InvalidArgument, MemshardError
+from common.status import to_status
+from memshard.internal.v1 import shard_pb2
+from memshard.v1 import memory_pb2 as pb
+from router import validate
+from router.digest import digest_of
+from router.parts import Parts
+from router.place import home_slot
+from router.scatter import Sending
+from router.shards import CLAIM, STORE, STORE_BATCH
+
+
+async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline) -> pb.StoreMemoryResponse:
+    """Validates, embeds, places, claims if need be, and has the owner of the slot store it."""
+    memory = validate.new_memory(request.memory, parts.cluster)
+    digest = digest_of(memory)
+    if not memory.embedding:
+        memory.embedding.extend(await parts.embedding.of_memory(memory))
+    item = shard_pb2.StoreItem(slot=parts.placement.new_slot(memory), memory=memory, digest=digest)
+    if parts.placement.claims:
+        (error,) = await _claim(parts, [item], deadline)
+        if error is not None:
+            raise error
+    shard, answer = await parts.dispatch.to_owner(
+        item.slot, STORE, shard_pb2.StoreRequest(memory=memory, digest=digest), deadline
+    )
+    await parts.locations.add(memory.id, item.slot)
+    return pb.StoreMemoryResponse(memory=answer.memory, receipt=parts.tokens.receipt((shard.shard_id, answer.commit)))
+
+
+async def store_batch(
+    parts: Parts, request: pb.BatchStoreMemoriesRequest, deadline: Deadline
+) -> pb.BatchStoreMemoriesResponse:
+    """The same for each item; what is wrong with one is its own outcome."""
+    validate.batch(request)
+    batch = _Batch(request, parts)
+    await batch.embed()
+    if parts.placement.claims:
+        batch.refuse(await _claim(parts, batch.items(), deadline))
+    items = batch.items()
+    sent = await parts.scatter.send(_STORING, items, deadline)
+    batch.refuse(sent.outcomes)
+    await parts.locations.add_many([(item.memory.id, item.slot) for item in batch.items()])
+    return pb.BatchStoreMemoriesResponse(
+        results=batch.results(),
+        receipt=parts.tokens.receipt(*((shard.shard_id, answer.commit) for shard, answer in sent.answers)),
+    )
+
+
+class _Batch:
+    """A batch on its way: its items, without those that have failed already."""
+
+    def __init__(self, request: pb.BatchStoreMemoriesRequest, parts: Parts) -> None:
+        self._parts = parts
+        self._items: dict[int, shard_pb2.StoreItem] = {}
+        self._errors: dict[int, MemshardError] = {}
+        for number, given in enumerate(request.memories):
+            try:
+                memory = validate.new_memory(given, parts.cluster, f"memories[{number}]")
+            except InvalidArgument as error:
+                self._errors[number] = error
+                continue
+            self._items[number] = shard_pb2.StoreItem(
+                slot=parts.placement.new_slot(memory), memory=memory, digest=digest_of(memory)
+            )
+
+    async def embed(self) -> None:
+        """Embeds those that come as text, all at once."""
+        numbers = [number for number, item in self._items.items() if not item.memory.embedding]
+        if not numbers:
+            return
+        memories = [self._items[number].memory for number in numbers]
+        try:
+            vectors = await self._parts.embedding.of_memories(memories, [f"memories[{n}]" for n in numbers])
+        except InvalidArgument:
+            # There is no embedder; each item hears it with its own field.
+            vectors = [
+                InvalidArgument.field(
+                    f"memories[{number}].embedding",
+                    "EMBEDDING_REQUIRED",
+                    "is required: this cluster was made without an embedder",
+                )
+                for number in numbers
+            ]
+        for number, vector in zip(numbers, vectors, strict=True):
+            if isinstance(vector, InvalidArgument):
+                self._fail(number, vector)
+            else:
+                self._items[number].memory.embedding.extend(vector)
+
+    def items(self) -> list[shard_pb2.StoreItem]:
+        """The items that have not failed, in order."""
+        return list(self._items.values())
+
+    def refuse(self, outcomes: Sequence[MemshardError | None]) -> None:
+        """Takes out what failed, given what became of each of `items()`."""
+        for number, error in zip(list(self._items), outcomes, strict=True):
+            if error is not None:
+                self._fail(number, error)
+
+    def results(self) -> list[pb.BatchStoreResult]:
+        """What became of each item of the request, in order."""
+        return [
+            pb.BatchStoreResult(error=to_status(self._errors[number]))
+            if number in self._errors
+            else pb.BatchStoreResult(id=self._items[number].memory.id)
+            for number in sorted(self._items.keys() | self._errors.keys())
+        ]
+
+    def _fail(self, number: int, error: MemshardError) -> None:
+        del self._items[number]
+        self._errors[number] = error
+
+
+async def _claim(
+    parts: Parts, items: Sequence[shard_pb2.StoreItem], deadline: Deadline
+) -> tuple[MemshardError | None, ...]:
+    """Takes the items' ids, each in its home slot; what became of each."""
+    claims = [
+        shard_pb2.ClaimItem(
+            home_slot=home_slot(item.memory.user_id, item.memory.id),
+            user_id=item.memory.user_id,
+            id=item.memory.id,
+            digest=item.digest,
+            memory_slot=item.slot,
+        )
+        for item in items
+    ]
+    return (await parts.scatter.send(_CLAIMING, claims, deadline)).outcomes
+
+
+def _errors(
+    outcomes: Sequence[shard_pb2.StoreOutcome] | Sequence[shard_pb2.ClaimOutcome],
+) -> list[status_pb2.Status | None]:
+    return [outcome.error if outcome.HasField("error") else None for outcome in outcomes]
+
+
+_STORING: Sending[shard_pb2.StoreItem, shard_pb2.StoreBatchRequest, shard_pb2.StoreBatchResponse] = Sending(
+    rpc=STORE_BATCH,
+    slot_of=lambda item: item.slot,
+    request_of=lambda items: shard_pb2.StoreBatchRequest(items=items),
+    errors_of=lambda answer: _errors(answer.outcomes),
+)
+_CLAIMING: Sending[shard_pb2.ClaimItem, shard_pb2.ClaimRequest, shard_pb2.ClaimResponse] = Sending(
+    rpc=CLAIM,
+    slot_of=lambda item: item.home_slot,
+    request_of=lambda items: shard_pb2.ClaimRequest(items=items),
+    errors_of=lambda answer: _errors(answer.outcomes),
+)
