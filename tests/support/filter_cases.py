@@ -1,5 +1,6 @@
 """Memories and filters for them, at random: the filters take their paths and values mostly from the memories."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
@@ -16,7 +17,7 @@ from tests.support.filter_model import ABSENT, all_of, any_of, compare, comparis
 
 MAX_COMPARISONS = 64
 MAX_DEPTH = 8
-_ALONE = 8
+_ALONE = 6
 
 # What SQL, LIKE, JSON, arrays' text and collations could each take for something else.
 _TRAPS = [
@@ -101,7 +102,7 @@ def _tree(draw: st.DrawFn, leaves: st.SearchStrategy[st.SearchStrategy[pb.Filter
 def _leaves_for(memories: list[pb.Memory]) -> st.SearchStrategy[st.SearchStrategy[pb.Filter]]:
     there: dict[str, list[Any]] = {}
     for memory in memories:
-        for path, plain in _paths(memory.metadata):
+        for path, plain in _paths(_plain(struct_pb2.Value(struct_value=memory.metadata))):
             there.setdefault(path, []).append(plain)
     metadata = _of_metadata(there)
     # Not st.one_of, which would count every alternative within these.
@@ -111,7 +112,7 @@ def _leaves_for(memories: list[pb.Memory]) -> st.SearchStrategy[st.SearchStrateg
 @st.composite
 def _of_metadata(draw: st.DrawFn, there: dict[str, list[Any]]) -> pb.Filter:
     path = draw(st.sampled_from(sorted(there)) | _SOMEWHERE if there else _SOMEWHERE)
-    near = there.get(path, [])
+    near = [like for plain in there.get(path, []) for like in _alike(plain)]
     operator = draw(st.sampled_from(["EQ", "NE", *_ORDER, *_SETS, "CONTAINS", "CONTAINS", "EXISTS"]))
     operand: Any = draw(st.booleans() | st.just(ABSENT))
     if operator in {"EQ", "NE"}:
@@ -155,14 +156,15 @@ def _mostly(near: list[Any], others: st.SearchStrategy[Any]) -> st.SearchStrateg
     return st.integers(1, 3).flatmap(lambda side: others if side == 1 else st.sampled_from(near))
 
 
-def _paths(struct: struct_pb2.Struct, before: str = "") -> Iterator[tuple[str, Any]]:
-    """All that a filter can name in metadata."""
-    for key, item in struct.fields.items():
+def _paths(plain: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """All that a filter can name in metadata, and what it must not find: the elements of lists."""
+    items = plain.items() if isinstance(plain, dict) else [(str(index), item) for index, item in enumerate(plain)]
+    for key, item in items:
         if not key or "." in key or before.count(".") == 8:
             continue
-        yield before + key, _plain(item)
-        if item.HasField("struct_value"):
-            yield from _paths(item.struct_value, f"{before}{key}.")
+        yield before + key, item
+        if isinstance(item, dict | list):
+            yield from _paths(item, f"{before}{key}.")
 
 
 def _plain(item: struct_pb2.Value) -> Any:
@@ -172,6 +174,13 @@ def _plain(item: struct_pb2.Value) -> Any:
     if kind == "list_value":
         return [_plain(inner) for inner in item.list_value.values]
     return None if kind == "null_value" else getattr(item, str(kind))
+
+
+def _alike(plain: Any) -> list[Any]:
+    """A value, and what looks like it."""
+    if isinstance(plain, str):
+        return [plain, float(plain) if plain.isdecimal() else plain.swapcase()]
+    return [plain, [plain], json.dumps(int(plain) if isinstance(plain, float) and plain.is_integer() else plain)]
 
 
 def _parts(plain: Any) -> list[Any]:
