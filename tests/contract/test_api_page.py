@@ -1,10 +1,13 @@
 """docs/api.md says what the contract says, and names every reason that a caller can meet."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import grpc
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PAGE = _ROOT / "docs" / "api.md"
@@ -22,15 +25,27 @@ def test_the_page_is_what_the_contract_makes_of_it_today(tmp_path: Path) -> None
 
 def test_every_reason_that_is_raised_is_on_the_page() -> None:
     page = _PAGE.read_text(encoding="utf-8")
-    raised = {
-        reason
-        for folder in ("common", "router", "shard")
-        for path in (_ROOT / folder).rglob("*.py")
-        for reason in _reasons(path)
-    }
+    raised = {reason for path in _sources() for reason in _reasons(path)}
     assert {"ID_TAKEN", "INVALID_CONTENT", "BAD_PAGE_TOKEN", "SHARDS_MISSING"} <= raised, "the search for them is lost"
     missing = sorted(reason for reason in raised - _INTERNAL - _GENERAL if f"`{reason}`" not in page)
     assert missing == [], "add them to docs/api_errors.md and run `make docs`"
+
+
+def test_every_reason_on_the_page_is_one_of_the_code() -> None:
+    text = (_ROOT / "docs" / "api_errors.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([A-Z]+_[A-Z_]+)`", text)) - {code.name for code in grpc.StatusCode}
+    known = {
+        node.value
+        for path in _sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert sorted(named - known) == []
+
+
+def _sources() -> Iterator[Path]:
+    for folder in ("common", "router", "shard"):
+        yield from (_ROOT / folder).rglob("*.py")
 
 
 def _reasons(path: Path) -> Iterator[str]:

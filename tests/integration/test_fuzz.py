@@ -38,13 +38,13 @@ async def test_no_request_is_a_bug_and_the_servers_keep_serving(cluster: LocalCl
     number = int(os.environ.get("MEMSHARD_FUZZ_SEED", random.randrange(2**32)))
     print(f"MEMSHARD_FUZZ_SEED={number}")
     before = await _pids(cluster)
-    seen: Counter[str] = Counter()
 
-    await asyncio.to_thread(_fuzz, cluster.address, number, seen)
+    seen, faults = await asyncio.to_thread(_fuzz, cluster.address, number)
 
     print(dict(seen.most_common()))
+    assert not faults, "\n".join(faults[:10])
     assert sum(seen.values()) >= 2000
-    assert seen["OK"] > sum(seen.values()) / 20, "too few requests got past validation"
+    assert seen["OK"] > sum(seen.values()) / 10, "too few requests got past validation"
     assert await _pids(cluster) == before, "a server was restarted"
     assert await cluster.healthy()
     with grpc.insecure_channel(cluster.address) as channel:
@@ -61,36 +61,47 @@ async def _pids(cluster: LocalCluster) -> dict[str, int]:
     return {process["name"]: process["pid"] for process in (await cluster.status())["processes"]}
 
 
-def _fuzz(address: str, number: int, seen: "Counter[str]") -> None:
-    """Sends generated requests, and counts what they get."""
-    options = [("grpc.max_receive_message_length", -1)]
-    with grpc.insecure_channel(address, options) as channel:
+def _fuzz(address: str, number: int) -> tuple["Counter[str]", list[str]]:
+    """Sends generated requests; returns how many got which code, and what is wrong with an answer.
+
+    Hypothesis only makes the requests. What they meet depends on all that were sent before, so that it could neither
+    shrink nor repeat what it found.
+    """
+    seen: Counter[str] = Counter()
+    faults: list[str] = []
+    with grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)]) as channel:
 
         @seed(number)
         @settings(
             max_examples=_EXAMPLES,
+            deadline=None,
             database=None,
-            print_blob=True,
-            # A failure is told as it was found: sending everything again and again to shrink it takes minutes.
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
         @given(st.lists(requests(), min_size=_REQUESTS, max_size=_REQUESTS))
         def send(generated: list[Generated]) -> None:
-            calls = [(sent, _call(channel, sent)) for sent in generated]
-            for sent, call in calls:
+            calls = [(request, _call(channel, request)) for request in generated]
+            for (rpc, data), call in calls:
                 code = call.code()
                 seen[code.name] += 1
-                if code is grpc.StatusCode.OK:
-                    continue
-                told = f"{sent[0]} {sent[1][:2000]!r}: {code.name} {call.details()}"
-                assert code in _EXPECTED, told
-                error = call.exception()  # A call itself, of which the details can be read.
-                assert reason_of(error), told
-                if code is grpc.StatusCode.INVALID_ARGUMENT and reason_of(error) != "MALFORMED_REQUEST":
-                    assert fields_of(error), told
+                if code is not grpc.StatusCode.OK and (fault := _fault(code, call)):
+                    faults.append(f"{fault}: {code.name}, {call.details()}, to {rpc} {data[:2000]!r}")
 
         send()
+    return seen, faults
+
+
+def _fault(code: grpc.StatusCode, call: Any) -> str:
+    """What is wrong with this error; nothing, as a rule."""
+    if code not in _EXPECTED:
+        return "no code for a request"
+    reason = reason_of(call)
+    if not reason:
+        return "without a reason"
+    if code is grpc.StatusCode.INVALID_ARGUMENT and reason != "MALFORMED_REQUEST" and not fields_of(call):
+        return f"{reason} without a field"
+    return ""
 
 
 def _call(channel: grpc.Channel, request: Generated) -> Any:  # What it is, call and future in one, has no type.
