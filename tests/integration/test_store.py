@@ -297,13 +297,7 @@ async def test_a_search_by_text_prefers_what_means_the_same(api: "MemoryServiceA
 @pytest.mark.parametrize(
     ("rpc", "request_"),
     [
-        ("BatchStoreMemories", pb.BatchStoreMemoriesRequest()),
-        ("UpdateMemory", pb.UpdateMemoryRequest()),
-        ("ListMemoryVersions", pb.ListMemoryVersionsRequest()),
-        ("EraseUser", pb.EraseUserRequest()),
-        ("SearchMemories", pb.SearchMemoriesRequest(query="x", mode=pb.SEARCH_MODE_KEYWORD)),
         ("SearchMemories", pb.SearchMemoriesRequest(query="x", mode=pb.SEARCH_MODE_HYBRID)),
-        ("ListMemories", pb.ListMemoriesRequest(user_id="u", filter=pb.Filter())),
     ],
 )
 async def test_what_is_not_offered_yet_says_so(api: "MemoryServiceAsyncStub", rpc: str, request_: object) -> None:

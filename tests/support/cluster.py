@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +35,13 @@ class LocalCluster:
     """
 
     def __init__(
-        self, *, shards: int = 2, routers: int = 1, embedder: str = "local", dimensions: int | None = None
+        self,
+        *,
+        shards: int = 2,
+        routers: int = 1,
+        embedder: str = "local",
+        dimensions: int | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self.data_dir = Path(tempfile.mkdtemp(prefix="memshard-test-")).resolve()
         self.layout = Layout.of(self.data_dir)
@@ -42,6 +49,7 @@ class LocalCluster:
         self.address = f"127.0.0.1:{self.port}"
         self.options = ["--shards", str(shards), "--embedder", embedder]
         self.options += ["--dimensions", str(dimensions)] if dimensions else []
+        self.options += options
         self._start = ["--port", str(self.port), "--routers", str(routers)]
 
     async def __aenter__(self) -> Self:

@@ -59,7 +59,7 @@ def test_every_error_comes_back_as_it_was_raised(
 ) -> None:
     if reason in {other.default_reason for other in _CLASSES}:
         reason = None  # The reason of another class makes it that class.
-    if kind in (errors.Ambiguous, errors.OutcomeUnknown):
+    if kind in (errors.Ambiguous, errors.ReadOnly, errors.VersionMismatch, errors.OutcomeUnknown):
         reason = None  # What makes them more than their code is their reason.
     retry_after_s = None if retry_after_ms is None else retry_after_ms / 1000
     error = kind(message, reason=reason, violations=violations, retry_after_s=retry_after_s, metadata=metadata)
