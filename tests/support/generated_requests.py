@@ -46,6 +46,7 @@ _characters = st.characters(exclude_categories=["Cs"])  # Lone surrogates cannot
 _WILD_TEXT = ["", "\0", "x" * 300, "y" * 70_000, "some-id", "\uffff", "A" * 88, "\u202e", "%s%n", "memory.content"]
 _WILD_NUMBERS = [math.nan, math.inf, -math.inf, -1.0, 2.0, 1e300, -0.0, 5e-324, 65_520.0, 3.4e38]
 _WILD_INTEGERS = [-1, 0, 1, 3, 99, 1001, 2**31 - 1, -(2**31)]
+_MAX_BYTES = 4 * 1024 * 1024  # In one field; a router takes requests of 16 MiB.
 _WILD_LONGS = [*_WILD_INTEGERS, 2**63 - 1, -(2**63), 253_402_300_800, -62_135_596_801]
 
 
@@ -194,10 +195,16 @@ def _spoilt(draw: st.DrawFn, request: tuple[str, Message]) -> Generated:
             if field.type == FieldDescriptor.TYPE_MESSAGE and not field.is_repeated:
                 getattr(message, field.name).CopyFrom(value)
             elif field.is_repeated:
-                getattr(message, field.name).extend([value] * draw(st.sampled_from([1, 2, 70, 600])))
+                times = draw(st.sampled_from([1, 2, 70, 600]))
+                getattr(message, field.name).extend([value] * min(times, max(1, _MAX_BYTES // _size(value))))
             else:
                 setattr(message, field.name, value)
     return _sent((rpc, spoilt))
+
+
+def _size(value: Any) -> int:
+    """About how many bytes a value takes."""
+    return (value.ByteSize() if isinstance(value, Message) else len(str(value))) or 1
 
 
 def _messages_in(message: Message) -> list[Message]:

@@ -1,0 +1,133 @@
+"""An embedder that is away: texts are kept, found by their words, and embedded once it is back."""
+
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_asyncio
+from google.protobuf import field_mask_pb2
+
+from memshard.v1 import memory_pb2 as pb
+from tests.support.cluster import LocalCluster
+from tests.support.embedding_server import DIMENSIONS, EmbeddingServer, embedding_of
+from tests.support.eventually import eventually
+from tests.support.wire import memory_service, store_request
+
+if TYPE_CHECKING:
+    from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
+
+PENDING, READY = pb.EMBEDDING_STATE_PENDING, pb.EMBEDDING_STATE_READY
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddingServer]:
+    with EmbeddingServer() as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def remote(server: EmbeddingServer) -> "AsyncIterator[MemoryServiceAsyncStub]":
+    """The API of a cluster that asks the server for embeddings."""
+    options = ["--embedder-url", server.url, "--embedder-model", "words"]
+    async with (
+        LocalCluster(shards=1, embedder="http", dimensions=DIMENSIONS, options=options) as cluster,
+        memory_service(cluster.address) as api,
+    ):
+        yield api
+
+
+@pytest.fixture(autouse=True)
+def up_again(server: EmbeddingServer) -> Iterator[None]:
+    yield
+    server.down = False
+
+
+async def state(api: "MemoryServiceAsyncStub", memory: pb.Memory) -> int:
+    got = await api.GetMemory(pb.GetMemoryRequest(id=memory.id, user_id=memory.user_id))
+    return got.memory.embedding_state
+
+
+async def is_ready(api: "MemoryServiceAsyncStub", memory: pb.Memory) -> bool:
+    return await state(api, memory) == READY
+
+
+async def test_with_the_server_up_texts_are_embedded_at_once(remote: "MemoryServiceAsyncStub", user: str) -> None:
+    stored = (await remote.StoreMemory(store_request(user, "green tea"))).memory
+    assert (stored.embedding_state, stored.embedding_model) == (READY, "words")
+    await remote.StoreMemory(store_request(user, "black coffee"))
+    found = await remote.SearchMemories(pb.SearchMemoriesRequest(user_id=user, query="green tea"))
+    assert [r.memory.content for r in found.results] == ["green tea", "black coffee"]
+
+
+async def test_a_text_stored_while_it_is_down_is_found_by_words_and_embedded_when_it_is_back(
+    remote: "MemoryServiceAsyncStub", server: EmbeddingServer, user: str
+) -> None:
+    before = (await remote.StoreMemory(store_request(user, "something else entirely"))).memory
+    server.down = True
+    stored = (await remote.StoreMemory(store_request(user, "kept without an embedding"))).memory
+    assert stored.embedding_state == PENDING
+    search = pb.SearchMemoriesRequest(user_id=user, query="kept embedding", mode=pb.SEARCH_MODE_SEMANTIC)
+    words = await remote.SearchMemories(search)
+    assert words.results[0].memory.id == stored.id
+    assert words.score_kind == pb.SCORE_KIND_TEXT_RANK
+    assert list(words.report.served_by) == ["primary", "fallback"]
+    # By embedding it is not found yet, and the answer says that one is missing.
+    near = remote.SearchMemories(pb.SearchMemoriesRequest(user_id=user, embedding=embedding_of("kept")))
+    assert [r.memory.id for r in (await near).results] == [before.id]
+    assert dict(await near.trailing_metadata())["memshard-unembedded"] == "1"
+    server.down = False
+    await eventually(lambda: is_ready(remote, stored), within_s=20)
+    found = remote.SearchMemories(search)
+    assert (await found).results[0].memory.id == stored.id
+    assert (await found).score_kind == pb.SCORE_KIND_COSINE
+    assert "memshard-unembedded" not in dict(await found.trailing_metadata())
+
+
+async def test_what_waits_for_its_embedding_is_neither_resurrected_nor_given_that_of_an_older_text(
+    remote: "MemoryServiceAsyncStub", server: EmbeddingServer, user: str
+) -> None:
+    server.down = True
+    deleted, updated = [
+        (await remote.StoreMemory(store_request(user, text))).memory for text in ("to be deleted", "first text")
+    ]
+    await remote.DeleteMemory(pb.DeleteMemoryRequest(id=deleted.id, user_id=user))
+    change = pb.UpdateMemoryRequest(
+        memory=pb.Memory(id=updated.id, user_id=user, content="second words"),
+        update_mask=field_mask_pb2.FieldMask(paths=["content"]),
+    )
+    assert (await remote.UpdateMemory(change)).memory.embedding_state == PENDING
+    server.down = False
+    await eventually(lambda: is_ready(remote, updated), within_s=20)
+    listed = await remote.ListMemories(pb.ListMemoriesRequest(user_id=user))
+    assert [memory.content for memory in listed.memories] == ["second words"]
+    found = await remote.SearchMemories(pb.SearchMemoriesRequest(user_id=user, query="second words"))
+    assert found.results[0].score == pytest.approx(1, abs=1e-3)
+
+
+async def test_an_update_of_the_text_makes_a_new_embedding_and_of_anything_else_none(
+    remote: "MemoryServiceAsyncStub", server: EmbeddingServer, user: str
+) -> None:
+    stored = (await remote.StoreMemory(store_request(user, "old words"))).memory
+    calls = server.calls
+    change = pb.UpdateMemoryRequest(
+        memory=pb.Memory(id=stored.id, user_id=user, importance=0.1),
+        update_mask=field_mask_pb2.FieldMask(paths=["importance"]),
+    )
+    await remote.UpdateMemory(change)
+    assert server.calls == calls
+
+
+async def test_a_batch_stored_while_it_is_down_is_embedded_later(
+    remote: "MemoryServiceAsyncStub", server: EmbeddingServer, user: str
+) -> None:
+    server.down = True
+    memories = [pb.Memory(user_id=user, content=f"text number {n}") for n in range(150)]
+    answer = await remote.BatchStoreMemories(pb.BatchStoreMemoriesRequest(memories=memories))
+    assert all(result.id for result in answer.results)
+    server.down = False
+
+    async def all_ready() -> bool:
+        page = await remote.ListMemories(pb.ListMemoriesRequest(user_id=user, page_size=1000))
+        return len(page.memories) == 150 and all(m.embedding_state == READY for m in page.memories)
+
+    await eventually(all_ready, within_s=30)
