@@ -68,8 +68,9 @@ def versions_table(versions: Iterable[Memory], *, header: bool = True) -> Table:
 def search_table(result: SearchResult, *, with_user: bool) -> Table:
     """Matches, best first, with their scores; `with_user` says whose each is."""
     kind = f" ({_name(result.score_kind)})" if result.score_kind else ""
+    title = f"Score{kind}"
     table = _table(True)
-    table.add_column(f"Score{kind}", width=_TIME_CHARS, no_wrap=True)
+    table.add_column(title, width=max(_TIME_CHARS, len(title)), no_wrap=True)
     table.add_column("Memory", overflow="fold", ratio=1)
     for match in result.results:
         table.add_row(f"{match.score:.4f}", _summary(match.memory, with_user=with_user))
