@@ -96,11 +96,27 @@ async def test_every_record_is_stored_once_with_bounded_concurrency() -> None:
     assert max(map(len, store.attempts)) <= MAX_BATCH
 
 
-async def test_records_that_are_there_go_in_full_batches() -> None:
-    run, store = _Run(), _Store()
-    await run(store, _records(*map(str, range(2_000))), concurrency=1)
-    assert len(store.sent) == 2_000
-    assert len(store.attempts) < 200
+async def test_records_that_are_there_go_in_a_full_batch() -> None:
+    taken = 0
+
+    def records() -> Iterator[Parsed]:
+        nonlocal taken
+        for record in _records(*map(str, range(1_000))):
+            taken += 1
+            yield record
+
+    class SlowAtFirst(_Store):
+        async def store_many(self, memories: Sequence[NewMemory]) -> BatchResult:
+            async with asyncio.timeout(10):
+                # Until the reader is more than one batch ahead.
+                while not self.attempts and taken < len(memories) + 1.5 * MAX_BATCH:
+                    await asyncio.sleep(0)
+            return await super().store_many(memories)
+
+    store = SlowAtFirst()
+    await _Run()(store, records(), concurrency=1)
+    assert len(store.attempts[1]) == MAX_BATCH
+    assert len(store.sent) == 1_000
 
 
 async def test_batches_of_large_records_stay_below_what_a_call_may_hold() -> None:
