@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
+# Relative, since make and pip both split paths at spaces.
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
 # What a cluster needs, and all that checking a change needs: `make up` on a new machine waits for the first only.
 RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed

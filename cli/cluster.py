@@ -133,6 +133,7 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     request = foreground.Request(layout.root, options, port, routers)
     terminal = Terminal(layout.root, detached=detach)
     with _failures_shown():
+        foreground.check(request)
         terminal.starting()
         if detach:
             background.launch(request, terminal)

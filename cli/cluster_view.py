@@ -1,6 +1,9 @@
 """What the cluster commands show: the progress of a start, what to do next, the table of what runs."""
 
+import os
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from rich.table import Table
@@ -66,17 +69,30 @@ def first_commands(ready: Ready) -> list[str]:
     if ready.embedder == "none":
         memory = f'{{"user_id": "alice", "content": "{_SAMPLE}", "embedding": [0.1] * {ready.dimensions}}}'
         return [
-            f"python3 -c 'import json; print(json.dumps({memory}))' | memshard import -{to}",
-            f"memshard list --user alice{to}",
+            f"python3 -c 'import json; print(json.dumps({memory}))' | {program()} import -{to}",
+            f"{program()} list --user alice{to}",
         ]
-    return [f'memshard add --user alice "{_SAMPLE}"{to}', f'memshard search --user alice "{_QUESTION}"{to}']
+    return [f'{program()} add --user alice "{_SAMPLE}"{to}', f'{program()} search --user alice "{_QUESTION}"{to}']
+
+
+def program() -> str:
+    """How the person can call this program: by its name if the shell finds it, else by where it is."""
+    here = Path(sys.argv[0])
+    if here.name != "memshard" or shutil.which("memshard") == str(here.absolute()):
+        return "memshard"
+    absolute = here.absolute()
+    relative = Path(os.path.relpath(absolute))
+    return shlex.quote(str(relative if len(str(relative)) < len(str(absolute)) else absolute))
 
 
 def show_status(status: ClusterStatus) -> None:
     """Tables of the processes and the shards."""
     out = console()
     if not status.processes:
-        out.print(f"There is no cluster in {status.data_dir}; `memshard up` makes one.", soft_wrap=True)
+        out.print(
+            f"There is no cluster in {status.data_dir}; `{_command('up', Path(status.data_dir))}` makes one.",
+            soft_wrap=True,
+        )
         return
     processes = Table("process", "role", "pid", "port", "health", box=None, pad_edge=False)
     for process in status.processes:
@@ -101,7 +117,10 @@ def show_status(status: ClusterStatus) -> None:
     out.print(f"\n{epoch}{silent}\ndata in {status.data_dir}", soft_wrap=True)
     if not status.runs():
         out.print(f"Nothing runs; `{_command('up', Path(status.data_dir))}` starts it.", soft_wrap=True)
+    elif any(process.role == "supervisor" and process.pid is None for process in status.processes):
+        again = _command("up", Path(status.data_dir))
+        out.print(f"Nobody looks after what runs; `{again}` ends it and starts anew.", soft_wrap=True)
 
 
 def _command(name: str, root: Path) -> str:
-    return f"memshard {name} --data-dir {shlex.quote(str(root))}"
+    return f"{program()} {name} --data-dir {shlex.quote(str(root))}"

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -250,7 +251,7 @@ def load(settings: type[S], file: Path | None = None) -> S:
         return configured()  # type: ignore[call-arg]  # The sources fill it.
     except ValidationError as error:
         prefix = settings.model_config.get("env_prefix", "")
-        problems = [_problem(problem["loc"], problem["type"], problem["msg"], prefix) for problem in error.errors()]
+        problems = [_problem(problem, prefix) for problem in error.errors()]
         where = f"{file}: " if file else ""
         raise ConfigError(f"{where}{'; '.join(problems)}") from None
 
@@ -290,11 +291,12 @@ def _checked(file: Path) -> Path:
     return file
 
 
-def _problem(loc: tuple[int | str, ...], kind: str, message: str, prefix: str) -> str:
-    name = ".".join(str(part) for part in loc)
-    if kind == "missing":
+def _problem(problem: ErrorDetails, prefix: str) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    # A setting without a value, as `generate` leaves the required ones, is a missing one.
+    if problem["type"] == "missing" or (problem["type"].endswith("_type") and problem.get("input") is None):
         return f"{name} is required; set it in the file or as {prefix}{name.upper()}"
-    if kind == "extra_forbidden":
+    if problem["type"] == "extra_forbidden":
         return f"{name} is no setting of this service"
-    text = message.removeprefix("Value error, ")
+    text = problem["msg"].removeprefix("Value error, ")
     return f"{name}: {text}" if name else text

@@ -1,6 +1,7 @@
 """Where everything of one embedded cluster lies, below one data directory."""
 
 import os
+import pwd
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,19 @@ class Layout:
     def of(cls, directory: Path | None, environment: Mapping[str, str] = os.environ) -> "Layout":
         """The layout of `directory`, or of the default one."""
         return cls((directory or default_data_dir(environment)).expanduser().resolve())
+
+    def require_own(self) -> None:
+        """Raises DataDirectoryError when another user made the cluster here: even root would leave its files behind."""
+        try:
+            owner = self.record.stat().st_uid
+        except OSError:
+            return  # There is none, or it cannot be seen, which those who read it tell better.
+        if owner != os.geteuid():
+            try:
+                name = pwd.getpwuid(owner).pw_name
+            except KeyError:
+                name = str(owner)
+            raise DataDirectoryError(f"the cluster in {self.root} was made by the user {name}: run it as them")
 
     @property
     def record(self) -> Path:

@@ -1,8 +1,10 @@
 """Ports of the processes inside: below the range that outgoing connections take theirs from, and kept between runs."""
 
+import os
 import random
 import socket
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 
 from local.errors import PortInUseError
 
@@ -12,6 +14,7 @@ HOST = "127.0.0.1"
 FIRST, LAST = 20_000, 32_767
 
 _TRIES = 1000
+_UNPRIVILEGED = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 
 _pick = random.SystemRandom().randint
 
@@ -56,7 +59,16 @@ def choose(
 
 
 def require_free(ports: Iterable[int], free: Callable[[int], bool] = is_free) -> None:
-    """Raises PortInUseError when something listens on one of the routers' ports."""
+    """Raises PortInUseError when something listens on one of the routers' ports, or nobody may listen there."""
     for port in ports:
+        if port < _first_unprivileged() and os.geteuid() != 0:
+            raise PortInUseError(f"port {port} is for root only; choose one from {_first_unprivileged()} with --port")
         if not free(port):
             raise PortInUseError(f"port {port} is in use by something else; choose another with --port")
+
+
+def _first_unprivileged() -> int:
+    try:
+        return int(_UNPRIVILEGED.read_text())
+    except (OSError, ValueError):
+        return 1024

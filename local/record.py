@@ -4,6 +4,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -122,6 +123,7 @@ def settle(options: Options, kept: Record | None) -> Record:
             "Drop the option to keep what it is, or make another cluster with another --data-dir"
         )
     _check_only_for_http(options, kept.embedder)
+    _check_url(options.embedder_url)
     if options.embedder_url:
         return kept.model_copy(update={"embedder_url": options.embedder_url})
     return kept
@@ -135,6 +137,7 @@ def _chosen(options: Options) -> Record:
     _check_only_for_http(options, embedder)
     if embedder == "http" and not (options.embedder_url and options.embedder_model):
         raise OptionsError("--embedder http needs --embedder-url and --embedder-model")
+    _check_url(options.embedder_url)
     default = DEFAULT_LOCAL_DIMENSIONS if embedder == "local" else DEFAULT_DIMENSIONS
     dimensions = default if options.dimensions is None else options.dimensions
     if embedder == "local" and dimensions not in LOCAL_DIMENSIONS:
@@ -160,6 +163,18 @@ def _text_language(given: str | None) -> str:
     if given is not None and not TEXT_LANGUAGE.fullmatch(given):
         raise OptionsError("--text-language must be a PostgreSQL text search configuration, like english or simple")
     return given or DEFAULT_TEXT_LANGUAGE
+
+
+def _check_url(url: str | None) -> None:
+    if url is None:
+        return
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise OptionsError("--embedder-url must be a URL, like https://api.example.com/v1")
 
 
 def _check_only_for_http(options: Options, embedder: Embedder) -> None:

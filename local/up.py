@@ -72,6 +72,21 @@ class Observer(Protocol):
         """The end has begun."""
 
 
+def check(request: Request) -> None:
+    """Finds what can be found to be wrong before anything is made or started. Raises LocalClusterError."""
+    layout = Layout.of(request.data_dir)
+    router_ports = request.router_ports()
+    layout.require_own()
+    kept = load_record(layout) if layout.exists() else None
+    settle(request.options, kept if kept and kept.complete else None)
+    if layout.lock.exists():
+        with lock.held(layout, (), _LOCK_TIMEOUT_S):
+            """Nobody else holds it: had somebody, that would be the error."""
+    # What a killed supervisor left behind has the ports, and is ended before they are needed.
+    if not leftovers.find(layout.root):
+        ports.require_free(router_ports)
+
+
 async def run(request: Request, observer: Observer) -> None:
     """Runs the cluster until SIGINT, SIGTERM or SIGHUP.
 

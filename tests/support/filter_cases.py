@@ -25,7 +25,7 @@ _TRAPS = [
     *("' OR true --", "'; DROP TABLE memories; --", "$1", "{a}", "a,b", "[]", "\\u0000", "/*", "\n", "\t", "\x7f"),
     *("ä", "a\u0308", "Ä", "ß", "ss", "i", "İ", "日本", "\ud7ff", "\uffff", "\U0001f600", "e\u0301", "\u200b", "NaN"),
 ]
-_KEYS = ["a", "b", "A", "0", "1", "-1", "%", "_", "'", '"', "$1", "{a}", "ä", "a b", "*", "metadata", "null"]
+_KEYS = ["a", "0", "b", "ä", "A", "1", "-1", "%", "_", "'", '"', "$1", "{a}", "a b", "*", "metadata", "null"]
 _NUMBERS = [0.0, -0.0, 1.0, -1.0, 9.0, 10.0, 0.1, 0.7, 0.5, 1e22, 1e23, 2.0**53, 2.0**53 + 2, 5e-324, 1e-7, 1.7e308]
 _NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 _STEPS_US = [0, 1, 2, 999, 1000, 1_000_000, -1, -3_600_000_000]
@@ -35,7 +35,8 @@ _texts = st.sampled_from(_TRAPS) | st.text(
 )
 _numbers = st.sampled_from(_NUMBERS) | st.integers(-3, 3).map(float) | st.floats(allow_nan=False, allow_infinity=False)
 _of_kind: dict[type, st.SearchStrategy[Any]] = {str: _texts, float: _numbers, bool: st.booleans()}
-_keys = st.sampled_from(_KEYS) | _texts
+# The first few are more likely, so that memories have some in common.
+_keys = st.one_of(*[st.sampled_from(_KEYS[:4])] * 3, st.sampled_from(_KEYS), _texts)
 
 
 def _nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -111,7 +112,7 @@ def _leaves_for(memories: list[pb.Memory]) -> st.SearchStrategy[st.SearchStrateg
 
 @st.composite
 def _of_metadata(draw: st.DrawFn, there: dict[str, list[Any]]) -> pb.Filter:
-    path = draw(st.sampled_from(sorted(there)) | _SOMEWHERE if there else _SOMEWHERE)
+    path = draw(_mostly(sorted(there), _SOMEWHERE))
     near = [like for plain in there.get(path, []) for like in _alike(plain)]
     operator = draw(st.sampled_from(["EQ", "NE", *_ORDER, *_SETS, "CONTAINS", "CONTAINS", "EXISTS"]))
     operand: Any = draw(st.booleans() | st.just(ABSENT))
@@ -120,7 +121,7 @@ def _of_metadata(draw: st.DrawFn, there: dict[str, list[Any]]) -> pb.Filter:
     elif operator in _ORDER:
         operand = draw(_scalars(near, str, float))
     elif operator == "CONTAINS":
-        operand = draw(_scalars([part for plain in near for part in _parts(plain)], str, float, bool))
+        operand = draw(_scalars([part for plain in there.get(path, []) for part in _parts(plain)], str, float, bool))
     elif operator in _SETS:
         one = draw(_scalars(near, str, float, bool))
         operand = [*draw(st.lists(_of_kind[type(one)], max_size=3)), one]
@@ -153,7 +154,7 @@ def _mostly(near: list[Any], others: st.SearchStrategy[Any]) -> st.SearchStrateg
     """One of `near` in two of three draws, if there is any."""
     if not near:
         return others
-    return st.integers(1, 3).flatmap(lambda side: others if side == 1 else st.sampled_from(near))
+    return st.integers(1, 3).flatmap(lambda side: others if side == 3 else st.sampled_from(near))
 
 
 def _paths(plain: Any, before: str = "") -> Iterator[tuple[str, Any]]:
@@ -187,7 +188,7 @@ def _parts(plain: Any) -> list[Any]:
     """What CONTAINS could find in a value."""
     if isinstance(plain, list):
         return plain
-    return [plain[1:], plain[:1]] if isinstance(plain, str) else [plain]
+    return [plain[1:], plain[:1], f"{plain[:1]}%", f"_{plain[1:]}"] if isinstance(plain, str) else [plain]
 
 
 def _written(moment: datetime, offset_minutes: int) -> str:
