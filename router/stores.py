@@ -116,7 +116,16 @@ class _Batch:
 
     def _fail(self, number: int, error: MemshardError) -> None:
         del self._items[number]
-        self._errors[number] = error
+        self._errors[number] = _renamed(error, number)
+
+
+def _renamed(error: MemshardError, number: int) -> MemshardError:
+    """What a shard says of `memory`, the one it was given, as this batch's `memories[number]`."""
+    if not any(violation.field.startswith("memory.") for violation in error.violations):
+        return error
+    (violation, *_) = error.violations
+    field = f"memories[{number}].{violation.field.removeprefix('memory.')}"
+    return InvalidArgument.field(field, error.reason, violation.description)
 
 
 async def _claim(

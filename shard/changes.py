@@ -31,7 +31,7 @@ WITH own AS MATERIALIZED (
 ), kept AS (
     INSERT INTO memory_versions (slot, user_id, id, version, agent_id, session_id, type, importance, content, metadata,
                                  embedding_model, pending, create_time, update_time, expire_time)
-    SELECT slot, user_id, id, version, '', '', type, importance, '', '{}', embedding_model, true, create_time,
+    SELECT slot, user_id, id, version, '', '', type, importance, '', '{}', embedding_model, false, create_time,
            update_time, expire_time
     FROM emptied
 ), applied AS (
