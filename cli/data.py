@@ -21,7 +21,7 @@ from cli.options import (
     parse_metadata,
 )
 from cli.terminal import console, describe, fail, failures_in_one_line, printable_line, warn
-from memshard import DeadlineExceeded, MemoryClient, OutcomeUnknown, new_id
+from memshard import DeadlineExceeded, MemoryClient, OutcomeUnknown, StoreResult, new_id
 
 _MAX_STDIN_BYTES = 1024 * 1024
 """Far above what the service takes as content (64 KiB): its refusal is better than this command's memory filling up."""
@@ -82,10 +82,17 @@ def add(  # noqa: PLR0913 - Each argument is an option of the command.
             )
         except (OutcomeUnknown, DeadlineExceeded) as error:
             fail(f"{describe(error, address)} It may have been stored: the same with --id {memory_id} settles it.")
+    _refuse_deleted(result)
     if as_json:
         typer.echo(documents.json_text(documents.store_document(result)))
     else:
         typer.echo(f"Stored {printable_line(result.memory.id)}")
+
+
+def _refuse_deleted(result: StoreResult) -> None:
+    """A repeated store is a success, even of what has been deleted since; to say "stored" of that would be a lie."""
+    if result.deleted:
+        fail(f"{result.memory.id} was deleted within the last 24 hours and is not stored again. Leave out --id.")
 
 
 def get(

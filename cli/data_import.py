@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from cli.documents import json_text
-from cli.ingest import MAX_BATCH, GaveUp, ingest
+from cli.ingest import DELETED, MAX_BATCH, GaveUp, ingest
 from cli.options import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Address, Json, Timeout, not_empty
 from cli.records import BadRecord, Parsed
 from cli.sources import count_records, read_records
@@ -103,6 +103,7 @@ class _Tally:
     seen: int = 0
     stored: int = 0
     conflicts: int = 0
+    deleted: int = 0
     invalid: int = 0
     failed: int = 0
     problems: list[dict[str, Any]] = field(default_factory=list)
@@ -117,6 +118,9 @@ class _Tally:
             self._tell(record.source, record.field, "", record.message)
         elif error is None:
             self.stored += 1
+        elif error.reason == DELETED:
+            self.deleted += 1
+            self._tell(record.source, "", "", f"{record.user_id}'s memory {record.id} {error.message}")
         elif isinstance(error, AlreadyExists):
             self.conflicts += 1
             message = f"{record.user_id} has a memory {record.id} with other content"
@@ -138,6 +142,7 @@ class _Tally:
             f"{count:,} {what}"
             for count, what in (
                 (self.conflicts, "in conflict with what is stored"),
+                (self.deleted, "deleted within the last 24 hours"),
                 (self.invalid, "not valid"),
                 (self.failed, "failed"),
             )
@@ -151,6 +156,7 @@ class _Tally:
         return {
             "stored": self.stored,
             "conflicts": self.conflicts,
+            "deleted": self.deleted,
             "invalid": self.invalid,
             "failed": self.failed,
             "complete": complete,

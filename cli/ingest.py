@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final
 
 from cli.records import BadRecord, Parsed, Record
-from memshard import AsyncMemoryClient, InvalidArgument, MemshardError, NewMemory, Unavailable
+from memshard import AlreadyExists, AsyncMemoryClient, InvalidArgument, MemshardError, NewMemory, Unavailable
 
 MAX_BATCH: Final = 100
 """Most records in one call: enough that the way there and back costs little, few enough for a short answer."""
@@ -21,6 +21,11 @@ _FIRST_DELAY_S: Final = 0.2
 
 _MAX_DELAY_S: Final = 5.0
 """No wait is longer, whatever the service asks for."""
+
+DELETED: Final = "DELETED"
+"""Reason of a record that was stored before and has been deleted since: the service has nothing, and calls it success."""
+
+_DELETED: Final = AlreadyExists("was deleted within the last 24 hours", reason=DELETED)
 
 Report = Callable[[Parsed, MemshardError | None], None]
 """Called once for each record when its fate is known: with None when it is stored."""
@@ -123,7 +128,10 @@ class _Storing:
             self._reached = True
             return [(record, error) for record in records]
         self._reached = True
-        return [(record, outcome.error) for record, outcome in zip(records, result.outcomes, strict=True)]
+        return [
+            (record, _DELETED if outcome.deleted else outcome.error)
+            for record, outcome in zip(records, result.outcomes, strict=True)
+        ]
 
 
 def _new_memory(record: Record) -> NewMemory:

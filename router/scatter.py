@@ -28,6 +28,8 @@ class Sending(Generic[T, Q, R]):
     request_of: Callable[[Sequence[T]], Q]
     errors_of: Callable[[R], Sequence[status_pb2.Status | None]]
     """What became of each item of a request, in its order; None: it went well."""
+    marks_of: Callable[[R], Sequence[bool]] | None = None
+    """What else is to be known of each item, if anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class Scattered(Generic[R]):
 
     outcomes: tuple[MemshardError | None, ...]
     answers: tuple[tuple[Shard, R], ...]
+    marked: frozenset[int] = frozenset()
+    """The items that the shards marked."""
 
 
 class Scatter:
@@ -47,17 +51,18 @@ class Scatter:
 
     async def send(self, sending: Sending[T, Q, R], items: Sequence[T], deadline: Deadline) -> Scattered[R]:
         """Sends every item once to the owner of its slot. No item's fault is another's."""
-        outcomes, answers = await self._round(sending, dict(enumerate(items)), deadline)
+        marked: set[int] = set()
+        outcomes, answers = await self._round(sending, dict(enumerate(items)), marked, deadline)
         stale = {number: error for number, error in outcomes.items() if isinstance(error, WrongShard)}
         if stale:
             await self._watch.refresh(max(error.epoch for error in stale.values()), deadline)
-            again, more = await self._round(sending, {number: items[number] for number in stale}, deadline)
+            again, more = await self._round(sending, {number: items[number] for number in stale}, marked, deadline)
             outcomes |= {n: still_moving() if isinstance(error, WrongShard) else error for n, error in again.items()}
             answers += more
-        return Scattered(tuple(outcomes[number] for number in range(len(items))), tuple(answers))
+        return Scattered(tuple(outcomes[n] for n in range(len(items))), tuple(answers), frozenset(marked))
 
     async def _round(
-        self, sending: Sending[T, Q, R], items: dict[int, T], deadline: Deadline
+        self, sending: Sending[T, Q, R], items: dict[int, T], marked: set[int], deadline: Deadline
     ) -> tuple[dict[int, MemshardError | None], list[tuple[Shard, R]]]:
         topology = self._watch.topology
         groups: dict[str, list[int]] = {}
@@ -79,6 +84,8 @@ class Scatter:
             answers.append((shard, answer))
             for number, status in zip(numbers, sending.errors_of(answer), strict=True):
                 outcomes[number] = _error(status)
+            if sending.marks_of is not None:
+                marked.update(n for n, mark in zip(numbers, sending.marks_of(answer), strict=True) if mark)
 
         async with asyncio.TaskGroup() as tasks:
             for numbers in groups.values():

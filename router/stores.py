@@ -6,6 +6,7 @@ from google.rpc import status_pb2
 
 from common.deadline import Deadline
 from common.errors import InvalidArgument, MemshardError
+from common.rpc import add_trailer
 from common.status import to_status
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
@@ -15,6 +16,10 @@ from router.parts import Parts
 from router.place import home_slot
 from router.scatter import Sending
 from router.shards import CLAIM, STORE, STORE_BATCH
+
+# Which items of the request were stored before and have been deleted since, by number: a repeated store is a success,
+# and whoever takes it for a new one should be able to see that the memory is not there.
+DELETED_TRAILER = "memshard-deleted"
 
 
 async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline) -> pb.StoreMemoryResponse:
@@ -32,6 +37,8 @@ async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline
         item.slot, STORE, shard_pb2.StoreRequest(memory=memory, digest=digest), deadline
     )
     await parts.locations.add(memory.id, item.slot)
+    if answer.deleted:
+        add_trailer(DELETED_TRAILER, "0")
     return pb.StoreMemoryResponse(memory=answer.memory, receipt=parts.tokens.receipt((shard.shard_id, answer.commit)))
 
 
@@ -46,6 +53,9 @@ async def store_batch(
         batch.refuse(await _claim(parts, batch.items(), deadline))
     items = batch.items()
     sent = await parts.scatter.send(_STORING, items, deadline)
+    if sent.marked:
+        numbers = batch.numbers()
+        add_trailer(DELETED_TRAILER, ",".join(str(numbers[n]) for n in sorted(sent.marked)))
     batch.refuse(sent.outcomes)
     await parts.locations.add_many([(item.memory.id, item.slot) for item in batch.items()])
     return pb.BatchStoreMemoriesResponse(
@@ -98,6 +108,10 @@ class _Batch:
     def items(self) -> list[shard_pb2.StoreItem]:
         """The items that have not failed, in order."""
         return list(self._items.values())
+
+    def numbers(self) -> list[int]:
+        """Where the request has each of `items()`."""
+        return list(self._items)
 
     def refuse(self, outcomes: Sequence[MemshardError | None]) -> None:
         """Takes out what failed, given what became of each of `items()`."""
@@ -156,6 +170,7 @@ _STORING: Sending[shard_pb2.StoreItem, shard_pb2.StoreBatchRequest, shard_pb2.St
     slot_of=lambda item: item.slot,
     request_of=lambda items: shard_pb2.StoreBatchRequest(items=items),
     errors_of=lambda answer: _errors(answer.outcomes),
+    marks_of=lambda answer: [outcome.deleted for outcome in answer.outcomes],
 )
 _CLAIMING: Sending[shard_pb2.ClaimItem, shard_pb2.ClaimRequest, shard_pb2.ClaimResponse] = Sending(
     rpc=CLAIM,

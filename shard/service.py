@@ -41,10 +41,10 @@ class ShardServicer:
         self._check_embedding(request.memory)
 
         async def write(connection: Connection) -> shard_pb2.StoreResponse:
-            memory = await store.store(connection, self._identity, slot, request.memory, request.digest)
+            memory, deleted = await store.store(connection, self._identity, slot, request.memory, request.digest)
             if not request.memory.embedding:
                 self._queue.wake()
-            return shard_pb2.StoreResponse(memory=memory, commit=await read_position(connection))
+            return shard_pb2.StoreResponse(memory=memory, commit=await read_position(connection), deleted=deleted)
 
         return await self._write(write, deadline)
 
@@ -60,7 +60,12 @@ class ShardServicer:
             epoch = await identity.read_epoch(connection)
             self._queue.wake()
             return shard_pb2.StoreBatchResponse(
-                outcomes=[shard_pb2.StoreOutcome(error=self._item_error(outcome, epoch)) for outcome in outcomes],
+                outcomes=[
+                    shard_pb2.StoreOutcome(deleted=True)
+                    if isinstance(outcome, store.Deleted)
+                    else shard_pb2.StoreOutcome(error=self._item_error(outcome, epoch))
+                    for outcome in outcomes
+                ],
                 commit=await read_position(connection),
             )
 

@@ -70,8 +70,16 @@ _ATTEMPTS = 3
 _Key = tuple[int, str, str]
 
 
-async def store(connection: Connection, identity: Identity, slot: int, memory: pb.Memory, digest: bytes) -> pb.Memory:
-    """Stores `memory` once; returns it as stored, without its embedding. The same digest again is the same success.
+class Deleted:
+    """The outcome of an item that was stored before and has been deleted since: no error, and no memory either."""
+
+
+async def store(
+    connection: Connection, identity: Identity, slot: int, memory: pb.Memory, digest: bytes
+) -> tuple[pb.Memory, bool]:
+    """Stores `memory` once; returns it as stored, without its embedding, and whether it has been deleted since.
+
+    The same digest again is the same success.
 
     Raises NotOwnedError, AlreadyExists (the id has, or had within the tombstone's life, other content).
     """
@@ -80,7 +88,7 @@ async def store(connection: Connection, identity: Identity, slot: int, memory: p
         if row is None or not row["owned"]:
             raise NotOwnedError
         if row["version"] is not None:
-            return _as_stored(memory, row)
+            return _as_stored(memory, row), False
         found = await connection.fetchrow(_FIND_STORED, slot, memory.user_id, memory.id)
         if found is not None:
             return _repeated(memory, digest, found)
@@ -91,12 +99,12 @@ async def store(connection: Connection, identity: Identity, slot: int, memory: p
 
 async def store_many(
     connection: Connection, identity: Identity, items: Sequence[shard_pb2.StoreItem]
-) -> list[MemshardError | NotOwnedError | None]:
+) -> list[MemshardError | NotOwnedError | Deleted | None]:
     """Stores every item that it can, each once; what became of each, in order: None for a success.
 
     The same item twice is stored once; the same id with other content is AlreadyExists for whoever comes later.
     """
-    outcomes: dict[int, MemshardError | NotOwnedError | None] = {}
+    outcomes: dict[int, MemshardError | NotOwnedError | Deleted | None] = {}
     left = list(range(len(items)))
     for _ in range(_ATTEMPTS):
         columns = zip(*(_row(items[number], identity) for number in left), strict=True)
@@ -123,9 +131,7 @@ async def store_many(
             elif found is None:
                 left.append(number)
             else:
-                outcomes[number] = (
-                    None if found[0] == items[number].digest else _taken(items[number].memory.id, found[1])
-                )
+                outcomes[number] = _outcome(items[number], *found)
         if not left:
             break
     outcomes.update(dict.fromkeys(left, _being_purged()))
@@ -138,6 +144,13 @@ async def _digests(connection: Connection, keys: Sequence[_Key]) -> dict[_Key, t
     slots, users, ids = (list(column) for column in zip(*keys, strict=True))
     rows = await connection.fetch(_FIND_DIGESTS, slots, users, ids)
     return {(row["slot"], row["user_id"], str(row["id"])): (row["digest"], row["deleted_at"]) for row in rows}
+
+
+def _outcome(item: shard_pb2.StoreItem, digest: bytes, deleted_at: datetime | None) -> AlreadyExists | Deleted | None:
+    """What becomes of an item whose id is taken."""
+    if digest != item.digest:
+        return _taken(item.memory.id, deleted_at)
+    return Deleted() if deleted_at else None
 
 
 def _key(item: shard_pb2.StoreItem) -> _Key:
@@ -177,13 +190,13 @@ def _as_stored(memory: pb.Memory, row: asyncpg.Record) -> pb.Memory:
     return stored
 
 
-def _repeated(memory: pb.Memory, digest: bytes, found: asyncpg.Record) -> pb.Memory:
+def _repeated(memory: pb.Memory, digest: bytes, found: asyncpg.Record) -> tuple[pb.Memory, bool]:
     if found["digest"] != digest:
         raise _taken(memory.id, found["deleted_at"])
     if found["deleted_at"]:
         # Its content is gone for good; a late retry hears what the first attempt would have.
-        return _as_stored(memory, found)
-    return to_memory(found)
+        return _as_stored(memory, found), True
+    return to_memory(found), False
 
 
 def _taken(memory_id: str, deleted_at: datetime | None) -> AlreadyExists:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Final
+from typing import Final, TypeAlias
 
 from google.protobuf import field_mask_pb2
 
@@ -41,6 +41,12 @@ from memshard.types import (
     WriteReceipt,
 )
 from memshard.v1 import memory_pb2 as pb
+
+# Pairs that come behind an answer, for what the contract has no field for.
+Trailers: TypeAlias = "Iterable[tuple[str, str | bytes]] | None"
+
+# The items of a store that were stored before and have been deleted since: their numbers, with commas.
+_DELETED_TRAILER: Final = "memshard-deleted"
 
 _UPDATABLE: Final = (
     "content",
@@ -234,20 +240,31 @@ def memory(message: pb.Memory) -> Memory:
     )
 
 
-def store_result(response: pb.StoreMemoryResponse) -> StoreResult:
+def store_result(response: pb.StoreMemoryResponse, trailers: Trailers = None) -> StoreResult:
     """What a store answered."""
-    return StoreResult(memory=memory(response.memory), receipt=_receipt(response.receipt))
+    return StoreResult(
+        memory=memory(response.memory), receipt=_receipt(response.receipt), deleted=0 in _deleted(trailers)
+    )
 
 
-def batch_result(request: pb.BatchStoreMemoriesRequest, response: pb.BatchStoreMemoriesResponse) -> BatchResult:
+def batch_result(
+    request: pb.BatchStoreMemoriesRequest, response: pb.BatchStoreMemoriesResponse, trailers: Trailers = None
+) -> BatchResult:
     """What a store of many answered. Raises InternalError when that is not one outcome for each."""
     if len(response.results) != len(request.memories):
         raise InternalError(f"{len(response.results)} outcomes came for {len(request.memories)} memories")
+    deleted = _deleted(trailers)
     outcomes = (
-        BatchOutcome(memory.id, from_status(result.error) if result.HasField("error") else None)
-        for memory, result in zip(request.memories, response.results, strict=True)
+        BatchOutcome(memory.id, from_status(result.error) if result.HasField("error") else None, number in deleted)
+        for number, (memory, result) in enumerate(zip(request.memories, response.results, strict=True))
     )
     return BatchResult(outcomes=tuple(outcomes), receipt=_receipt(response.receipt))
+
+
+def _deleted(trailers: Trailers) -> set[int]:
+    """The items of a store that have been deleted since they were stored, by number."""
+    numbers = [str(value) for key, value in trailers or () if key == _DELETED_TRAILER]
+    return {int(number) for text in numbers for number in text.split(",") if number.isdecimal()}
 
 
 def update_result(response: pb.UpdateMemoryResponse) -> UpdateResult:

@@ -129,7 +129,7 @@ class AsyncMemoryClient:
             embedding_model=embedding_model,
             expire_time=expire_time,
         )
-        return _wire.store_result(await self._call(self._stub.StoreMemory, request, timeout_s))
+        return _wire.store_result(*await self._answer(self._stub.StoreMemory, request, timeout_s))
 
     async def store_many(self, memories: Iterable[NewMemory], *, timeout_s: float | None = None) -> BatchResult:
         """Stores up to 500 memories of any users, 8 MiB at most, in one call. Each has an outcome of its own.
@@ -143,7 +143,7 @@ class AsyncMemoryClient:
             MemshardError: anything else; see memshard.errors.
         """
         request = _wire.batch_request(memories)
-        return _wire.batch_result(request, await self._call(self._stub.BatchStoreMemories, request, timeout_s))
+        return _wire.batch_result(request, *await self._answer(self._stub.BatchStoreMemories, request, timeout_s))
 
     async def get(
         self,
@@ -367,11 +367,22 @@ class AsyncMemoryClient:
         request: _Request,
         timeout_s: float | None,
     ) -> _Response:
+        response, _ = await self._answer(method, request, timeout_s)
+        return response
+
+    async def _answer(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout_s: float | None,
+    ) -> tuple[_Response, _wire.Trailers]:
+        """The response, and what came behind it."""
         if self._closed:
             raise RuntimeError("the client is closed")
         deadline_s = self._timeout_s if timeout_s is None else check_timeout(timeout_s)
         try:
-            return await method(request, timeout=deadline_s)
+            call = method(request, timeout=deadline_s)
+            return await call, list(await call.trailing_metadata() or ())
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
         except asyncio.CancelledError:

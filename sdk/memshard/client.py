@@ -125,7 +125,7 @@ class MemoryClient:
             embedding_model=embedding_model,
             expire_time=expire_time,
         )
-        return _wire.store_result(self._call(self._stub.StoreMemory, request, timeout_s))
+        return _wire.store_result(*self._answer(self._stub.StoreMemory, request, timeout_s))
 
     def store_many(self, memories: Iterable[NewMemory], *, timeout_s: float | None = None) -> BatchResult:
         """Stores up to 500 memories of any users, 8 MiB at most, in one call. Each has an outcome of its own.
@@ -139,7 +139,7 @@ class MemoryClient:
             MemshardError: anything else; see memshard.errors.
         """
         request = _wire.batch_request(memories)
-        return _wire.batch_result(request, self._call(self._stub.BatchStoreMemories, request, timeout_s))
+        return _wire.batch_result(request, *self._answer(self._stub.BatchStoreMemories, request, timeout_s))
 
     def get(
         self,
@@ -344,10 +344,18 @@ class MemoryClient:
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout_s: float | None
     ) -> _Response:
+        response, _ = self._answer(method, request, timeout_s)
+        return response
+
+    def _answer(
+        self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout_s: float | None
+    ) -> tuple[_Response, _wire.Trailers]:
+        """The response, and what came behind it."""
         if self._closed:
             raise RuntimeError("the client is closed")
         deadline_s = self._timeout_s if timeout_s is None else check_timeout(timeout_s)
         try:
-            return method(request, timeout=deadline_s)
+            response, call = method.with_call(request, timeout=deadline_s)
+            return response, call.trailing_metadata()
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error

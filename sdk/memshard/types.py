@@ -194,6 +194,9 @@ class StoreResult:
 
     memory: Memory
     receipt: WriteReceipt
+    deleted: bool = False
+    """This store is the repetition of one whose memory has been deleted since: nothing is stored. The id stays taken
+    for a day, so that late retries bring nothing back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +213,8 @@ class BatchOutcome:
 
     id: str
     error: MemshardError | None = None
+    deleted: bool = False
+    """It was stored before and has been deleted since: nothing is stored."""
 
 
 @dataclass(frozen=True, slots=True)

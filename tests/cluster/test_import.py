@@ -61,3 +61,28 @@ async def test_json_lines_imported_twice_are_stored_once_and_bad_ones_sink_nobod
         assert all(f"line {number}" in output for number in (1, 2, 3)), output
         assert "importance" in output
     assert sorted((await everything(running, "lines"))["lines"]) == sorted(line["content"] for line in lines)  # type: ignore[type-var]
+
+
+async def test_what_was_deleted_is_not_said_to_be_stored_again(running: LocalCluster, tmp_path: Path) -> None:
+    """A late retry must bring nothing back; and whoever meant a new store must hear that there is none."""
+    file = tmp_path / "memories.jsonl"
+    file.write_text("".join(f'{{"user_id": "regret", "content": "line {n}"}}\n' for n in range(3)))
+    await memshard(running, "import", str(file))
+    listed = json.loads(await memshard(running, "list", "--user", "regret", "--json"))
+    gone = next(memory for memory in listed if memory["content"] == "line 1")
+    await memshard(running, "delete", gone["id"], "--user", "regret")
+    code, output = await command("import", str(file), "--address", running.address)
+    assert code == 1
+    assert "2 memories are stored. Not stored: 1 deleted within the last 24 hours." in output
+    code, output = await command(
+        *("add", "--user", "again", "--id", "0190b5a4-7b3c-7def-8123-456789abcdef", "once"),
+        *("--address", running.address),
+    )
+    assert code == 0
+    await memshard(running, "delete", "0190b5a4-7b3c-7def-8123-456789abcdef", "--user", "again")
+    code, output = await command(
+        *("add", "--user", "again", "--id", "0190b5a4-7b3c-7def-8123-456789abcdef", "once"),
+        *("--address", running.address),
+    )
+    assert code == 1
+    assert "was deleted within the last 24 hours and is not stored again" in output

@@ -7,13 +7,14 @@ a set: which of several is named is the service's choice.
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
-from google.protobuf import struct_pb2, timestamp_pb2
+from google.protobuf import field_mask_pb2, struct_pb2, timestamp_pb2
+from google.rpc import error_details_pb2, status_pb2
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ from tests.support.wire import reason_of
 
 SEQUENCES = 500
 SEQUENCES_BY_CONTENT = 60
-STEPS = 8
+STEPS = 7
 DIMENSIONS = 8
 ROUNDING = 1e-3
 _CALL_S = 20.0
@@ -46,7 +47,7 @@ _IDS = [
 ]
 _TEXTS = ["tea", "Tea", "te\u0301", "t\u00e9", "%", "a longer text of several words", "\U0001f375"]
 _MODELS = ["", "model-1"]
-_REQUEST_IDS = ["r", "R"]
+_REQUEST_IDS = ["r", "R", "r%"]
 _FUTURE = timestamp_pb2.Timestamp(seconds=4_102_444_800, nanos=123_456_789)  # The year 2100, finer than is kept.
 _PAST = timestamp_pb2.Timestamp(seconds=1_000_000_000)
 _PATHS = ["content", "metadata", "importance", "type", "agent_id", "session_id", "embedding", "expire_time"]
@@ -93,14 +94,15 @@ _BASIS: list[Vector] = [tuple(float(row == column) for column in range(DIMENSION
 _vectors: st.SearchStrategy[Vector] = st.sampled_from(
     [*_BASIS, (2.0, *_BASIS[0][1:]), (-1.0, *_BASIS[0][1:]), (1.0, 1e-9, *_BASIS[0][2:]), (1.0,) * DIMENSIONS]
 ) | st.integers(0, 2**16).map(_random_vector)
-_ids = st.sampled_from(_IDS) | st.sampled_from([_IDS[0], _IDS[0].upper()])
+# Some more often than others: what is stored is then also changed and deleted.
+_ids = st.sampled_from([*_IDS, *_IDS[:2], _IDS[0], _IDS[0].upper()])
 _rarely = st.integers(0, 15).map(lambda number: number == 15)
-_request_ids = st.sampled_from(["", "", *_REQUEST_IDS])
+_request_ids = st.sampled_from(["", *_REQUEST_IDS])
 
 
 @st.composite
 def _memories(draw: st.DrawFn, bodies: list[pb.Memory]) -> pb.Memory:
-    """All of a memory but its user. The times of `bodies` are in it: they are for the server only, and must not count."""
+    """All of a memory but its user; and times and a version, which are the server's to set, and must not count."""
     memory = pb.Memory()
     memory.CopyFrom(draw(st.sampled_from(bodies)))
     memory.id = draw(_ids)
@@ -138,18 +140,22 @@ def _updates(draw: st.DrawFn, bodies: list[pb.Memory]) -> Step:
     return Step(request, ahead=draw(st.sampled_from([None, None, 0, 0, 1, -1])))
 
 
+def _batches(bodies: list[pb.Memory]) -> st.SearchStrategy[Step]:
+    return st.builds(
+        lambda memories: Step(pb.BatchStoreMemoriesRequest(memories=memories)),
+        st.lists(_new_memories(bodies), min_size=1, max_size=5),
+    )
+
+
 def _steps(bodies: list[pb.Memory]) -> st.SearchStrategy[Step]:
     new = _new_memories(bodies)
     stores = st.builds(lambda memory: Step(pb.StoreMemoryRequest(memory=memory)), new)
-    batches = st.builds(
-        lambda memories: Step(pb.BatchStoreMemoriesRequest(memories=memories)), st.lists(new, min_size=1, max_size=4)
-    )
     deletes = st.builds(
         lambda id, request_id: Step(pb.DeleteMemoryRequest(id=id, request_id=request_id)), _ids, _request_ids
     )
-    repeats = st.builds(lambda back: Step(repeats=back), st.integers(1, STEPS - 1))
+    repeats = st.builds(lambda back: Step(repeats=back), st.sampled_from([1, 1, 2, 2, 3, 4, 5, 6]))
     updates = _updates(bodies)
-    return st.one_of(stores, updates, deletes, batches, repeats, stores, updates)
+    return st.one_of(stores, updates, deletes, _batches(bodies), repeats, updates)
 
 
 @st.composite
@@ -162,11 +168,15 @@ def plans(draw: st.DrawFn) -> Plan:
         limit=draw(st.integers(0, 6)),
         offset=draw(st.sampled_from([0, 0, 0, 1, 3])),
         filter=draw(st.none() | filters),
-        min_score=draw(st.none() | st.sampled_from([-1.0, 0.0, 0.5, 1.0]) | st.floats(-1.1, 1.1, width=32)),
+        min_score=draw(st.none() | st.sampled_from([-1.5, -1.0, 0.0, 0.5, 1.0, 1.5]) | st.floats(-1, 1, width=32)),
         include_embedding=draw(st.booleans()),
     )
     look = Look(draw(filters), draw(st.integers(1, 6)), draw(st.booleans()), search)
-    return Plan(draw(st.lists(_steps(case.memories), min_size=1, max_size=STEPS)), look)
+    steps = draw(st.lists(_steps(case.memories), min_size=1, max_size=STEPS))
+    # Little can be wrong with nothing: most plans begin with several memories.
+    if draw(st.integers(0, 3)):
+        steps.insert(0, draw(_batches(case.memories)))
+    return Plan(steps, look)
 
 
 # ---- The model.
@@ -228,10 +238,7 @@ class Model:
         """`stored`: what was answered, or read, of a memory that was stored without fault and just now."""
         asked = _normal(given)
         asked.id = stored.id
-        first = pb.Memory()
-        first.CopyFrom(asked)
-        first.ClearField("embedding")
-        first.embedding.extend(np.array(asked.embedding, dtype=np.float16).astype(np.float32).tolist())
+        first = _rounded(asked)
         first.embedding_state = pb.EMBEDDING_STATE_READY
         first.create_time.CopyFrom(stored.create_time)
         first.update_time.CopyFrom(stored.create_time)
@@ -264,7 +271,7 @@ class Model:
             faults.add("EXPIRE_TIME_IN_PAST")
         if faults:
             raise Refused(*faults)
-        changed = _overlaid(now, _normal(given), paths)
+        changed = _overlaid(now, _rounded(_normal(given)), paths)
         changed.version += 1
         kept.versions.append(changed)
         self._apply(request.request_id, asked, given.id.lower(), changed.version)
@@ -315,23 +322,35 @@ def _normal(given: pb.Memory) -> pb.Memory:
     """What the caller says of a memory, each thing in one form."""
     memory = pb.Memory()
     memory.CopyFrom(given)
-    for output_only in ("create_time", "update_time", "version", "embedding_state"):
+    for output_only in ("create_time", "update_time", "version"):
         memory.ClearField(output_only)
     memory.id = given.id.lower()
     memory.type = given.type or pb.MEMORY_TYPE_EPISODIC
     memory.importance = given.importance if given.HasField("importance") else 0.5
-    memory.ClearField("metadata")
-    if given.metadata.fields:
-        memory.metadata.CopyFrom(given.metadata)
-        _without_minus_zero(struct_pb2.Value(struct_value=memory.metadata))
-        memory.metadata.CopyFrom(_without_minus_zero(struct_pb2.Value(struct_value=given.metadata)).struct_value)
     if given.HasField("expire_time"):
         memory.expire_time.nanos = given.expire_time.nanos // 1000 * 1000
+    return _with_plain_metadata(memory)
+
+
+def _with_plain_metadata(memory: pb.Memory) -> pb.Memory:
+    """Empty metadata are none, and no zero in them is below zero: JSON keeps no sign of it."""
+    plain = _without_minus_zero(struct_pb2.Value(struct_value=memory.metadata)).struct_value
+    memory.ClearField("metadata")
+    if plain.fields:
+        memory.metadata.CopyFrom(plain)
     return memory
 
 
+def _rounded(memory: pb.Memory) -> pb.Memory:
+    """With the embedding as it is kept."""
+    kept = pb.Memory()
+    kept.CopyFrom(memory)
+    kept.ClearField("embedding")
+    kept.embedding.extend(np.array(memory.embedding, dtype=np.float16).astype(np.float32).tolist())
+    return kept
+
+
 def _without_minus_zero(value: struct_pb2.Value) -> struct_pb2.Value:
-    """JSON's numbers, as PostgreSQL keeps them, have no zero below zero."""
     if value.HasField("number_value"):
         value.number_value += 0.0
     for item in [*value.list_value.values, *value.struct_value.fields.values()]:
@@ -340,15 +359,288 @@ def _without_minus_zero(value: struct_pb2.Value) -> struct_pb2.Value:
 
 
 def _overlaid(memory: pb.Memory, given: pb.Memory, paths: set[str]) -> pb.Memory:
-    """`memory` with the fields of `given` that are named; a model belongs to its embedding."""
+    """`memory` with the fields of `given` that are named; the embedding's model is a part of it."""
     changed = pb.Memory()
     changed.CopyFrom(memory)
-    for path in [*paths, *(["embedding_model"] if "embedding" in paths else [])]:
-        changed.ClearField(path)  # type: ignore[arg-type]  # A field's name, of those in _PATHS.
-        only = pb.Memory()
-        only.CopyFrom(given)
-        for descriptor, _ in given.ListFields():
-            if descriptor.name != path:
-                only.ClearField(descriptor.name)  # type: ignore[arg-type]
-        changed.MergeFrom(only)
+    with_model = {*paths, *(["embedding_model"] if "embedding" in paths else [])}
+    field_mask_pb2.FieldMask(paths=with_model).MergeMessage(given, changed, True, True)
     return changed
+
+
+# ---- The cluster beside the model.
+
+
+class Run:
+    """One plan, carried out for a new user."""
+
+    def __init__(self, api: MemoryServiceStub) -> None:
+        self._api = api
+        self._model = Model(f"user-{uuid.uuid4()}")
+        self._sent: list[Write] = []
+
+    def take(self, step: Step) -> None:
+        """Sends a step's request and checks the answer, or that it is refused, by the model."""
+        request = self._request_of(step)
+        if request is None:
+            return
+        self._sent.append(request)
+        match request:
+            case pb.StoreMemoryRequest():
+                self._store(request)
+            case pb.BatchStoreMemoriesRequest():
+                self._store_batch(request)
+            case pb.UpdateMemoryRequest():
+                self._update(request)
+            case pb.DeleteMemoryRequest():
+                self._delete(request)
+
+    def look(self, look: Look) -> None:
+        """Compares all that can be read."""
+        live = self._model.live()
+        for filter in (None, look.filter):
+            listed = [m for m in live if filter is None or matches(filter, m)]
+            event(f"listed {'all' if filter is None else 'some' if 0 < len(listed) < len(live) else 'all or none'}")
+            assert list(self._listed(filter, look)) == _shown(listed, embedding=look.include_embedding)
+        for id in {*_IDS, *self._model.kept}:
+            self._look_at(id, look)
+        self._search(look.search, live)
+
+    def _request_of(self, step: Step) -> Write | None:
+        if step.request is None:
+            return self._sent[-step.repeats] if step.repeats <= len(self._sent) else None
+        request = type(step.request)()
+        request.CopyFrom(step.request)  # type: ignore[arg-type]  # Of its own type.
+        match request:
+            case pb.DeleteMemoryRequest():
+                request.user_id = self._model.user
+            case pb.BatchStoreMemoriesRequest():
+                for memory in request.memories:
+                    memory.user_id = self._model.user
+            case _:
+                request.memory.user_id = self._model.user
+        if isinstance(request, pb.UpdateMemoryRequest) and step.ahead is not None:
+            request.expected_version = max(1, self._model.version(request.memory.id.lower()) + step.ahead)
+        return request
+
+    def _store(self, request: pb.StoreMemoryRequest) -> None:
+        given = request.memory
+        faults = self._model.faults(given)
+        if faults:
+            self._refused("StoreMemory", request, faults)
+            return
+        stored = self._api.StoreMemory(request, timeout=_CALL_S).memory
+        known = self._model.kept.get(given.id.lower())
+        if known is None:
+            event("stored")
+            self._model.store(given, stored)
+            assert [_with_plain_metadata(stored)] == _shown([self._model.kept[stored.id].versions[0]])
+        elif known.deleted:
+            event("stored again, and deleted since")
+            assert (stored.id, stored.content) == (known.request.id, known.request.content)
+        else:
+            event("stored again")
+            assert [stored] == _shown([known.versions[-1]])
+
+    def _store_batch(self, request: pb.BatchStoreMemoriesRequest) -> None:
+        results = self._api.BatchStoreMemories(request, timeout=_CALL_S).results
+        assert len(results) == len(request.memories)
+        late: list[tuple[pb.Memory, str]] = []
+        for item, result in zip(request.memories, results, strict=True):
+            faults = self._model.faults(item)
+            if faults == {"EXPIRE_TIME_IN_PAST"}:
+                late.append((item, _reason(result.error)))
+            elif faults:
+                assert _reason(result.error) in faults
+            else:
+                assert result.id == (item.id.lower() or result.id)
+                if result.id not in self._model.kept:
+                    event("stored in a batch")
+                    self._model.store(item, self._got(result.id))
+        for item, reason in late:
+            # Another item of the batch may have taken its id.
+            assert reason in {"EXPIRE_TIME_IN_PAST", *self._model.faults(item)}
+
+    def _update(self, request: pb.UpdateMemoryRequest) -> None:
+        try:
+            expected, news = self._model.update(request)
+        except Refused as refused:
+            self._refused("UpdateMemory", request, refused.reasons)
+            return
+        answer = self._api.UpdateMemory(request, timeout=_CALL_S).memory
+        event("updated" if news else "updated again")
+        if news:
+            assert answer.update_time.ToMicroseconds() > expected.update_time.ToMicroseconds()
+            expected.update_time.CopyFrom(answer.update_time)
+        assert [_stateless(answer)] == [_stateless(memory) for memory in _shown([expected])]
+
+    def _delete(self, request: pb.DeleteMemoryRequest) -> None:
+        try:
+            expected = self._model.delete(request)
+        except Refused as refused:
+            self._refused("DeleteMemory", request, refused.reasons)
+            return
+        event(f"deleted: {expected}")
+        assert self._api.DeleteMemory(request, timeout=_CALL_S).deleted == expected
+
+    def _refused(self, rpc: str, request: Write, reasons: set[str]) -> None:
+        with pytest.raises(grpc.RpcError) as error:
+            getattr(self._api, rpc)(request, timeout=_CALL_S)
+        reason = reason_of(error.value)  # type: ignore[arg-type]  # It has what those of grpc.aio have.
+        assert reason in reasons, f"{reason}, not {reasons}: {error.value.details()}"
+        assert error.value.code() is _CODES.get(reason, grpc.StatusCode.INVALID_ARGUMENT)
+        event(f"{rpc} refused: {reason}")
+
+    def _got(self, id: str) -> pb.Memory:
+        request = pb.GetMemoryRequest(id=id, user_id=self._model.user, include_embedding=True)
+        return self._api.GetMemory(request, timeout=_CALL_S).memory
+
+    def _look_at(self, id: str, look: Look) -> None:
+        kept = self._model.kept.get(id)
+        if kept is None or kept.deleted:
+            with pytest.raises(grpc.RpcError) as missing:
+                self._got(id)
+            assert missing.value.code() is grpc.StatusCode.NOT_FOUND
+        else:
+            assert self._got(id) == kept.versions[-1]
+        if kept is None:
+            with pytest.raises(grpc.RpcError) as missing:
+                list(self._versions(id, look))
+            assert missing.value.code() is grpc.StatusCode.NOT_FOUND
+        else:
+            expected = [_stateless(version) for version in _shown(kept.versions[::-1])]
+            assert [_stateless(version) for version in self._versions(id, look)] == expected
+
+    def _listed(self, filter: pb.Filter | None, look: Look) -> Iterator[pb.Memory]:
+        request = pb.ListMemoriesRequest(
+            user_id=self._model.user,
+            filter=filter,
+            page_size=look.page_size,
+            include_embedding=look.include_embedding,
+        )
+        for _ in range(_MAX_PAGES):
+            page = self._api.ListMemories(request, timeout=_CALL_S)
+            assert len(page.memories) <= look.page_size
+            assert not page.report.shards.failed
+            yield from page.memories
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+        raise AssertionError("the listing has no end")
+
+    def _versions(self, id: str, look: Look) -> Iterator[pb.Memory]:
+        request = pb.ListMemoryVersionsRequest(id=id, user_id=self._model.user, page_size=look.page_size)
+        for _ in range(_MAX_PAGES):
+            page = self._api.ListMemoryVersions(request, timeout=_CALL_S)
+            assert len(page.versions) <= look.page_size
+            yield from page.versions
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+        raise AssertionError("the versions have no end")
+
+    def _search(self, wanted: pb.SearchMemoriesRequest, live: list[pb.Memory]) -> None:
+        request = pb.SearchMemoriesRequest()
+        request.CopyFrom(wanted)
+        request.user_id = self._model.user
+        ranking = _ranking(request, live)
+        if request.HasField("min_score"):
+            # Neither side is to decide by what rounding does.
+            while any(abs(score - request.min_score) < ROUNDING for score in ranking.values()):
+                request.min_score += 2 * ROUNDING
+            ranking = {id: score for id, score in ranking.items() if score >= request.min_score}
+        found = self._api.SearchMemories(request, timeout=_CALL_S)
+        assert not found.report.shards.failed
+        assert found.score_kind == pb.SCORE_KIND_COSINE
+        results = list(found.results)
+        expected = list(ranking.values())[request.offset : request.offset + (request.limit or 10)]
+        event(f"found: {'some' if expected else 'nothing'}")
+        assert [r.score for r in results] == pytest.approx(expected, abs=ROUNDING)
+        assert [r.score for r in results] == pytest.approx([ranking[r.memory.id] for r in results], abs=ROUNDING)
+        assert len({r.memory.id for r in results}) == len(results)
+        assert results == sorted(results, key=lambda r: (-r.score, r.memory.id))
+        assert [r.memory for r in results] == _shown(
+            [self._model.kept[r.memory.id].versions[-1] for r in results], embedding=request.include_embedding
+        )
+
+
+_MAX_PAGES = 100
+
+
+def _ranking(request: pb.SearchMemoriesRequest, live: list[pb.Memory]) -> dict[str, float]:
+    """Id → cosine similarity of all memories that the filter lets through, best first, ties by id."""
+    wanted = [m for m in live if not request.HasField("filter") or matches(request.filter, m)]
+    query = np.array(request.embedding, dtype=np.float16).astype(np.float64)
+    scores: dict[str, float] = {}
+    for memory in wanted:
+        row = np.array(memory.embedding, dtype=np.float64)
+        scores[memory.id] = float(row @ query / (np.linalg.norm(row) * np.linalg.norm(query)))
+    return dict(sorted(scores.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _shown(memories: list[pb.Memory], *, embedding: bool = False) -> list[pb.Memory]:
+    """As they are read, with or without their embeddings."""
+    shown = []
+    for memory in memories:
+        copy = pb.Memory()
+        copy.CopyFrom(memory)
+        if not embedding:
+            copy.ClearField("embedding")
+        shown.append(copy)
+    return shown
+
+
+def _stateless(memory: pb.Memory) -> pb.Memory:
+    """Without what means nothing in a version that was emptied: whether its embedding is there."""
+    if not memory.content:
+        memory.ClearField("embedding_state")
+    return memory
+
+
+def _reason(status: status_pb2.Status) -> str:
+    for detail in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info):
+            return str(info.reason)
+    return ""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def placed_by_user() -> AsyncIterator[MemoryServiceStub]:
+    async with LocalCluster(shards=3, embedder="none", dimensions=DIMENSIONS) as running:
+        with grpc.insecure_channel(running.address) as channel:
+            yield MemoryServiceStub(channel)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def placed_by_content() -> AsyncIterator[MemoryServiceStub]:
+    options = ["--placement", "content_hash"]
+    async with LocalCluster(shards=3, embedder="none", dimensions=DIMENSIONS, options=options) as running:
+        with grpc.insecure_channel(running.address) as channel:
+            yield MemoryServiceStub(channel)
+
+
+def carry_out(api: MemoryServiceStub, plan: Plan) -> None:
+    run = Run(api)
+    for step in plan.steps:
+        run.take(step)
+    run.look(plan.look)
+
+
+# Too slow and too much are no faults of examples that are large on purpose.
+_HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+@pytest.mark.timeout(400)  # A failure is made smaller for up to five minutes.
+@settings(max_examples=SEQUENCES, deadline=None, print_blob=True, suppress_health_check=_HEALTH)
+@given(plan=plans())
+def test_the_cluster_does_as_the_model_does(placed_by_user: MemoryServiceStub, plan: Plan) -> None:
+    carry_out(placed_by_user, plan)
+
+
+@pytest.mark.timeout(400)
+@settings(max_examples=SEQUENCES_BY_CONTENT, deadline=None, print_blob=True, suppress_health_check=_HEALTH)
+@given(plan=plans())
+def test_the_cluster_does_as_the_model_does_with_memories_placed_by_content(
+    placed_by_content: MemoryServiceStub, plan: Plan
+) -> None:
+    carry_out(placed_by_content, plan)
