@@ -23,7 +23,7 @@ _MAX_DELAY_S: Final = 5.0
 """No wait is longer, whatever the service asks for."""
 
 DELETED: Final = "DELETED"
-"""Reason of a record that was stored before and has been deleted since: the service has nothing, and calls it success."""
+"""Reason of a record that was stored before and has been deleted since, which the service answers with success."""
 
 _DELETED: Final = AlreadyExists("was deleted within the last 24 hours", reason=DELETED)
 

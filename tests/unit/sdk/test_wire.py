@@ -248,7 +248,11 @@ def test_memory_of_a_batch_that_cannot_be_sent_is_refused_by_its_place(memory: A
 def test_what_was_deleted_since_it_was_stored_is_told_from_a_trailer() -> None:
     request = _wire.batch_request([NewMemory("alice", text, id=str(n)) for n, text in enumerate("abcd")])
     response = pb.BatchStoreMemoriesResponse(results=[pb.BatchStoreResult(id=str(n)) for n in range(4)])
-    trailers = [("other", b"\xff"), ("memshard-deleted", "1,3"), ("memshard-deleted", "garbage,")]
+    trailers: list[tuple[str, str | bytes]] = [
+        ("other", b"\xff"),
+        ("memshard-deleted", "1,3"),
+        ("memshard-deleted", "garbage,"),
+    ]
     result = _wire.batch_result(request, response, trailers)
     assert [outcome.deleted for outcome in result.outcomes] == [False, True, False, True]
     assert _wire.store_result(pb.StoreMemoryResponse(), [("memshard-deleted", "0")]).deleted
