@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 import grpc
 import pytest
 from google.protobuf import field_mask_pb2, timestamp_pb2
+from redis.asyncio import Redis
 
 from memshard.v1 import memory_pb2 as pb
 from tests.integration.conftest import Somewhere
@@ -272,6 +273,9 @@ async def test_erasing_a_user_leaves_nothing_of_them_anywhere(everywhere: Somewh
     text = (await every_text_in_the_cluster(everywhere)).replace(f"{user}-other", "")
     assert user not in text
     assert not any(memory.id in text for memory in stored)
+    redis = Redis.from_url(everywhere.cluster.redis_url())
+    assert not {key async for key in redis.scan_iter()} & {f"loc:{memory.id}".encode() for memory in stored}
+    await redis.aclose()
     assert await contents(everywhere, user) == []
     found = await everywhere.api.SearchMemories(pb.SearchMemoriesRequest(user_id=user, query="remembers"))
     assert not found.results

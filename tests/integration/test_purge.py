@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 import grpc
 import pytest
-from google.protobuf import timestamp_pb2
+from google.protobuf import field_mask_pb2, timestamp_pb2
 
 from memshard.v1 import memory_pb2 as pb
 from shard import purge
@@ -67,3 +67,25 @@ async def test_tombstones_and_request_ids_go_after_a_day_and_not_before(
     # The id is free again, for anything.
     again = await api.StoreMemory(store_request(user, "something else", stored[0].id))
     assert again.memory.version == 1
+
+
+async def test_versions_are_kept_for_their_retention_and_no_longer(
+    cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    memory = (await api.StoreMemory(store_request(user, "version 1"))).memory
+    change = pb.UpdateMemoryRequest(
+        memory=pb.Memory(id=memory.id, user_id=user, content="version 2"),
+        update_mask=field_mask_pb2.FieldMask(paths=["content"]),
+    )
+    await api.UpdateMemory(change)
+    versions = pb.ListMemoryVersionsRequest(id=memory.id, user_id=user)
+    shard = (await topology_of(cluster.catalog_dsn())).owner(user_slot(user))
+    async with asyncpg.create_pool(cluster.shard_dsn(shard.shard_id), min_size=1, max_size=1) as pool:
+        database = Database(pool)
+        await purge.purge(database, DAY)
+        assert [v.content for v in (await api.ListMemoryVersions(versions)).versions] == ["version 2", "version 1"]
+        await pool.execute(
+            "UPDATE memory_versions SET replaced_at = replaced_at - interval '25 hours' WHERE user_id = $1", user
+        )
+        await purge.purge(database, DAY)
+    assert [v.content for v in (await api.ListMemoryVersions(versions)).versions] == ["version 2"]

@@ -1,0 +1,77 @@
+"""The statements of reads use the indexes that are there for them."""
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pytest_asyncio
+
+from memshard.internal.v1 import shard_pb2
+from shard import reads
+from tests.integration.test_upgrade import IDENTITY
+from tests.support.cluster import LocalCluster
+from tests.support.wire import database
+
+if TYPE_CHECKING:
+    import asyncpg
+
+ROWS = 20_000
+
+
+class Explaining:
+    """A connection that shows the plan of what it is asked, after running it."""
+
+    def __init__(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+        self._connection = connection
+        self.plan = ""
+
+    async def fetch(self, statement: str, *parameters: Any) -> Any:
+        lines = await self._connection.fetch(f"EXPLAIN {statement}", *parameters)
+        self.plan = "\n".join(line[0] for line in lines)
+        return await self._connection.fetch(statement, *parameters)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def loaded(cluster: LocalCluster) -> LocalCluster:
+    """A shard with many memories of many users, in slots that shard-0 has."""
+    async with database(cluster.shard_dsn("shard-0", owner=True)) as connection:
+        await connection.execute(
+            f"""
+            INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
+                                  embedding_model, embedding)
+            SELECT n % 1000, 'planned-' || n % 1000, gen_random_uuid(), '', '', '', 1, 0.5,
+                   'the quick fox number' || n || ' jumps', '{{}}', '',
+                   array_fill(0.1::real, ARRAY[256])::vector::halfvec
+            FROM generate_series(1, {ROWS}) AS n
+            """
+        )
+        await connection.execute("ANALYZE memories")
+    return cluster
+
+
+def route(*ranges: tuple[int, int]) -> shard_pb2.Route:
+    return shard_pb2.Route(ranges=[shard_pb2.SlotRange(first=first, last=last) for first, last in ranges])
+
+
+@pytest.mark.parametrize(
+    ("request_", "index"),
+    [
+        (shard_pb2.SearchRequest(route=route((0, 4095)), words="number777 nothing", k=5), "memories_words"),
+        (shard_pb2.SearchRequest(route=route((7, 7)), user_id="planned-7", words="fox", k=5), "Index Cond: ((slot"),
+        (shard_pb2.ListRequest(route=route((7, 7)), user_id="planned-7", page_size=5), "memories_newest_first"),
+        (shard_pb2.GetRequest(route=route((0, 4095)), id=str(uuid.uuid4())), "memories_by_id"),
+        (shard_pb2.GetRequest(route=route((7, 7)), id=str(uuid.uuid4()), user_id="planned-7"), "memories_"),
+    ],
+)
+async def test_a_read_goes_by_an_index(loaded: LocalCluster, request_: Any, index: str) -> None:
+    async with database(loaded.shard_dsn("shard-0")) as connection:
+        explaining: Any = Explaining(connection)
+        if isinstance(request_, shard_pb2.SearchRequest):
+            await reads.search(explaining, IDENTITY, request_)
+        elif isinstance(request_, shard_pb2.ListRequest):
+            await reads.list_page(explaining, request_, 1_000_000)
+        else:
+            await reads.get(explaining, request_.route.ranges, request_.id, request_.user_id, include_embedding=False)
+    assert index in explaining.plan
+    # Not every row is looked at; the slots that are owned may be, there are 16,384 at most.
+    assert "Seq Scan on memories" not in explaining.plan
