@@ -22,6 +22,9 @@ LOCAL_DIMENSIONS = (64, 128, 256)
 # Above this many characters the local model takes over a millisecond, too long for the event loop; it goes to a thread.
 _INLINE_CHARACTERS = 1000
 _MAX_HTTP_BATCH = 64
+# The reason when a server refuses what it was given, such as a text beyond its model's length, rather than being away.
+TEXT_REFUSED = "EMBEDDER_REFUSED"
+_NOT_THE_TEXT = frozenset((401, 403, 404, 408, 429))
 
 
 class EmbedderMismatchError(Exception):
@@ -129,7 +132,9 @@ class HttpEmbedder:
             with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite, and is refused below.
                 vectors = np.array([item["embedding"] for item in data], dtype=np.float32)
         except httpx.HTTPStatusError as error:
-            raise _unavailable(f"it answered {error.response.status_code}") from error
+            status = error.response.status_code
+            refused = 400 <= status < 500 and status not in _NOT_THE_TEXT
+            raise _unavailable(f"it answered {status}", reason=TEXT_REFUSED if refused else None) from error
         except httpx.HTTPError as error:
             raise _unavailable(type(error).__name__) from error
         except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -159,5 +164,7 @@ def _named(model: str) -> str:
     return f"the model {model!r}" if model else "no model (callers bring them)"
 
 
-def _unavailable(why: str) -> Unavailable:
-    return Unavailable(f"the embedder did not answer: {why}", reason="EMBEDDER_UNAVAILABLE", retry_after_s=1.0)
+def _unavailable(why: str, reason: str | None = None) -> Unavailable:
+    return Unavailable(
+        f"the embedder did not answer: {why}", reason=reason or "EMBEDDER_UNAVAILABLE", retry_after_s=1.0
+    )

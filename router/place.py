@@ -17,6 +17,7 @@ from common.slots import slot_of
 from memshard.v1 import memory_pb2 as pb
 
 _UUID7 = 7
+_YEAR_10000_MS = 253_402_300_800_000
 
 
 class Placement:
@@ -65,6 +66,7 @@ def home_slot(user_id: str, memory_id: str) -> int:
 def _month(memory_id: str) -> str:
     """The month of a UUIDv7 (RFC 9562 §5.7: 48 bits of Unix milliseconds first), like 2026-11; else the id itself."""
     made = uuid.UUID(memory_id)
-    if made.version != _UUID7:
+    milliseconds = made.int >> 80
+    if made.version != _UUID7 or milliseconds >= _YEAR_10000_MS:
         return memory_id
-    return datetime.fromtimestamp((made.int >> 80) / 1000, UTC).strftime("%Y-%m")
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m")

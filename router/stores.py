@@ -153,6 +153,7 @@ async def _claim(
             id=item.memory.id,
             digest=item.digest,
             memory_slot=item.slot,
+            expire_time=item.memory.expire_time if item.memory.HasField("expire_time") else None,
         )
         for item in items
     ]

@@ -46,7 +46,9 @@ async def main(settings: ShardSettings) -> None:
             [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s)],
             [_SERVICE.full_name],
         )
-        retention = Retention(tombstone_s=settings.tombstone_ttl_s, version_s=settings.version_ttl_s)
+        retention = Retention(
+            tombstone_s=settings.tombstone_ttl_s, version_s=max(settings.version_ttl_s, settings.tombstone_ttl_s)
+        )
         await server.start()
         await server.run_until_stopped(
             [

@@ -1,19 +1,18 @@
 """Changing and deleting a memory: one effect for each request id, and the version from before is kept."""
 
-import time
-
 import asyncpg
 
-from common.errors import InvalidArgument, NotFound, Unavailable, VersionMismatch
+from common.errors import NotFound, Unavailable, VersionMismatch
 from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from shard import ownership, requests
+from shard.expiry import is_past, too_late
 from shard.identity import Identity
 from shard.ownership import NotOwnedError
 from shard.rows import COLUMNS, KEPT_COLUMNS, from_microseconds, to_json, to_memory, to_vector
 
-# One statement, for the sake of its speed: owning, deleting, forgetting versions, and the request id.
+# One statement: owning, emptying, keeping the number of the last version, and the request id.
 _DELETE = """
 WITH own AS MATERIALIZED (
     SELECT slot FROM owned_slots WHERE slot = $1 AND state = 'own' FOR SHARE
@@ -24,10 +23,6 @@ WITH own AS MATERIALIZED (
     WHERE memories.slot = own.slot AND user_id = $2 AND id = $3 AND deleted_at IS NULL
         AND (expire_time IS NULL OR expire_time > now())
     RETURNING memories.*
-), forgotten AS (
-    UPDATE memory_versions SET content = '', metadata = '{}', agent_id = '', session_id = ''
-    FROM own
-    WHERE memory_versions.slot = own.slot AND user_id = $2 AND id = $3
 ), kept AS (
     INSERT INTO memory_versions (slot, user_id, id, version, agent_id, session_id, type, importance, content, metadata,
                                  embedding_model, pending, create_time, update_time, expire_time)
@@ -41,6 +36,11 @@ WITH own AS MATERIALIZED (
 )
 SELECT EXISTS (SELECT FROM own) AS owned, applied.deleted
 FROM (VALUES (1)) AS one LEFT JOIN applied ON true
+"""
+# A statement of its own: it sees the version that an update kept which the one above had to wait for.
+_FORGET_VERSIONS = """
+UPDATE memory_versions SET content = '', metadata = '{}', agent_id = '', session_id = ''
+WHERE slot = $1 AND user_id = $2 AND id = $3
 """
 _LOCK = """
 SELECT version, deleted_at IS NOT NULL OR (expire_time IS NOT NULL AND expire_time <= now()) AS gone
@@ -83,8 +83,12 @@ async def delete(connection: Connection, slot: int, user_id: str, memory_id: str
     """
     digest = requests.digest_of("delete", memory_id)
     try:
-        row = await connection.fetchrow(_DELETE, slot, user_id, memory_id, request_id, digest)
-    except asyncpg.UniqueViolationError:
+        async with connection.transaction():
+            row = await connection.fetchrow(_DELETE, slot, user_id, memory_id, request_id, digest)
+            await connection.execute(_FORGET_VERSIONS, slot, user_id, memory_id)
+    except asyncpg.UniqueViolationError as error:
+        if error.constraint_name != requests.UNIQUE:
+            raise
         answer = await requests.find(connection, slot, user_id, request_id, digest)
         if answer is None:
             raise Unavailable("the request id is being purged; try again", retry_after_s=1.0) from None
@@ -104,7 +108,9 @@ async def update(connection: Connection, identity: Identity, slot: int, request:
         async with connection.transaction():
             await ownership.hold(connection, slot)
             return await _update_held(connection, identity, key, request)
-    except asyncpg.UniqueViolationError:
+    except asyncpg.UniqueViolationError as error:
+        if error.constraint_name != requests.UNIQUE:
+            raise
         # Another memory's update has just taken the request id.
         raise requests.reused() from None
 
@@ -123,8 +129,8 @@ async def _update_held(
     if request.HasField("expected_version") and request.expected_version != locked["version"]:
         raise VersionMismatch(f"the memory is at version {locked['version']}, not {request.expected_version}")
     memory = request.memory
-    if memory.HasField("expire_time") and memory.expire_time.ToMicroseconds() <= time.time() * 1e6:
-        raise InvalidArgument.field("memory.expire_time", "EXPIRE_TIME_IN_PAST", "is in the past")
+    if is_past(memory):
+        raise too_late()
     await connection.execute(_KEEP_VERSION, *key)
     row = await connection.fetchrow(
         _UPDATE,

@@ -7,20 +7,22 @@ the slot that user and id give, for one digest and one memory slot; the claim al
 
 from collections.abc import Sequence
 
-from common.errors import AlreadyExists
+from common.errors import AlreadyExists, InvalidArgument
 from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
+from shard.expiry import is_past, too_late
 from shard.ownership import NotOwnedError
 
 _CLAIM = """
 WITH items AS (
-    SELECT * FROM unnest($1::int[], $2::text[], $3::uuid[], $4::bytea[], $5::int[])
-    AS item (slot, user_id, id, digest, memory_slot)
+    SELECT * FROM unnest($1::int[], $2::text[], $3::uuid[], $4::bytea[], $5::int[], $6::boolean[]) WITH ORDINALITY
+    AS item (slot, user_id, id, digest, memory_slot, late, number)
 ), own AS MATERIALIZED (
     SELECT slot FROM owned_slots WHERE slot = ANY ($1::int[]) AND state = 'own' ORDER BY slot FOR SHARE
 ), claimed AS (
     INSERT INTO claims (slot, user_id, id, digest, memory_slot)
-    SELECT items.* FROM items JOIN own USING (slot) ORDER BY slot, user_id, id
+    SELECT slot, user_id, id, digest, memory_slot FROM items JOIN own USING (slot) WHERE NOT late
+    ORDER BY slot, user_id, id, number
     ON CONFLICT (slot, user_id, id) DO NOTHING
 )
 SELECT ARRAY(SELECT slot FROM own) AS owned
@@ -40,23 +42,31 @@ WHERE owned_slots.slot = $1 AND state IN ('own', 'fenced')
 
 async def claim(
     connection: Connection, items: Sequence[shard_pb2.ClaimItem]
-) -> list[AlreadyExists | NotOwnedError | None]:
+) -> list[AlreadyExists | InvalidArgument | NotOwnedError | None]:
     """Takes every id that is free; what became of each, in order: None when it is taken for this digest."""
     keys = [(item.home_slot, item.user_id, item.id) for item in items]
     slots, users, ids = (list(column) for column in zip(*keys, strict=True))
     owned = set(
         await connection.fetchval(
-            _CLAIM, slots, users, ids, [item.digest for item in items], [item.memory_slot for item in items]
+            _CLAIM,
+            slots,
+            users,
+            ids,
+            [item.digest for item in items],
+            [item.memory_slot for item in items],
+            [is_past(item) for item in items],
         )
     )
     rows = await connection.fetch(_FIND_DIGESTS, slots, users, ids)
     digests = {(row["slot"], row["user_id"], str(row["id"])): row["digest"] for row in rows}
-    outcomes: list[AlreadyExists | NotOwnedError | None] = []
+    outcomes: list[AlreadyExists | InvalidArgument | NotOwnedError | None] = []
     for key, item in zip(keys, items, strict=True):
         if item.home_slot not in owned:
             outcomes.append(NotOwnedError())
         elif digests.get(key) == item.digest:
             outcomes.append(None)
+        elif key not in digests:
+            outcomes.append(too_late())
         else:
             outcomes.append(AlreadyExists(f"the id {item.id} is taken by other content"))
     return outcomes

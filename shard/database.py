@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Seconds after which a caller may try again: a primary that was killed is back in about one.
 _RETRY_AFTER_S = 1.0
 _PROBE_TIMEOUT_S = 2.0
+_STATEMENT_TIMEOUT_S = 30
 
 
 class Database:
@@ -118,6 +119,8 @@ async def open_pool(settings: ShardSettings) -> Pool:
             "default_transaction_isolation": "read committed",
             # A write that waits for a fence gives up before its commit begins, and may be sent again.
             "lock_timeout": f"{settings.lock_timeout_s:.3f}s",
+            # No statement here takes a second. One that does not end must not keep its connection for ever.
+            "statement_timeout": f"{_STATEMENT_TIMEOUT_S}s",
         },
     )
 
@@ -177,7 +180,7 @@ def _explained() -> Iterator[None]:
         ) from error
     except CANNOT_NOW as error:
         raise _unavailable() from error
-    except asyncpg.DataError as error:
+    except (asyncpg.DataError, asyncpg.ProgramLimitExceededError) as error:
         # Routers check what comes from agents; this is what came past them.
         raise InvalidArgument("a value in the request does not fit the database", reason="BAD_VALUE") from error
 

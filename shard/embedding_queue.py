@@ -5,16 +5,17 @@ that was changed or deleted meanwhile keeps what it has: the embedding is writte
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from uuid import UUID
 
 import asyncpg
-import numpy as np
 
 from common import logs
 from common.deadline import Deadline
-from common.embedder import Embedder
-from common.errors import MemshardError
+from common.embedder import TEXT_REFUSED, Embedder, Vectors
+from common.errors import MemshardError, Unavailable
 from shard.database import Database
 from shard.identity import Identity
 from shard.rows import to_vector
@@ -22,20 +23,22 @@ from shard.rows import to_vector
 _log = logs.get_logger("embedding queue")
 
 _BATCH = 64
+# Texts that the model cannot embed, remembered so as not to begin with them every time.
+_MAX_HOPELESS = 1000
 _STATEMENT_TIMEOUT_S = 30.0
-_BACKOFF_S = (1.0, 30.0)
+_BACKOFF_S = (0.5, 8.0)
 
 # Oldest first. A text that the model cannot embed would come back every time: it is passed over by id.
 _NEXT = """
-SELECT slot, user_id, id, version, content FROM memories
+SELECT slot, user_id, id, version, create_time, content FROM memories
 WHERE embedding IS NULL AND deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())
-    AND id <> ALL ($2::uuid[])
+    AND (id, version) NOT IN (SELECT * FROM unnest($2::uuid[], $3::bigint[]))
 ORDER BY create_time LIMIT $1
 """
 _EMBED = """
 WITH own AS MATERIALIZED (SELECT slot FROM owned_slots WHERE slot = $1 AND state = 'own' FOR SHARE)
 UPDATE memories SET embedding = $5, embedding_model = $6 FROM own
-WHERE memories.slot = own.slot AND user_id = $2 AND id = $3 AND version = $4 AND embedding IS NULL
+WHERE memories.slot = own.slot AND user_id = $2 AND id = $3 AND version = $4 AND create_time = $7 AND embedding IS NULL
     AND deleted_at IS NULL
 """
 
@@ -49,7 +52,7 @@ class EmbeddingQueue:
         self._embedder = embedder
         self._interval_s = interval_s
         self._wake = asyncio.Event()
-        self._hopeless: set[str] = set()
+        self._hopeless: deque[tuple[UUID, int]] = deque(maxlen=_MAX_HOPELESS)
 
     def wake(self) -> None:
         """Something was stored without an embedding."""
@@ -59,39 +62,57 @@ class EmbeddingQueue:
         """Works until cancelled; while the embedder or the database is away, it tries again with backoff."""
         backoff_s, longest_s = _BACKOFF_S
         while True:
-            pause_s = self._interval_s
             try:
                 while self._embedder is not None and await self.embed_batch(self._embedder):
                     backoff_s = _BACKOFF_S[0]
             except (MemshardError, TimeoutError, asyncpg.PostgresError) as error:
                 _log.warning("embedding put off", error=type(error).__name__, retry_s=backoff_s)
-                pause_s, backoff_s = backoff_s, min(backoff_s * 2, longest_s)
+                # Not cut short by what is stored meanwhile, or each store would be another attempt.
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(backoff_s * 2, longest_s)
+                continue
             self._wake.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
+                async with asyncio.timeout(self._interval_s):
                     await self._wake.wait()
 
     async def embed_batch(self, embedder: Embedder) -> int:
         """Embeds the oldest that wait, and returns how many those were. Raises Unavailable."""
         deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
         async with deadline.bound(), self._database.reading(deadline) as connection:
-            rows = await connection.fetch(_NEXT, _BATCH, list(self._hopeless))
+            rows = await connection.fetch(
+                _NEXT,
+                _BATCH,
+                [memory_id for memory_id, _ in self._hopeless],
+                [version for _, version in self._hopeless],
+            )
         if not rows:
             return 0
-        vectors = await embedder.embed([row["content"] for row in rows])
-        await self._write(rows, [vector if vector.any() else None for vector in vectors])
+        await self._write(rows, await self._embed(embedder, [row["content"] for row in rows]))
         return len(rows)
+
+    async def _embed(self, embedder: Embedder, texts: Sequence[str]) -> "list[Vectors | None]":
+        """The embedding of each text; None for one that the model cannot embed, which keeps none of the others back."""
+        try:
+            return [vector if vector.any() else None for vector in await embedder.embed(texts)]
+        except Unavailable as error:
+            if error.reason != TEXT_REFUSED:
+                raise
+        if len(texts) == 1:
+            return [None]
+        middle = len(texts) // 2
+        return [*await self._embed(embedder, texts[:middle]), *await self._embed(embedder, texts[middle:])]
 
     async def _write(
         self,
         rows: Sequence[asyncpg.Record],
-        vectors: "Sequence[np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None]",
+        vectors: "Sequence[Vectors | None]",
     ) -> None:
         deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
         async with deadline.bound(), self._database.reading(deadline) as connection:
             for row, vector in zip(rows, vectors, strict=True):
                 if vector is None:
-                    self._hopeless.add(str(row["id"]))
+                    self._hopeless.append((row["id"], row["version"]))
                     continue
                 await connection.execute(
                     _EMBED,
@@ -101,5 +122,6 @@ class EmbeddingQueue:
                     row["version"],
                     to_vector(vector, self._identity.precision),
                     self._identity.embedding_model,
+                    row["create_time"],
                 )
         _log.info("embedded", memories=len(rows))

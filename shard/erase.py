@@ -15,6 +15,9 @@ from shard.ownership import NotOwnedError
 # Rows that one transaction removes: some tens of milliseconds, so that it never holds locks for long.
 _BATCH = 2000
 
+# Ids named in an answer; the locations of the others are left to their time to live.
+_MAX_IDS = 100_000
+
 _HOLD = """
 SELECT slot FROM owned_slots JOIN unnest($1::int[], $2::int[]) AS asked (first, last)
     ON slot BETWEEN asked.first AND asked.last
@@ -29,15 +32,26 @@ WITH gone AS (
 )
 SELECT * FROM gone
 """
-_REMOVE_MEMORIES = _REMOVE.format(table="memories", returning="id, deleted_at IS NULL AS counts")
-_REMOVE_VERSIONS = _REMOVE.format(table="memory_versions", returning="id, true AS counts")
-_REMOVE_REQUESTS = _REMOVE.format(table="applied_requests", returning="NULL::uuid AS id, false AS counts")
-_REMOVE_CLAIMS = _REMOVE.format(table="claims", returning="id, false AS counts")
+# Without a list of rows: what somebody changed meanwhile is waited for, and is the user's still.
+_REMOVE_REST = """
+WITH gone AS (DELETE FROM {table} WHERE user_id = $1 AND slot = ANY ($2::int[]) RETURNING {returning})
+SELECT * FROM gone
+"""
+_TABLES = (
+    ("memories", "id, deleted_at IS NULL AS counts"),
+    ("memory_versions", "id, true AS counts"),
+    ("applied_requests", "NULL::uuid AS id, false AS counts"),
+    ("claims", "id, false AS counts"),
+)
+_BATCHES = tuple(_REMOVE.format(table=table, returning=returning) for table, returning in _TABLES)
+_RESTS = tuple(_REMOVE_REST.format(table=table, returning=returning) for table, returning in _TABLES)
 _RECORD = """
-INSERT INTO erasures (slot, request_hash, memories, versions) VALUES ($1, $2, $3, $4)
-ON CONFLICT (slot, request_hash) DO UPDATE SET memories = erasures.memories + $3, versions = erasures.versions + $4
+INSERT INTO erasures (slot, request_hash, memories, versions, done) VALUES ($1, $2, $3, $4, $5)
+ON CONFLICT (slot, request_hash) DO UPDATE
+    SET memories = erasures.memories + $3, versions = erasures.versions + $4, done = $5
 RETURNING memories, versions
 """
+_FIND_DONE = "SELECT memories, versions FROM erasures WHERE slot = $1 AND request_hash = $2 AND done"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +77,22 @@ async def erase(
             slots = [row["slot"] for row in await connection.fetch(_HOLD, *ranges)]
             if len(slots) != slot_count:
                 raise NotOwnedError
-            removed = [
-                await connection.fetch(statement, user_id, slots, _BATCH)
-                for statement in (_REMOVE_MEMORIES, _REMOVE_VERSIONS, _REMOVE_REQUESTS, _REMOVE_CLAIMS)
-            ]
+            finished = await connection.fetchrow(_FIND_DONE, slots[0], request_hash)
+            if finished is not None:
+                return Erased(finished["memories"], finished["versions"], frozenset(ids))
+            removed = [await connection.fetch(statement, user_id, slots, _BATCH) for statement in _BATCHES]
+            done = False
+            if all(len(rows) < _BATCH for rows in removed):
+                rest = [await connection.fetch(statement, user_id, slots) for statement in _RESTS]
+                # Whoever wrote meanwhile may have left more behind; an empty round is the end.
+                done = not any(rest) and not any(removed)
+                removed = [[*first, *second] for first, second in zip(removed, rest, strict=True)]
             memories, versions = (_count(rows) for rows in removed[:2])
-            totals = await connection.fetchrow(_RECORD, slots[0], request_hash, memories, versions)
-        ids.update(str(row["id"]) for row in removed[0])
-        if all(len(rows) < _BATCH for rows in removed):
+            totals = await connection.fetchrow(_RECORD, slots[0], request_hash, memories, versions, done)
+        ids.update(str(row["id"]) for row in removed[0][:_MAX_IDS])
+        if done:
             assert totals is not None
-            return Erased(totals["memories"], totals["versions"], frozenset(ids))
+            return Erased(totals["memories"], totals["versions"], frozenset(list(ids)[:_MAX_IDS]))
 
 
 def _count(rows: list[asyncpg.Record]) -> int:

@@ -24,12 +24,19 @@ WITH emptied AS (
     WHERE ctid = ANY (ARRAY(
         SELECT ctid FROM memories WHERE expire_time <= now() AND deleted_at IS NULL LIMIT $1 FOR UPDATE SKIP LOCKED
     ))
-    RETURNING slot, user_id, id
-), forgotten AS (
+    RETURNING 1
+)
+SELECT count(*) FROM emptied
+"""
+# Whatever belongs to a tombstone and has contents still, however it came there.
+_EMPTY_VERSIONS = """
+WITH emptied AS (
     UPDATE memory_versions SET content = '', metadata = '{}', agent_id = '', session_id = ''
-    FROM emptied
-    WHERE (memory_versions.slot, memory_versions.user_id, memory_versions.id)
-        = (emptied.slot, emptied.user_id, emptied.id)
+    WHERE ctid = ANY (ARRAY(
+        SELECT memory_versions.ctid FROM memories JOIN memory_versions USING (slot, user_id, id)
+        WHERE deleted_at IS NOT NULL AND memory_versions.content <> '' LIMIT $1
+    ))
+    RETURNING 1
 )
 SELECT count(*) FROM emptied
 """
@@ -42,7 +49,20 @@ WITH removed AS (
 )
 SELECT count(*) FROM removed
 """
-_REMOVE_TOMBSTONES = _REMOVE.format(table="memories", since="deleted_at")
+# With its versions: the id may be used again from now on, and its versions begin at 1.
+_REMOVE_TOMBSTONES = """
+WITH removed AS (
+    DELETE FROM memories WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM memories WHERE deleted_at < now() - make_interval(secs => $2) LIMIT $1 FOR UPDATE SKIP LOCKED
+    ))
+    RETURNING slot, user_id, id
+), forgotten AS (
+    DELETE FROM memory_versions USING removed
+    WHERE (memory_versions.slot, memory_versions.user_id, memory_versions.id)
+        = (removed.slot, removed.user_id, removed.id)
+)
+SELECT count(*) FROM removed
+"""
 _REMOVE_REQUESTS = _REMOVE.format(table="applied_requests", since="applied_at")
 _REMOVE_ERASURES = _REMOVE.format(table="erasures", since="applied_at")
 _REMOVE_VERSIONS = _REMOVE.format(table="memory_versions", since="replaced_at")
@@ -74,6 +94,7 @@ async def purge(database: Database, retention: Retention, *, batch: int = _BATCH
     changed = 0
     for statement, arguments in (
         (_EMPTY_EXPIRED, ()),
+        (_EMPTY_VERSIONS, ()),
         (_REMOVE_TOMBSTONES, (retention.tombstone_s,)),
         (_REMOVE_REQUESTS, (retention.tombstone_s,)),
         (_REMOVE_ERASURES, (retention.tombstone_s,)),

@@ -17,6 +17,7 @@ from memshard.v1 import memory_pb2 as pb
 from shard.filters import compile_filter
 from shard.identity import Identity
 from shard.rows import COLUMNS, KEPT_COLUMNS, from_microseconds, to_memory, to_microseconds, to_vector
+from shard.schema import words_of
 
 _LIVE = "deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())"
 _SERVED = "state IN ('own', 'fenced')"
@@ -37,7 +38,10 @@ LEFT JOIN LATERAL ({found}) AS found ON true
 """
 # Any word of the query, as PostgreSQL's parser and dictionaries see them; no word at all matches nothing.
 _ANY_WORD = """(SELECT string_agg(quote_literal(lexeme), ' | ')::tsquery
-                FROM unnest(tsvector_to_array(to_tsvector({language}::regconfig, {text}))) AS lexeme)"""
+                FROM (SELECT lexeme FROM unnest(tsvector_to_array(to_tsvector({language}::regconfig, {text})))
+                      AS lexeme LIMIT {most}) AS lexemes)"""
+# Ranking looks at every word of the query for every memory that matches one of them.
+_MAX_QUERY_WORDS = 256
 # Divided by 1 + log(length): a long memory is not better for being long.
 _TEXT_RANK_NORMALISATION = 1
 
@@ -94,7 +98,7 @@ async def list_page(connection: Connection, request: shard_pb2.ListRequest, page
 
 
 async def list_versions(
-    connection: Connection, request: shard_pb2.ListVersionsRequest
+    connection: Connection, request: shard_pb2.ListVersionsRequest, page_bytes: int
 ) -> shard_pb2.ListVersionsResponse:
     """The versions of a memory, newest first: what it is now, if it is, and what is kept of before.
 
@@ -107,12 +111,16 @@ async def list_versions(
         connection,
         f"SELECT * FROM (SELECT {COLUMNS} FROM memories WHERE {key} AND {_LIVE} UNION ALL "  # noqa: S608
         f"SELECT {KEPT_COLUMNS} FROM memory_versions WHERE {key} AND NOT EXISTS "
-        f"(SELECT FROM memories WHERE {key} AND deleted_at IS NULL AND expire_time <= now())) AS versions "
+        f"(SELECT FROM memories WHERE {key} AND expire_time <= coalesce(deleted_at, now()))) AS versions "
         f"WHERE ({before} = 0 OR version < {before}) ORDER BY version DESC LIMIT {question.add(request.page_size + 1)}",
     )
-    return shard_pb2.ListVersionsResponse(
-        versions=[to_memory(row) for row in rows[: request.page_size]], more=len(rows) > request.page_size
-    )
+    page = shard_pb2.ListVersionsResponse()
+    for row in rows[: request.page_size]:
+        page.versions.append(to_memory(row))
+        if page.ByteSize() > page_bytes:
+            break
+    page.more = len(rows) > len(page.versions)
+    return page
 
 
 async def search(
@@ -127,7 +135,11 @@ async def search(
         vector = question.add(to_vector(request.embedding, identity.precision))
         score, matches = f"(1 - (embedding <=> {vector}))::real", "embedding IS NOT NULL"
     else:
-        words = _ANY_WORD.format(language=question.add(identity.text_language), text=question.add(request.words))
+        words = _ANY_WORD.format(
+            language=question.add(identity.text_language),
+            text=words_of(f"{question.add(request.words)}::text"),
+            most=_MAX_QUERY_WORDS,
+        )
         score, matches = f"ts_rank_cd(words, {words}, {_TEXT_RANK_NORMALISATION})", f"words @@ {words}"
     conditions = [question.whose, matches, _LIVE, question.filter(request.filter)]
     if request.HasField("min_score"):

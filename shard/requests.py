@@ -7,6 +7,9 @@ from typing import Any
 from common.errors import InvalidArgument
 from common.postgres import Connection
 
+# The constraint that a request id which somebody else has just used violates.
+UNIQUE = "applied_requests_pkey"
+
 _FIND = """
 SELECT digest, answer::text FROM applied_requests WHERE slot = $1 AND user_id = $2 AND request_id = $3
 """

@@ -23,6 +23,15 @@ CREATE INDEX memories_of_user ON memories (user_id, create_time DESC, id DESC) W
 """
 
 
+def words_of(text: str) -> str:
+    """The SQL expression whose words are searched, for a text expression of ours.
+
+    Letters and digits with single spaces between: PostgreSQL's parser takes quadratic time over long runs of others,
+    such as "a_a_a_…", looking for addresses and paths in them.
+    """
+    return f"regexp_replace({text}, '[^[:alnum:]]+', ' ', 'g')"
+
+
 class Shape(Protocol):
     """What of a shard's identity its tables depend on."""
 
@@ -113,10 +122,16 @@ def migrations(shape: Shape) -> tuple[Migration, ...]:
             ALTER TABLE identity ADD COLUMN text_language text NOT NULL DEFAULT '{shape.text_language}';
             ALTER TABLE identity ADD COLUMN placement text NOT NULL DEFAULT '{shape.placement}';
             ALTER TABLE memories ADD COLUMN words tsvector
-                GENERATED ALWAYS AS (to_tsvector('{shape.text_language}', content)) STORED;
+                GENERATED ALWAYS AS (to_tsvector('{shape.text_language}', {words_of("content")})) STORED;
             CREATE INDEX memories_words ON memories USING gin (words);
             CREATE INDEX memories_unembedded ON memories (slot, user_id)
                 WHERE embedding IS NULL AND deleted_at IS NULL;
+            CREATE INDEX memories_embedding_queue ON memories (create_time)
+                WHERE embedding IS NULL AND deleted_at IS NULL;
+            -- Statistics are samples of what users wrote, and would outlive it.
+            ALTER TABLE memories ALTER COLUMN content SET STATISTICS 0, ALTER COLUMN metadata SET STATISTICS 0,
+                ALTER COLUMN words SET STATISTICS 0, ALTER COLUMN agent_id SET STATISTICS 0,
+                ALTER COLUMN session_id SET STATISTICS 0;
             {_USER_INDEX if shape.placement is not PlacementStrategy.USER_BASED else ""}
             -- What a memory was before an update, or before it was deleted: then without its contents.
             CREATE TABLE memory_versions (
@@ -138,6 +153,8 @@ def migrations(shape: Shape) -> tuple[Migration, ...]:
                 replaced_at timestamptz NOT NULL DEFAULT now(),
                 PRIMARY KEY (slot, user_id, id, version)
             );
+            ALTER TABLE memory_versions ALTER COLUMN content SET STATISTICS 0, ALTER COLUMN metadata SET STATISTICS 0,
+                ALTER COLUMN agent_id SET STATISTICS 0, ALTER COLUMN session_id SET STATISTICS 0;
             CREATE INDEX memory_versions_by_age ON memory_versions (replaced_at);
             -- The answer without content: a version's number leads to it.
             ALTER TABLE applied_requests ADD COLUMN answer jsonb;
@@ -159,6 +176,7 @@ def migrations(shape: Shape) -> tuple[Migration, ...]:
                 request_hash bytea NOT NULL,
                 memories bigint NOT NULL,
                 versions bigint NOT NULL,
+                done boolean NOT NULL,
                 applied_at timestamptz NOT NULL DEFAULT now(),
                 PRIMARY KEY (slot, request_hash)
             );

@@ -155,7 +155,7 @@ class ShardServicer:
         self, request: shard_pb2.ListVersionsRequest, deadline: Deadline
     ) -> shard_pb2.ListVersionsResponse:
         self._slot(request.route)
-        return await self._read(lambda c: reads.list_versions(c, request), deadline)
+        return await self._read(lambda c: reads.list_versions(c, request, self._settings.page_bytes), deadline)
 
     async def Search(self, request: shard_pb2.SearchRequest, deadline: Deadline) -> shard_pb2.SearchResponse:
         self._check_route(request.route)

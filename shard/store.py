@@ -5,7 +5,6 @@ re-reads the row, and then finds nothing to insert from. A plain check in the sa
 from before the wait (docs/decisions/0003-ownership-in-the-statement.md).
 """
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
@@ -13,10 +12,11 @@ from typing import Any
 
 import asyncpg
 
-from common.errors import AlreadyExists, InvalidArgument, MemshardError, Unavailable
+from common.errors import AlreadyExists, MemshardError, Unavailable
 from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
+from shard.expiry import is_past, too_late
 from shard.identity import Identity
 from shard.ownership import NotOwnedError
 from shard.rows import COLUMNS, from_microseconds, to_json, to_memory, to_timestamp, to_vector
@@ -42,16 +42,19 @@ SELECT digest, deleted_at, {COLUMNS} FROM memories WHERE slot = $1 AND user_id =
 _STORE_MANY = """
 WITH items AS (
     SELECT * FROM unnest($1::int[], $2::text[], $3::uuid[], $4::bytea[], $5::text[], $6::text[], $7::smallint[],
-                         $8::real[], $9::text[], $10::jsonb[], $11::{vector}[], $12::text[], $13::timestamptz[])
-    AS item (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata, embedding,
-             embedding_model, expire_time)
+                         $8::real[], $9::text[], $10::jsonb[], $11::{vector}[], $12::text[],
+                         $13::timestamptz[])
+    WITH ORDINALITY AS item (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
+                             embedding, embedding_model, expire_time, number)
 ), own AS MATERIALIZED (
     SELECT slot FROM owned_slots WHERE slot = ANY ($1::int[]) AND state = 'own' ORDER BY slot FOR SHARE
 ), stored AS (
     INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
                           embedding, embedding_model, expire_time)
-    SELECT items.* FROM items JOIN own USING (slot) WHERE items.expire_time IS NULL OR items.expire_time > now()
-    ORDER BY slot, user_id, id
+    SELECT slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata, embedding,
+           embedding_model, expire_time
+    FROM items JOIN own USING (slot) WHERE expire_time IS NULL OR expire_time > now()
+    ORDER BY slot, user_id, id, number
     ON CONFLICT (slot, user_id, id) DO NOTHING
     RETURNING slot, user_id, id
 )
@@ -92,8 +95,8 @@ async def store(
         found = await connection.fetchrow(_FIND_STORED, slot, memory.user_id, memory.id)
         if found is not None:
             return _repeated(memory, digest, found)
-        if _expired(memory):
-            raise _too_late()
+        if is_past(memory):
+            raise too_late()
     raise _being_purged()
 
 
@@ -126,8 +129,8 @@ async def store_many(
         left = []
         for number in in_question:
             found = digests.get(_key(items[number]))
-            if found is None and _expired(items[number].memory):
-                outcomes[number] = _too_late()
+            if found is None and is_past(items[number].memory):
+                outcomes[number] = too_late()
             elif found is None:
                 left.append(number)
             else:
@@ -202,15 +205,6 @@ def _repeated(memory: pb.Memory, digest: bytes, found: asyncpg.Record) -> tuple[
 def _taken(memory_id: str, deleted_at: datetime | None) -> AlreadyExists:
     gone = " of a memory deleted within the last 24 hours" if deleted_at else ""
     return AlreadyExists(f"the id {memory_id} is taken by other content{gone}")
-
-
-def _expired(memory: pb.Memory) -> bool:
-    return memory.HasField("expire_time") and memory.expire_time.ToMicroseconds() <= time.time() * 1e6
-
-
-def _too_late() -> InvalidArgument:
-    # Found here and not by the router: the repetition of a store that was in time is the same success at any time.
-    return InvalidArgument.field("memory.expire_time", "EXPIRE_TIME_IN_PAST", "is in the past")
 
 
 def _being_purged() -> Unavailable:

@@ -117,6 +117,20 @@ async def test_an_update_of_the_text_makes_a_new_embedding_and_of_anything_else_
     assert server.calls == calls
 
 
+async def test_a_text_that_the_model_refuses_keeps_none_of_the_others_waiting(
+    remote: "MemoryServiceAsyncStub", server: EmbeddingServer, user: str
+) -> None:
+    server.down, server.refused = True, "indigestible"
+    texts = [f"text {n}" for n in range(5)]
+    refused = (await remote.StoreMemory(store_request(user, "an indigestible text"))).memory
+    others = [(await remote.StoreMemory(store_request(user, text))).memory for text in texts]
+    server.down = False
+    for memory in others:
+        await eventually(lambda m=memory: is_ready(remote, m), within_s=20)  # type: ignore[misc]
+    assert await state(remote, refused) == PENDING
+    server.refused = ""
+
+
 async def test_a_batch_stored_while_it_is_down_is_embedded_later(
     remote: "MemoryServiceAsyncStub", server: EmbeddingServer, user: str
 ) -> None:

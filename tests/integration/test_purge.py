@@ -64,9 +64,15 @@ async def test_tombstones_and_request_ids_go_after_a_day_and_not_before(
         assert await purge.purge(database, DAY, batch=2) == 2 * MEMORIES
     listed = await api.ListMemories(pb.ListMemoriesRequest(user_id=user))
     assert [memory.id for memory in listed.memories] == [kept.id]
-    # The id is free again, for anything.
+    # The id is free again, for anything, and its versions begin anew.
     again = await api.StoreMemory(store_request(user, "something else", stored[0].id))
     assert again.memory.version == 1
+    change = pb.UpdateMemoryRequest(
+        memory=pb.Memory(id=stored[0].id, user_id=user, content="changed"),
+        update_mask=field_mask_pb2.FieldMask(paths=["content"]),
+    )
+    assert (await api.UpdateMemory(change)).memory.version == 2
+    assert (await api.DeleteMemory(pb.DeleteMemoryRequest(id=stored[0].id, user_id=user))).deleted
 
 
 async def test_versions_are_kept_for_their_retention_and_no_longer(

@@ -16,6 +16,8 @@ class EmbeddingServer:
     def __init__(self) -> None:
         self.down = False
         self.calls = 0
+        self.refused = ""
+        """A word that makes it answer 400, as models do to texts beyond their length."""
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05})
 
@@ -52,6 +54,9 @@ def _handler(server: EmbeddingServer) -> type[BaseHTTPRequestHandler]:
             server.calls += 1
             if server.down:
                 self.send_error(503)
+                return
+            if server.refused and any(server.refused in text for text in request["input"]):
+                self.send_error(400)
                 return
             data = [{"index": n, "embedding": embedding_of(text)} for n, text in enumerate(request["input"])]
             body = json.dumps({"data": data}).encode()

@@ -22,83 +22,84 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from memshard.v1 import memory_pb2 as memshard_dot_v1_dot_memory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n memshard/internal/v1/shard.proto\x12\x14memshard.internal.v1\x1a\x17google/rpc/status.proto\x1a\x18memshard/v1/memory.proto\"m\n\x05Route\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12/\n\x06ranges\x18\x04 \x03(\x0b\x32\x1f.memshard.internal.v1.SlotRange\"T\n\x06\x43ommit\x12\x10\n\x08timeline\x18\x01 \x01(\r\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12+\n\ndurability\x18\x03 \x01(\x0e\x32\x17.memshard.v1.Durability\"o\n\x0cStoreRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12#\n\x06memory\x18\x02 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"s\n\rStoreResponse\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\x12\x0f\n\x07\x64\x65leted\x18\x03 \x01(\x08\"p\n\nGetRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x19\n\x11include_embedding\x18\x04 \x01(\x08\"?\n\x0bGetResponse\x12\x30\n\x05\x66ound\x18\x01 \x03(\x0b\x32!.memshard.internal.v1.FoundMemory\"@\n\x0b\x46oundMemory\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0c\n\x04slot\x18\x02 \x01(\r\"l\n\rDeleteRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"O\n\x0e\x44\x65leteResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x08\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"2\n\x0cListPosition\x12\x16\n\x0e\x63reate_time_us\x18\x01 \x01(\x03\x12\n\n\x02id\x18\x02 \x01(\x0c\"\xd0\x01\n\x0bListRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x31\n\x05\x61\x66ter\x18\x04 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\x12\x19\n\x11include_embedding\x18\x05 \x01(\x08\x12#\n\x06\x66ilter\x18\x06 \x01(\x0b\x32\x13.memshard.v1.Filter\"g\n\x0cListResponse\x12%\n\x08memories\x18\x01 \x03(\x0b\x32\x13.memshard.v1.Memory\x12\x30\n\x04next\x18\x02 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\"\xdf\x01\n\rSearchRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tembedding\x18\x03 \x03(\x02\x12\t\n\x01k\x18\x04 \x01(\x05\x12\x16\n\tmin_score\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x19\n\x11include_embedding\x18\x06 \x01(\x08\x12#\n\x06\x66ilter\x18\x07 \x01(\x0b\x32\x13.memshard.v1.Filter\x12\r\n\x05words\x18\x08 \x01(\tB\x0c\n\n_min_score\"P\n\x0eSearchResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.memshard.v1.ScoredMemory\x12\x12\n\nunembedded\x18\x02 \x01(\x03\"o\n\x11StoreBatchRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12.\n\x05items\x18\x02 \x03(\x0b\x32\x1f.memshard.internal.v1.StoreItem\"N\n\tStoreItem\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12#\n\x06memory\x18\x02 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"x\n\x12StoreBatchResponse\x12\x34\n\x08outcomes\x18\x01 \x03(\x0b\x32\".memshard.internal.v1.StoreOutcome\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"B\n\x0cStoreOutcome\x12!\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x08\"j\n\x0c\x43laimRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12.\n\x05items\x18\x02 \x03(\x0b\x32\x1f.memshard.internal.v1.ClaimItem\"`\n\tClaimItem\x12\x11\n\thome_slot\x18\x01 \x01(\r\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x13\n\x0bmemory_slot\x18\x05 \x01(\r\"E\n\rClaimResponse\x12\x34\n\x08outcomes\x18\x01 \x03(\x0b\x32\".memshard.internal.v1.ClaimOutcome\"1\n\x0c\x43laimOutcome\x12!\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\"[\n\x10\x46indClaimRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\"=\n\x11\x46indClaimResponse\x12\x18\n\x0bmemory_slot\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0e\n\x0c_memory_slot\"\xc8\x01\n\rUpdateRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12#\n\x06memory\x18\x02 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0e\n\x06\x66ields\x18\x03 \x03(\t\x12\x1d\n\x10\x65xpected_version\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x42\x13\n\x11_expected_version\"c\n\x0eUpdateResponse\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"\x89\x01\n\x13ListVersionsRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x16\n\x0e\x62\x65\x66ore_version\x18\x05 \x01(\x03\"K\n\x14ListVersionsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.memshard.v1.Memory\x12\x0c\n\x04more\x18\x02 \x01(\x08\"_\n\x0c\x45raseRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"|\n\rEraseResponse\x12\x17\n\x0fmemories_erased\x18\x01 \x01(\x03\x12\x17\n\x0fversions_erased\x18\x02 \x01(\x03\x12\x0b\n\x03ids\x18\x03 \x03(\t\x12,\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"\x11\n\x0f\x44\x65scribeRequest\"w\n\x10\x44\x65scribeResponse\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12.\n\x05owned\x18\x04 \x03(\x0b\x32\x1f.memshard.internal.v1.SlotRange\"(\n\tSlotRange\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r2\x9f\x08\n\x0cShardService\x12P\n\x05Store\x12\".memshard.internal.v1.StoreRequest\x1a#.memshard.internal.v1.StoreResponse\x12_\n\nStoreBatch\x12\'.memshard.internal.v1.StoreBatchRequest\x1a(.memshard.internal.v1.StoreBatchResponse\x12P\n\x05\x43laim\x12\".memshard.internal.v1.ClaimRequest\x1a#.memshard.internal.v1.ClaimResponse\x12\\\n\tFindClaim\x12&.memshard.internal.v1.FindClaimRequest\x1a\'.memshard.internal.v1.FindClaimResponse\x12S\n\x06Update\x12#.memshard.internal.v1.UpdateRequest\x1a$.memshard.internal.v1.UpdateResponse\x12J\n\x03Get\x12 .memshard.internal.v1.GetRequest\x1a!.memshard.internal.v1.GetResponse\x12S\n\x06\x44\x65lete\x12#.memshard.internal.v1.DeleteRequest\x1a$.memshard.internal.v1.DeleteResponse\x12M\n\x04List\x12!.memshard.internal.v1.ListRequest\x1a\".memshard.internal.v1.ListResponse\x12\x65\n\x0cListVersions\x12).memshard.internal.v1.ListVersionsRequest\x1a*.memshard.internal.v1.ListVersionsResponse\x12P\n\x05\x45rase\x12\".memshard.internal.v1.EraseRequest\x1a#.memshard.internal.v1.EraseResponse\x12S\n\x06Search\x12#.memshard.internal.v1.SearchRequest\x1a$.memshard.internal.v1.SearchResponse\x12Y\n\x08\x44\x65scribe\x12%.memshard.internal.v1.DescribeRequest\x1a&.memshard.internal.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n memshard/internal/v1/shard.proto\x12\x14memshard.internal.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x18memshard/v1/memory.proto\"m\n\x05Route\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12/\n\x06ranges\x18\x04 \x03(\x0b\x32\x1f.memshard.internal.v1.SlotRange\"T\n\x06\x43ommit\x12\x10\n\x08timeline\x18\x01 \x01(\r\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12+\n\ndurability\x18\x03 \x01(\x0e\x32\x17.memshard.v1.Durability\"o\n\x0cStoreRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12#\n\x06memory\x18\x02 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"s\n\rStoreResponse\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\x12\x0f\n\x07\x64\x65leted\x18\x03 \x01(\x08\"p\n\nGetRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x19\n\x11include_embedding\x18\x04 \x01(\x08\"?\n\x0bGetResponse\x12\x30\n\x05\x66ound\x18\x01 \x03(\x0b\x32!.memshard.internal.v1.FoundMemory\"@\n\x0b\x46oundMemory\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0c\n\x04slot\x18\x02 \x01(\r\"l\n\rDeleteRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"O\n\x0e\x44\x65leteResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x08\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"2\n\x0cListPosition\x12\x16\n\x0e\x63reate_time_us\x18\x01 \x01(\x03\x12\n\n\x02id\x18\x02 \x01(\x0c\"\xd0\x01\n\x0bListRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x31\n\x05\x61\x66ter\x18\x04 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\x12\x19\n\x11include_embedding\x18\x05 \x01(\x08\x12#\n\x06\x66ilter\x18\x06 \x01(\x0b\x32\x13.memshard.v1.Filter\"g\n\x0cListResponse\x12%\n\x08memories\x18\x01 \x03(\x0b\x32\x13.memshard.v1.Memory\x12\x30\n\x04next\x18\x02 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\"\xdf\x01\n\rSearchRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tembedding\x18\x03 \x03(\x02\x12\t\n\x01k\x18\x04 \x01(\x05\x12\x16\n\tmin_score\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x19\n\x11include_embedding\x18\x06 \x01(\x08\x12#\n\x06\x66ilter\x18\x07 \x01(\x0b\x32\x13.memshard.v1.Filter\x12\r\n\x05words\x18\x08 \x01(\tB\x0c\n\n_min_score\"P\n\x0eSearchResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.memshard.v1.ScoredMemory\x12\x12\n\nunembedded\x18\x02 \x01(\x03\"o\n\x11StoreBatchRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12.\n\x05items\x18\x02 \x03(\x0b\x32\x1f.memshard.internal.v1.StoreItem\"N\n\tStoreItem\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12#\n\x06memory\x18\x02 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"x\n\x12StoreBatchResponse\x12\x34\n\x08outcomes\x18\x01 \x03(\x0b\x32\".memshard.internal.v1.StoreOutcome\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"B\n\x0cStoreOutcome\x12!\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x08\"j\n\x0c\x43laimRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12.\n\x05items\x18\x02 \x03(\x0b\x32\x1f.memshard.internal.v1.ClaimItem\"\x91\x01\n\tClaimItem\x12\x11\n\thome_slot\x18\x01 \x01(\r\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x13\n\x0bmemory_slot\x18\x05 \x01(\r\x12/\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"E\n\rClaimResponse\x12\x34\n\x08outcomes\x18\x01 \x03(\x0b\x32\".memshard.internal.v1.ClaimOutcome\"1\n\x0c\x43laimOutcome\x12!\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\"[\n\x10\x46indClaimRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\"=\n\x11\x46indClaimResponse\x12\x18\n\x0bmemory_slot\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0e\n\x0c_memory_slot\"\xc8\x01\n\rUpdateRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12#\n\x06memory\x18\x02 \x01(\x0b\x32\x13.memshard.v1.Memory\x12\x0e\n\x06\x66ields\x18\x03 \x03(\t\x12\x1d\n\x10\x65xpected_version\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x42\x13\n\x11_expected_version\"c\n\x0eUpdateResponse\x12#\n\x06memory\x18\x01 \x01(\x0b\x32\x13.memshard.v1.Memory\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"\x89\x01\n\x13ListVersionsRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x16\n\x0e\x62\x65\x66ore_version\x18\x05 \x01(\x03\"K\n\x14ListVersionsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.memshard.v1.Memory\x12\x0c\n\x04more\x18\x02 \x01(\x08\"_\n\x0c\x45raseRequest\x12*\n\x05route\x18\x01 \x01(\x0b\x32\x1b.memshard.internal.v1.Route\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"|\n\rEraseResponse\x12\x17\n\x0fmemories_erased\x18\x01 \x01(\x03\x12\x17\n\x0fversions_erased\x18\x02 \x01(\x03\x12\x0b\n\x03ids\x18\x03 \x03(\t\x12,\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x1c.memshard.internal.v1.Commit\"\x11\n\x0f\x44\x65scribeRequest\"w\n\x10\x44\x65scribeResponse\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12.\n\x05owned\x18\x04 \x03(\x0b\x32\x1f.memshard.internal.v1.SlotRange\"(\n\tSlotRange\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r2\x9f\x08\n\x0cShardService\x12P\n\x05Store\x12\".memshard.internal.v1.StoreRequest\x1a#.memshard.internal.v1.StoreResponse\x12_\n\nStoreBatch\x12\'.memshard.internal.v1.StoreBatchRequest\x1a(.memshard.internal.v1.StoreBatchResponse\x12P\n\x05\x43laim\x12\".memshard.internal.v1.ClaimRequest\x1a#.memshard.internal.v1.ClaimResponse\x12\\\n\tFindClaim\x12&.memshard.internal.v1.FindClaimRequest\x1a\'.memshard.internal.v1.FindClaimResponse\x12S\n\x06Update\x12#.memshard.internal.v1.UpdateRequest\x1a$.memshard.internal.v1.UpdateResponse\x12J\n\x03Get\x12 .memshard.internal.v1.GetRequest\x1a!.memshard.internal.v1.GetResponse\x12S\n\x06\x44\x65lete\x12#.memshard.internal.v1.DeleteRequest\x1a$.memshard.internal.v1.DeleteResponse\x12M\n\x04List\x12!.memshard.internal.v1.ListRequest\x1a\".memshard.internal.v1.ListResponse\x12\x65\n\x0cListVersions\x12).memshard.internal.v1.ListVersionsRequest\x1a*.memshard.internal.v1.ListVersionsResponse\x12P\n\x05\x45rase\x12\".memshard.internal.v1.EraseRequest\x1a#.memshard.internal.v1.EraseResponse\x12S\n\x06Search\x12#.memshard.internal.v1.SearchRequest\x1a$.memshard.internal.v1.SearchResponse\x12Y\n\x08\x44\x65scribe\x12%.memshard.internal.v1.DescribeRequest\x1a&.memshard.internal.v1.DescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'memshard.internal.v1.shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROUTE']._serialized_start=109
-  _globals['_ROUTE']._serialized_end=218
-  _globals['_COMMIT']._serialized_start=220
-  _globals['_COMMIT']._serialized_end=304
-  _globals['_STOREREQUEST']._serialized_start=306
-  _globals['_STOREREQUEST']._serialized_end=417
-  _globals['_STORERESPONSE']._serialized_start=419
-  _globals['_STORERESPONSE']._serialized_end=534
-  _globals['_GETREQUEST']._serialized_start=536
-  _globals['_GETREQUEST']._serialized_end=648
-  _globals['_GETRESPONSE']._serialized_start=650
-  _globals['_GETRESPONSE']._serialized_end=713
-  _globals['_FOUNDMEMORY']._serialized_start=715
-  _globals['_FOUNDMEMORY']._serialized_end=779
-  _globals['_DELETEREQUEST']._serialized_start=781
-  _globals['_DELETEREQUEST']._serialized_end=889
-  _globals['_DELETERESPONSE']._serialized_start=891
-  _globals['_DELETERESPONSE']._serialized_end=970
-  _globals['_LISTPOSITION']._serialized_start=972
-  _globals['_LISTPOSITION']._serialized_end=1022
-  _globals['_LISTREQUEST']._serialized_start=1025
-  _globals['_LISTREQUEST']._serialized_end=1233
-  _globals['_LISTRESPONSE']._serialized_start=1235
-  _globals['_LISTRESPONSE']._serialized_end=1338
-  _globals['_SEARCHREQUEST']._serialized_start=1341
-  _globals['_SEARCHREQUEST']._serialized_end=1564
-  _globals['_SEARCHRESPONSE']._serialized_start=1566
-  _globals['_SEARCHRESPONSE']._serialized_end=1646
-  _globals['_STOREBATCHREQUEST']._serialized_start=1648
-  _globals['_STOREBATCHREQUEST']._serialized_end=1759
-  _globals['_STOREITEM']._serialized_start=1761
-  _globals['_STOREITEM']._serialized_end=1839
-  _globals['_STOREBATCHRESPONSE']._serialized_start=1841
-  _globals['_STOREBATCHRESPONSE']._serialized_end=1961
-  _globals['_STOREOUTCOME']._serialized_start=1963
-  _globals['_STOREOUTCOME']._serialized_end=2029
-  _globals['_CLAIMREQUEST']._serialized_start=2031
-  _globals['_CLAIMREQUEST']._serialized_end=2137
-  _globals['_CLAIMITEM']._serialized_start=2139
-  _globals['_CLAIMITEM']._serialized_end=2235
-  _globals['_CLAIMRESPONSE']._serialized_start=2237
-  _globals['_CLAIMRESPONSE']._serialized_end=2306
-  _globals['_CLAIMOUTCOME']._serialized_start=2308
-  _globals['_CLAIMOUTCOME']._serialized_end=2357
-  _globals['_FINDCLAIMREQUEST']._serialized_start=2359
-  _globals['_FINDCLAIMREQUEST']._serialized_end=2450
-  _globals['_FINDCLAIMRESPONSE']._serialized_start=2452
-  _globals['_FINDCLAIMRESPONSE']._serialized_end=2513
-  _globals['_UPDATEREQUEST']._serialized_start=2516
-  _globals['_UPDATEREQUEST']._serialized_end=2716
-  _globals['_UPDATERESPONSE']._serialized_start=2718
-  _globals['_UPDATERESPONSE']._serialized_end=2817
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=2820
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=2957
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=2959
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=3034
-  _globals['_ERASEREQUEST']._serialized_start=3036
-  _globals['_ERASEREQUEST']._serialized_end=3131
-  _globals['_ERASERESPONSE']._serialized_start=3133
-  _globals['_ERASERESPONSE']._serialized_end=3257
-  _globals['_DESCRIBEREQUEST']._serialized_start=3259
-  _globals['_DESCRIBEREQUEST']._serialized_end=3276
-  _globals['_DESCRIBERESPONSE']._serialized_start=3278
-  _globals['_DESCRIBERESPONSE']._serialized_end=3397
-  _globals['_SLOTRANGE']._serialized_start=3399
-  _globals['_SLOTRANGE']._serialized_end=3439
-  _globals['_SHARDSERVICE']._serialized_start=3442
-  _globals['_SHARDSERVICE']._serialized_end=4497
+  _globals['_ROUTE']._serialized_start=142
+  _globals['_ROUTE']._serialized_end=251
+  _globals['_COMMIT']._serialized_start=253
+  _globals['_COMMIT']._serialized_end=337
+  _globals['_STOREREQUEST']._serialized_start=339
+  _globals['_STOREREQUEST']._serialized_end=450
+  _globals['_STORERESPONSE']._serialized_start=452
+  _globals['_STORERESPONSE']._serialized_end=567
+  _globals['_GETREQUEST']._serialized_start=569
+  _globals['_GETREQUEST']._serialized_end=681
+  _globals['_GETRESPONSE']._serialized_start=683
+  _globals['_GETRESPONSE']._serialized_end=746
+  _globals['_FOUNDMEMORY']._serialized_start=748
+  _globals['_FOUNDMEMORY']._serialized_end=812
+  _globals['_DELETEREQUEST']._serialized_start=814
+  _globals['_DELETEREQUEST']._serialized_end=922
+  _globals['_DELETERESPONSE']._serialized_start=924
+  _globals['_DELETERESPONSE']._serialized_end=1003
+  _globals['_LISTPOSITION']._serialized_start=1005
+  _globals['_LISTPOSITION']._serialized_end=1055
+  _globals['_LISTREQUEST']._serialized_start=1058
+  _globals['_LISTREQUEST']._serialized_end=1266
+  _globals['_LISTRESPONSE']._serialized_start=1268
+  _globals['_LISTRESPONSE']._serialized_end=1371
+  _globals['_SEARCHREQUEST']._serialized_start=1374
+  _globals['_SEARCHREQUEST']._serialized_end=1597
+  _globals['_SEARCHRESPONSE']._serialized_start=1599
+  _globals['_SEARCHRESPONSE']._serialized_end=1679
+  _globals['_STOREBATCHREQUEST']._serialized_start=1681
+  _globals['_STOREBATCHREQUEST']._serialized_end=1792
+  _globals['_STOREITEM']._serialized_start=1794
+  _globals['_STOREITEM']._serialized_end=1872
+  _globals['_STOREBATCHRESPONSE']._serialized_start=1874
+  _globals['_STOREBATCHRESPONSE']._serialized_end=1994
+  _globals['_STOREOUTCOME']._serialized_start=1996
+  _globals['_STOREOUTCOME']._serialized_end=2062
+  _globals['_CLAIMREQUEST']._serialized_start=2064
+  _globals['_CLAIMREQUEST']._serialized_end=2170
+  _globals['_CLAIMITEM']._serialized_start=2173
+  _globals['_CLAIMITEM']._serialized_end=2318
+  _globals['_CLAIMRESPONSE']._serialized_start=2320
+  _globals['_CLAIMRESPONSE']._serialized_end=2389
+  _globals['_CLAIMOUTCOME']._serialized_start=2391
+  _globals['_CLAIMOUTCOME']._serialized_end=2440
+  _globals['_FINDCLAIMREQUEST']._serialized_start=2442
+  _globals['_FINDCLAIMREQUEST']._serialized_end=2533
+  _globals['_FINDCLAIMRESPONSE']._serialized_start=2535
+  _globals['_FINDCLAIMRESPONSE']._serialized_end=2596
+  _globals['_UPDATEREQUEST']._serialized_start=2599
+  _globals['_UPDATEREQUEST']._serialized_end=2799
+  _globals['_UPDATERESPONSE']._serialized_start=2801
+  _globals['_UPDATERESPONSE']._serialized_end=2900
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=2903
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=3040
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=3042
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=3117
+  _globals['_ERASEREQUEST']._serialized_start=3119
+  _globals['_ERASEREQUEST']._serialized_end=3214
+  _globals['_ERASERESPONSE']._serialized_start=3216
+  _globals['_ERASERESPONSE']._serialized_end=3340
+  _globals['_DESCRIBEREQUEST']._serialized_start=3342
+  _globals['_DESCRIBEREQUEST']._serialized_end=3359
+  _globals['_DESCRIBERESPONSE']._serialized_start=3361
+  _globals['_DESCRIBERESPONSE']._serialized_end=3480
+  _globals['_SLOTRANGE']._serialized_start=3482
+  _globals['_SLOTRANGE']._serialized_end=3522
+  _globals['_SHARDSERVICE']._serialized_start=3525
+  _globals['_SHARDSERVICE']._serialized_end=4580
 # @@protoc_insertion_point(module_scope)

@@ -11,6 +11,7 @@ it does answer is about exactly the slots that were asked for, so that a fan-out
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.rpc import status_pb2 as _status_pb2
 from memshard.v1 import memory_pb2 as _memory_pb2
@@ -615,12 +616,17 @@ class ClaimItem(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     MEMORY_SLOT_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     home_slot: _builtins.int
     user_id: _builtins.str
     id: _builtins.str
     digest: _builtins.bytes
     memory_slot: _builtins.int
     """Where its memory goes."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Its memory's: past it, only what was claimed before is a success."""
+
     def __init__(
         self,
         *,
@@ -629,10 +635,11 @@ class ClaimItem(_message.Message):
         id: _builtins.str = ...,
         digest: _builtins.bytes = ...,
         memory_slot: _builtins.int = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "home_slot", b"home_slot", "id", b"id", "memory_slot", b"memory_slot", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "expire_time", b"expire_time", "home_slot", b"home_slot", "id", b"id", "memory_slot", b"memory_slot", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
