@@ -46,141 +46,148 @@ class Shape(Protocol):
 
 
 def migrations(shape: Shape) -> tuple[Migration, ...]:
-    """The schema changes for a shard, in order. The text language must be the name of one that PostgreSQL has."""
+    """The schema changes for a shard, in order. The text language must be the name of one that PostgreSQL has.
+
+    Numbers and names of this module and the shape go into these statements; nothing from outside does.
+    """
+    return _memories(shape), _whole_api(shape)
+
+
+def _memories(shape: Shape) -> Migration:
     vector_bytes = shape.dimensions * _BYTES_PER_DIMENSION[shape.precision]
     storage = "PLAIN" if vector_bytes <= _PLAIN_MAX_BYTES else "EXTERNAL"
     low, high = _TOAST_TARGET_RANGE
     toast_target = min(max(vector_bytes + _TOAST_ROOM_BYTES, low), high)
-    # Numbers and names of this module only: nothing from outside goes into these statements.
     column = f"{VECTOR_TYPE[shape.precision]}({shape.dimensions:d})"
-    return (
-        Migration(
-            1,
-            "identity, ownership, memories, applied requests",
-            f"""
-            CREATE TABLE identity (
-                singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
-                cluster_id uuid NOT NULL,
-                shard_id text NOT NULL,
-                embedding_model text NOT NULL,
-                dimensions int NOT NULL,
-                precision text NOT NULL,
-                epoch bigint NOT NULL
-            );
-            -- A slot that the shard has never owned has no row. 'fenced': readable, takes no write.
-            CREATE TABLE owned_slots (
-                slot int PRIMARY KEY CHECK (slot BETWEEN 0 AND 16383),
-                state text NOT NULL CHECK (state IN ('own', 'fenced', 'gone')),
-                -- FOR SHARE asks for the right to update some column. This one says nothing, so that the serving role
-                -- can hold a slot and not change who owns it.
-                held boolean
-            );
-            CREATE TABLE memories (
-                slot int NOT NULL,
-                user_id text COLLATE "C" NOT NULL,
-                id uuid NOT NULL,
-                digest bytea NOT NULL,
-                agent_id text NOT NULL,
-                session_id text NOT NULL,
-                type smallint NOT NULL,
-                importance real NOT NULL,
-                content text NOT NULL,
-                metadata jsonb NOT NULL,
-                embedding {column},
-                embedding_model text NOT NULL,
-                create_time timestamptz NOT NULL DEFAULT now(),
-                update_time timestamptz NOT NULL DEFAULT now(),
-                expire_time timestamptz,
-                -- Set: a tombstone. The row stays, emptied, so that a late retry of its store finds the id taken.
-                deleted_at timestamptz,
-                version bigint NOT NULL DEFAULT 1,
-                PRIMARY KEY (slot, user_id, id)
-            ) WITH (toast_tuple_target = {toast_target:d});
-            ALTER TABLE memories ALTER COLUMN embedding SET STORAGE {storage};
-            CREATE INDEX memories_newest_first ON memories (slot, user_id, create_time DESC, id DESC)
-                WHERE deleted_at IS NULL;
-            CREATE INDEX memories_by_id ON memories (id);
-            CREATE INDEX memories_expiring ON memories (expire_time)
-                WHERE expire_time IS NOT NULL AND deleted_at IS NULL;
-            CREATE INDEX memories_tombstones ON memories (deleted_at) WHERE deleted_at IS NOT NULL;
-            CREATE TABLE applied_requests (
-                slot int NOT NULL,
-                user_id text COLLATE "C" NOT NULL,
-                request_id text COLLATE "C" NOT NULL,
-                digest bytea NOT NULL,
-                outcome boolean NOT NULL,
-                applied_at timestamptz NOT NULL DEFAULT now(),
-                PRIMARY KEY (slot, user_id, request_id)
-            );
-            CREATE INDEX applied_requests_by_age ON applied_requests (applied_at);
-            """,  # noqa: S608  # The numbers and names from above.
-        ),
-        Migration(
-            2,
-            "versions, keyword search, claims, erasures",
-            f"""
-            ALTER TABLE identity ADD COLUMN text_language text NOT NULL DEFAULT '{shape.text_language}';
-            ALTER TABLE identity ADD COLUMN placement text NOT NULL DEFAULT '{shape.placement}';
-            ALTER TABLE memories ADD COLUMN words tsvector
-                GENERATED ALWAYS AS (to_tsvector('{shape.text_language}', {words_of("content")})) STORED;
-            CREATE INDEX memories_words ON memories USING gin (words);
-            CREATE INDEX memories_unembedded ON memories (slot, user_id)
-                WHERE embedding IS NULL AND deleted_at IS NULL;
-            CREATE INDEX memories_embedding_queue ON memories (create_time)
-                WHERE embedding IS NULL AND deleted_at IS NULL;
-            -- Statistics are samples of what users wrote, and would outlive it.
-            ALTER TABLE memories ALTER COLUMN content SET STATISTICS 0, ALTER COLUMN metadata SET STATISTICS 0,
-                ALTER COLUMN words SET STATISTICS 0, ALTER COLUMN agent_id SET STATISTICS 0,
-                ALTER COLUMN session_id SET STATISTICS 0;
-            {_USER_INDEX if shape.placement is not PlacementStrategy.USER_BASED else ""}
-            -- What a memory was before an update, or before it was deleted: then without its contents.
-            CREATE TABLE memory_versions (
-                slot int NOT NULL,
-                user_id text COLLATE "C" NOT NULL,
-                id uuid NOT NULL,
-                version bigint NOT NULL,
-                agent_id text NOT NULL,
-                session_id text NOT NULL,
-                type smallint NOT NULL,
-                importance real NOT NULL,
-                content text NOT NULL,
-                metadata jsonb NOT NULL,
-                embedding_model text NOT NULL,
-                pending boolean NOT NULL,
-                create_time timestamptz NOT NULL,
-                update_time timestamptz NOT NULL,
-                expire_time timestamptz,
-                replaced_at timestamptz NOT NULL DEFAULT now(),
-                PRIMARY KEY (slot, user_id, id, version)
-            );
-            ALTER TABLE memory_versions ALTER COLUMN content SET STATISTICS 0, ALTER COLUMN metadata SET STATISTICS 0,
-                ALTER COLUMN agent_id SET STATISTICS 0, ALTER COLUMN session_id SET STATISTICS 0;
-            CREATE INDEX memory_versions_by_age ON memory_versions (replaced_at);
-            -- The answer without content: a version's number leads to it.
-            ALTER TABLE applied_requests ADD COLUMN answer jsonb;
-            UPDATE applied_requests SET answer = jsonb_build_object('deleted', outcome);
-            ALTER TABLE applied_requests ALTER COLUMN answer SET NOT NULL;
-            ALTER TABLE applied_requests DROP COLUMN outcome;
-            -- Who has an id, where that does not follow from the memory's own slot (docs/decisions/0007-claims.md).
-            CREATE TABLE claims (
-                slot int NOT NULL,
-                user_id text COLLATE "C" NOT NULL,
-                id uuid NOT NULL,
-                digest bytea NOT NULL,
-                memory_slot int NOT NULL,
-                PRIMARY KEY (slot, user_id, id)
-            );
-            -- Requests to erase, known by a hash: nothing of the user is kept, not even the name.
-            CREATE TABLE erasures (
-                slot int NOT NULL,
-                request_hash bytea NOT NULL,
-                memories bigint NOT NULL,
-                versions bigint NOT NULL,
-                done boolean NOT NULL,
-                applied_at timestamptz NOT NULL DEFAULT now(),
-                PRIMARY KEY (slot, request_hash)
-            );
-            CREATE INDEX erasures_by_age ON erasures (applied_at);
-            """,  # noqa: S608  # The names from above.
-        ),
+    return Migration(
+        1,
+        "identity, ownership, memories, applied requests",
+        f"""
+        CREATE TABLE identity (
+            singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
+            cluster_id uuid NOT NULL,
+            shard_id text NOT NULL,
+            embedding_model text NOT NULL,
+            dimensions int NOT NULL,
+            precision text NOT NULL,
+            epoch bigint NOT NULL
+        );
+        -- A slot that the shard has never owned has no row. 'fenced': readable, takes no write.
+        CREATE TABLE owned_slots (
+            slot int PRIMARY KEY CHECK (slot BETWEEN 0 AND 16383),
+            state text NOT NULL CHECK (state IN ('own', 'fenced', 'gone')),
+            -- FOR SHARE asks for the right to update some column. This one says nothing, so that the serving role
+            -- can hold a slot and not change who owns it.
+            held boolean
+        );
+        CREATE TABLE memories (
+            slot int NOT NULL,
+            user_id text COLLATE "C" NOT NULL,
+            id uuid NOT NULL,
+            digest bytea NOT NULL,
+            agent_id text NOT NULL,
+            session_id text NOT NULL,
+            type smallint NOT NULL,
+            importance real NOT NULL,
+            content text NOT NULL,
+            metadata jsonb NOT NULL,
+            embedding {column},
+            embedding_model text NOT NULL,
+            create_time timestamptz NOT NULL DEFAULT now(),
+            update_time timestamptz NOT NULL DEFAULT now(),
+            expire_time timestamptz,
+            -- Set: a tombstone. The row stays, emptied, so that a late retry of its store finds the id taken.
+            deleted_at timestamptz,
+            version bigint NOT NULL DEFAULT 1,
+            PRIMARY KEY (slot, user_id, id)
+        ) WITH (toast_tuple_target = {toast_target:d});
+        ALTER TABLE memories ALTER COLUMN embedding SET STORAGE {storage};
+        CREATE INDEX memories_newest_first ON memories (slot, user_id, create_time DESC, id DESC)
+            WHERE deleted_at IS NULL;
+        CREATE INDEX memories_by_id ON memories (id);
+        CREATE INDEX memories_expiring ON memories (expire_time)
+            WHERE expire_time IS NOT NULL AND deleted_at IS NULL;
+        CREATE INDEX memories_tombstones ON memories (deleted_at) WHERE deleted_at IS NOT NULL;
+        CREATE TABLE applied_requests (
+            slot int NOT NULL,
+            user_id text COLLATE "C" NOT NULL,
+            request_id text COLLATE "C" NOT NULL,
+            digest bytea NOT NULL,
+            outcome boolean NOT NULL,
+            applied_at timestamptz NOT NULL DEFAULT now(),
+            PRIMARY KEY (slot, user_id, request_id)
+        );
+        CREATE INDEX applied_requests_by_age ON applied_requests (applied_at);
+        """,  # noqa: S608  # The numbers and names from above.
+    )
+
+
+def _whole_api(shape: Shape) -> Migration:
+    return Migration(
+        2,
+        "versions, keyword search, claims, erasures",
+        f"""
+        ALTER TABLE identity ADD COLUMN text_language text NOT NULL DEFAULT '{shape.text_language}';
+        ALTER TABLE identity ADD COLUMN placement text NOT NULL DEFAULT '{shape.placement}';
+        ALTER TABLE memories ADD COLUMN words tsvector
+            GENERATED ALWAYS AS (to_tsvector('{shape.text_language}', {words_of("content")})) STORED;
+        CREATE INDEX memories_words ON memories USING gin (words);
+        CREATE INDEX memories_unembedded ON memories (slot, user_id)
+            WHERE embedding IS NULL AND deleted_at IS NULL;
+        CREATE INDEX memories_embedding_queue ON memories (create_time)
+            WHERE embedding IS NULL AND deleted_at IS NULL;
+        -- Statistics are samples of what users wrote, and would outlive it.
+        ALTER TABLE memories ALTER COLUMN content SET STATISTICS 0, ALTER COLUMN metadata SET STATISTICS 0,
+            ALTER COLUMN words SET STATISTICS 0, ALTER COLUMN agent_id SET STATISTICS 0,
+            ALTER COLUMN session_id SET STATISTICS 0;
+        {_USER_INDEX if shape.placement is not PlacementStrategy.USER_BASED else ""}
+        -- What a memory was before an update, or before it was deleted: then without its contents.
+        CREATE TABLE memory_versions (
+            slot int NOT NULL,
+            user_id text COLLATE "C" NOT NULL,
+            id uuid NOT NULL,
+            version bigint NOT NULL,
+            agent_id text NOT NULL,
+            session_id text NOT NULL,
+            type smallint NOT NULL,
+            importance real NOT NULL,
+            content text NOT NULL,
+            metadata jsonb NOT NULL,
+            embedding_model text NOT NULL,
+            pending boolean NOT NULL,
+            create_time timestamptz NOT NULL,
+            update_time timestamptz NOT NULL,
+            expire_time timestamptz,
+            replaced_at timestamptz NOT NULL DEFAULT now(),
+            PRIMARY KEY (slot, user_id, id, version)
+        );
+        ALTER TABLE memory_versions ALTER COLUMN content SET STATISTICS 0, ALTER COLUMN metadata SET STATISTICS 0,
+            ALTER COLUMN agent_id SET STATISTICS 0, ALTER COLUMN session_id SET STATISTICS 0;
+        CREATE INDEX memory_versions_by_age ON memory_versions (replaced_at);
+        -- The answer without content: a version's number leads to it.
+        ALTER TABLE applied_requests ADD COLUMN answer jsonb;
+        UPDATE applied_requests SET answer = jsonb_build_object('deleted', outcome);
+        ALTER TABLE applied_requests ALTER COLUMN answer SET NOT NULL;
+        ALTER TABLE applied_requests DROP COLUMN outcome;
+        -- Who has an id, where that does not follow from the memory's own slot (docs/decisions/0007-claims.md).
+        CREATE TABLE claims (
+            slot int NOT NULL,
+            user_id text COLLATE "C" NOT NULL,
+            id uuid NOT NULL,
+            digest bytea NOT NULL,
+            memory_slot int NOT NULL,
+            PRIMARY KEY (slot, user_id, id)
+        );
+        -- Requests to erase, known by a hash: nothing of the user is kept, not even the name.
+        CREATE TABLE erasures (
+            slot int NOT NULL,
+            request_hash bytea NOT NULL,
+            memories bigint NOT NULL,
+            versions bigint NOT NULL,
+            done boolean NOT NULL,
+            applied_at timestamptz NOT NULL DEFAULT now(),
+            PRIMARY KEY (slot, request_hash)
+        );
+        CREATE INDEX erasures_by_age ON erasures (applied_at);
+        """,  # noqa: S608  # The names from above.
     )
