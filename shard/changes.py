@@ -12,6 +12,9 @@ from shard.identity import Identity
 from shard.ownership import NotOwnedError
 from shard.rows import COLUMNS, KEPT_COLUMNS, from_microseconds, to_json, to_memory, to_vector
 
+# How often a request id can vanish between the attempt to use it and the look at who did.
+_ATTEMPTS = 3
+
 # One statement: owning, emptying, keeping the number of the last version, and the request id.
 _DELETE = """
 WITH own AS MATERIALIZED (
@@ -82,20 +85,23 @@ async def delete(connection: Connection, slot: int, user_id: str, memory_id: str
     Raises NotOwnedError, InvalidArgument (the request id was used for another request).
     """
     digest = requests.digest_of("delete", memory_id)
-    try:
-        async with connection.transaction():
-            row = await connection.fetchrow(_DELETE, slot, user_id, memory_id, request_id, digest)
-            await connection.execute(_FORGET_VERSIONS, slot, user_id, memory_id)
-    except asyncpg.UniqueViolationError as error:
-        if error.constraint_name != requests.UNIQUE:
-            raise
-        answer = await requests.find(connection, slot, user_id, request_id, digest)
-        if answer is None:
-            raise Unavailable("the request id is being purged; try again", retry_after_s=1.0) from None
-        return bool(answer["deleted"])
-    if row is None or not row["owned"]:
-        raise NotOwnedError
-    return bool(row["deleted"])
+    for _ in range(_ATTEMPTS):
+        try:
+            async with connection.transaction():
+                row = await connection.fetchrow(_DELETE, slot, user_id, memory_id, request_id, digest)
+                await connection.execute(_FORGET_VERSIONS, slot, user_id, memory_id)
+        except asyncpg.UniqueViolationError as error:
+            if error.constraint_name != requests.UNIQUE:
+                raise
+            answer = await requests.find(connection, slot, user_id, request_id, digest)
+            if answer is not None:
+                return bool(answer["deleted"])
+            # It was there a moment ago, and has been erased or purged since: this request is a new one.
+            continue
+        if row is None or not row["owned"]:
+            raise NotOwnedError
+        return bool(row["deleted"])
+    raise Unavailable("the request id is being purged; try again", retry_after_s=1.0)
 
 
 async def update(connection: Connection, identity: Identity, slot: int, request: shard_pb2.UpdateRequest) -> pb.Memory:
