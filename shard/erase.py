@@ -43,6 +43,7 @@ _TABLES = (
     ("applied_requests", "NULL::uuid AS id, false AS counts"),
     ("claims", "id, false AS counts"),
 )
+_MEMORIES = 0
 _BATCHES = tuple(_REMOVE.format(table=table, returning=returning) for table, returning in _TABLES)
 _RESTS = tuple(_REMOVE_REST.format(table=table, returning=returning) for table, returning in _TABLES)
 _RECORD = """
@@ -70,30 +71,72 @@ async def erase(
 
     Raises NotOwnedError when some of them are not this shard's.
     """
-    ids: set[str] = set()
-    request_hash = hashlib.sha256(f"{len(user_id)} {user_id} {request_id}".encode()).digest()
-    while True:
-        async with connection.transaction():
-            slots = [row["slot"] for row in await connection.fetch(_HOLD, *ranges)]
-            if len(slots) != slot_count:
-                raise NotOwnedError
-            finished = await connection.fetchrow(_FIND_DONE, slots[0], request_hash)
-            if finished is not None:
-                return Erased(finished["memories"], finished["versions"], frozenset(ids))
-            removed = [await connection.fetch(statement, user_id, slots, _BATCH) for statement in _BATCHES]
-            done = False
-            if all(len(rows) < _BATCH for rows in removed):
-                rest = [await connection.fetch(statement, user_id, slots) for statement in _RESTS]
-                # Whoever wrote meanwhile may have left more behind; an empty round is the end.
-                done = not any(rest) and not any(removed)
-                removed = [[*first, *second] for first, second in zip(removed, rest, strict=True)]
-            memories, versions = (_count(rows) for rows in removed[:2])
-            totals = await connection.fetchrow(_RECORD, slots[0], request_hash, memories, versions, done)
-        ids.update(str(row["id"]) for row in removed[0][:_MAX_IDS])
-        if done:
-            assert totals is not None
-            return Erased(totals["memories"], totals["versions"], frozenset(list(ids)[:_MAX_IDS]))
+    eraser = _Eraser(connection, ranges, slot_count, user_id, request_id)
+    finished = await eraser.finished()
+    while finished is None:
+        removed = [await eraser.remove(number) for number in range(len(_TABLES))]
+        # Whoever wrote meanwhile may have left more behind; a round that finds nothing is the end.
+        if not any(removed):
+            finished = await eraser.finish()
+    return Erased(finished["memories"], finished["versions"], frozenset(eraser.ids))
 
 
-def _count(rows: list[asyncpg.Record]) -> int:
-    return sum(row["counts"] for row in rows)
+class _Eraser:
+    """One request to erase, a transaction at a time.
+
+    Each is about one table: an erasure that held requests while it waited for memories could wait in a ring with a
+    delete, which takes them the other way round.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        ranges: tuple[list[int], list[int]],
+        slot_count: int,
+        user_id: str,
+        request_id: str,
+    ) -> None:
+        self._connection = connection
+        self._ranges = ranges
+        self._slot_count = slot_count
+        self._user_id = user_id
+        self._request_hash = hashlib.sha256(f"{len(user_id)} {user_id} {request_id}".encode()).digest()
+        self.ids: set[str] = set()
+
+    async def finished(self) -> asyncpg.Record | None:
+        """The totals of this request, if it came to its end before."""
+        return await self._connection.fetchrow(_FIND_DONE, self._ranges[0][0], self._request_hash)
+
+    async def remove(self, number: int) -> int:
+        """Removes what there is in a table, or a batch of it; returns how much that was. Raises NotOwnedError."""
+        async with self._connection.transaction():
+            slots = await self._hold()
+            rows = await self._connection.fetch(_BATCHES[number], self._user_id, slots, _BATCH)
+            if len(rows) < _BATCH:
+                rows += await self._connection.fetch(_RESTS[number], self._user_id, slots)
+            counted = sum(row["counts"] for row in rows)
+            if counted:
+                memories, versions = (counted, 0) if number == _MEMORIES else (0, counted)
+                await self._record(memories, versions, done=False)
+        if number == _MEMORIES:
+            self.ids.update(str(row["id"]) for row in rows[: _MAX_IDS - len(self.ids)])
+        return len(rows)
+
+    async def finish(self) -> asyncpg.Record:
+        """Marks the request as carried out, and returns its totals."""
+        async with self._connection.transaction():
+            await self._hold()
+            return await self._record(0, 0, done=True)
+
+    async def _hold(self) -> list[int]:
+        slots = [row["slot"] for row in await self._connection.fetch(_HOLD, *self._ranges)]
+        if len(slots) != self._slot_count:
+            raise NotOwnedError
+        return slots
+
+    async def _record(self, memories: int, versions: int, *, done: bool) -> asyncpg.Record:
+        totals = await self._connection.fetchrow(
+            _RECORD, self._ranges[0][0], self._request_hash, memories, versions, done
+        )
+        assert totals is not None
+        return totals
