@@ -14,11 +14,10 @@ import numpy.typing as npt
 
 from common.config import EmbedderSettings
 from common.errors import Unavailable
+from common.local_model import LOCAL_DIMENSIONS, local_model_name
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
 
-LOCAL_MODEL = "wordllama-l2-supercat"
-LOCAL_DIMENSIONS = (64, 128, 256)
 # Above this many characters the local model takes over a millisecond, too long for the event loop; it goes to a thread.
 _INLINE_CHARACTERS = 1000
 _MAX_HTTP_BATCH = 64
@@ -145,11 +144,6 @@ class HttpEmbedder:
             raise _unavailable("it gave a NaN or infinite number")
         # Only directions are compared, and numbers of any size fit half precision this way.
         return _normalised(vectors)
-
-
-def local_model_name(dimensions: int) -> str:
-    """What embeddings of the local model are called in a catalog."""
-    return f"{LOCAL_MODEL}-{dimensions}"
 
 
 def _normalised(vectors: Vectors) -> Vectors:

@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from common.catalog import DEFAULT_TEXT_LANGUAGE, TEXT_LANGUAGE, PlacementStrategy
+from common.catalog import DEFAULT_TEXT_LANGUAGE, MAX_DIMENSIONS, TEXT_LANGUAGE, PlacementStrategy, Precision
+from common.local_model import LOCAL_DIMENSIONS, local_model_name
 from local.errors import DataDirectoryError, OptionsError
 from local.layout import Layout, write_atomically
 
@@ -18,11 +19,6 @@ DEFAULT_SHARDS = 2
 MAX_SHARDS = 64
 DEFAULT_DIMENSIONS = 1536
 DEFAULT_LOCAL_DIMENSIONS = 256
-# The model in the wordllama wheel was trained so that its first 64 or 128 numbers are embeddings too.
-LOCAL_DIMENSIONS = (64, 128, 256)
-LOCAL_MODEL = "wordllama-l2-supercat"
-# halfvec's limit for an index (pgvector).
-MAX_DIMENSIONS = 4000
 
 _PASSWORD_BYTES = 24
 
@@ -145,9 +141,10 @@ def _chosen(options: Options) -> Record:
             f"--dimensions must be {', '.join(map(str, LOCAL_DIMENSIONS[:-1]))} or {LOCAL_DIMENSIONS[-1]} with the "
             "local embedder; other models: --embedder http, or --embedder none"
         )
-    if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise OptionsError(f"--dimensions must be 1 to {MAX_DIMENSIONS}")
-    model = {"local": f"{LOCAL_MODEL}-{dimensions}", "http": options.embedder_model or "", "none": ""}[embedder]
+    most = MAX_DIMENSIONS[Precision.HALF]
+    if not 1 <= dimensions <= most:
+        raise OptionsError(f"--dimensions must be 1 to {most}")
+    model = {"local": local_model_name(dimensions), "http": options.embedder_model or "", "none": ""}[embedder]
     return Record(
         shards=shards,
         embedder=embedder,

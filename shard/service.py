@@ -1,6 +1,6 @@
 """ShardService: each method checks where the request was meant to go, then reads or writes."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from google.rpc import status_pb2
@@ -57,7 +57,7 @@ class ShardServicer:
 
         async def write(connection: Connection) -> shard_pb2.StoreBatchResponse:
             outcomes = await store.store_many(connection, self._identity, request.items)
-            epoch = await identity.read_epoch(connection)
+            epoch = await _epoch_if_needed(connection, outcomes)
             self._queue.wake()
             return shard_pb2.StoreBatchResponse(
                 outcomes=[
@@ -76,7 +76,7 @@ class ShardServicer:
 
         async def write(connection: Connection) -> shard_pb2.ClaimResponse:
             outcomes = await claims.claim(connection, request.items)
-            epoch = await identity.read_epoch(connection)
+            epoch = await _epoch_if_needed(connection, outcomes)
             return shard_pb2.ClaimResponse(
                 outcomes=[shard_pb2.ClaimOutcome(error=self._item_error(outcome, epoch)) for outcome in outcomes]
             )
@@ -229,3 +229,9 @@ class ShardServicer:
         return WrongShard(
             f"not served by {self._identity.shard_id} of cluster {self._identity.cluster_id}", epoch=epoch
         )
+
+
+async def _epoch_if_needed(connection: Connection, outcomes: Sequence[object]) -> int:
+    """The epoch that WRONG_SHARD is told with, read only when some item of many is to be told that."""
+    refused = any(isinstance(outcome, NotOwnedError) for outcome in outcomes)
+    return await identity.read_epoch(connection) if refused else 0

@@ -14,8 +14,9 @@ from pydantic import SecretStr
 from common import embedder
 from common.catalog import Cluster, PlacementStrategy, Precision
 from common.config import RouterSettings
-from common.embedder import Embedder, EmbedderMismatchError, HttpEmbedder, LocalEmbedder, local_model_name
+from common.embedder import Embedder, EmbedderMismatchError, HttpEmbedder, LocalEmbedder
 from common.errors import Unavailable
+from common.local_model import LOCAL_DIMENSIONS, local_model_name
 
 _KEY = "hunter2"
 _DIMENSIONS = 3
@@ -37,7 +38,7 @@ def local() -> LocalEmbedder:
     return LocalEmbedder(64)
 
 
-@pytest.mark.parametrize("dimensions", embedder.LOCAL_DIMENSIONS)
+@pytest.mark.parametrize("dimensions", LOCAL_DIMENSIONS)
 async def test_local_embeddings_have_the_clusters_dimensions_and_length_one(dimensions: int) -> None:
     model = LocalEmbedder(dimensions)
     vectors = await model.embed(["a cat on the mat", "Grüße aus Köln", "x"])

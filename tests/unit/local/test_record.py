@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from common import embedder
-from local import record
+from common.embedder import LocalEmbedder
+from common.local_model import LOCAL_DIMENSIONS
 from local.errors import DataDirectoryError, OptionsError
 from local.layout import Layout
 from local.record import Options, Record, Secrets, load_record, load_secrets, settle
@@ -29,8 +29,10 @@ def test_the_local_model_is_named_with_its_dimensions(dimensions: int) -> None:
 
 
 def test_the_local_model_is_the_routers() -> None:
-    assert embedder.LOCAL_MODEL == record.LOCAL_MODEL
-    assert embedder.LOCAL_DIMENSIONS == record.LOCAL_DIMENSIONS
+    for dimensions in LOCAL_DIMENSIONS:
+        made = settle(Options(dimensions=dimensions), None)
+        routers = LocalEmbedder(dimensions)
+        assert (made.embedder_model, made.dimensions) == (routers.model, routers.dimensions)
 
 
 def test_callers_that_bring_embeddings_have_no_model() -> None:
