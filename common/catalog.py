@@ -15,7 +15,8 @@ import asyncpg
 from common.migrations import Migration, migrate
 from common.postgres import Connection
 from common.slots import share_out
-from common.topology import Shard, ShardStatus, SlotRange, Topology
+from common.sync_set import SyncSet
+from common.topology import Replica, Shard, ShardStatus, SlotRange, Topology
 
 # Channel that a changed epoch is announced on; the payload is the epoch.
 CHANNEL = "memshard_topology"
@@ -71,6 +72,10 @@ class EpochConflictError(CatalogError):
     """The topology has changed since the change at hand was planned; nothing was done."""
 
 
+class SyncSetConflictError(CatalogError):
+    """The sync set, or the primary, has changed since the change at hand was planned; nothing was done."""
+
+
 _MIGRATIONS = (
     Migration(
         1,
@@ -115,6 +120,27 @@ _MIGRATIONS = (
             CHECK (text_language ~ '^[a-z][a-z_]{0,62}$');
         """,
     ),
+    Migration(
+        3,
+        "replicas, sync sets",
+        """
+        CREATE TABLE replicas (
+            shard_id text NOT NULL REFERENCES shards,
+            replica_id text NOT NULL,
+            address text NOT NULL,
+            PRIMARY KEY (shard_id, replica_id)
+        );
+        -- Which server takes a shard's writes, and which standbys its commits wait for (common/sync_set.py).
+        CREATE TABLE sync_sets (
+            shard_id text PRIMARY KEY REFERENCES shards,
+            primary_server text NOT NULL,
+            members text[] NOT NULL DEFAULT '{}',
+            -- The set that is being changed to. Until it has replaced the other, a failover has to satisfy both.
+            following text[],
+            version bigint NOT NULL DEFAULT 1
+        );
+        """,
+    ),
 )
 
 _CREATE_CLUSTER = """
@@ -135,6 +161,23 @@ _READ_RANGES = "SELECT first, last, shard_id FROM slot_ranges ORDER BY first"
 _RAISE_EPOCH = "UPDATE topology SET epoch = epoch + 1 WHERE epoch = $1 RETURNING epoch"
 _NOTIFY = "SELECT pg_notify($1, $2)"
 _SET_ADDRESS = "UPDATE shards SET address = $2 WHERE shard_id = $1 AND address <> $2"
+_READ_REPLICAS = "SELECT shard_id, replica_id, address FROM replicas ORDER BY shard_id, replica_id"
+_DROP_REPLICAS = "DELETE FROM replicas WHERE shard_id = $1"
+_CREATE_REPLICA = "INSERT INTO replicas (shard_id, replica_id, address) VALUES ($1, $2, $3)"
+_READ_SYNC_SET = "SELECT primary_server, members, following, version FROM sync_sets WHERE shard_id = $1"
+_CREATE_SYNC_SET = """
+INSERT INTO sync_sets (shard_id, primary_server, members) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING
+"""
+_CHANGE_SYNC_SET = """
+UPDATE sync_sets SET members = $3, following = $4, version = version + 1
+WHERE shard_id = $1 AND version = $2 AND primary_server = $5
+RETURNING version
+"""
+_CHANGE_PRIMARY = """
+UPDATE sync_sets SET primary_server = $3, members = $4, following = NULL, version = version + 1
+WHERE shard_id = $1 AND version = $2
+RETURNING version
+"""
 
 
 async def create(
@@ -176,6 +219,9 @@ async def create(
             raise CatalogError("this catalog already holds a cluster")
         await connection.execute(_CREATE_TOPOLOGY)
         await connection.executemany(_CREATE_SHARD, [(s.shard_id, s.address, s.weight, s.status.value) for s in shards])
+        await connection.executemany(
+            _CREATE_REPLICA, [(s.shard_id, r.replica_id, r.address) for s in shards for r in s.replicas]
+        )
         await connection.executemany(
             _CREATE_RANGE, [(first, last, shard_id) for shard_id, (first, last) in ranges.items()]
         )
@@ -219,12 +265,24 @@ async def read_topology(connection: Connection) -> Topology:
         epoch = await connection.fetchval(_READ_EPOCH)
         shards = await connection.fetch(_READ_SHARDS)
         ranges = await connection.fetch(_READ_RANGES)
+        replicas = await connection.fetch(_READ_REPLICAS)
     try:
         return Topology(
             cluster_id=cluster.cluster_id,
             epoch=epoch,
             shards=tuple(
-                Shard(row["shard_id"], row["address"], row["weight"], ShardStatus(row["status"])) for row in shards
+                Shard(
+                    row["shard_id"],
+                    row["address"],
+                    row["weight"],
+                    ShardStatus(row["status"]),
+                    tuple(
+                        Replica(replica["replica_id"], replica["address"])
+                        for replica in replicas
+                        if replica["shard_id"] == row["shard_id"]
+                    ),
+                )
+                for row in shards
             ),
             ranges=tuple(SlotRange(row["first"], row["last"], row["shard_id"]) for row in ranges),
         )
@@ -241,6 +299,77 @@ async def set_addresses(connection: Connection, epoch: int, addresses: Mapping[s
         raised = await _raise_epoch(connection, epoch)
         await connection.executemany(_SET_ADDRESS, list(addresses.items()))
     return raised
+
+
+async def set_replicas(connection: Connection, epoch: int, replicas: Mapping[str, Sequence[Replica]]) -> int:
+    """Replaces the replicas of the shards named, if the topology is still at `epoch`; returns the new epoch.
+
+    Raises EpochConflictError when it is not.
+    """
+    async with connection.transaction():
+        raised = await _raise_epoch(connection, epoch)
+        for shard_id, of_shard in replicas.items():
+            await connection.execute(_DROP_REPLICAS, shard_id)
+            await connection.executemany(_CREATE_REPLICA, [(shard_id, r.replica_id, r.address) for r in of_shard])
+    return raised
+
+
+async def create_sync_set(connection: Connection, shard_id: str, sync_set: SyncSet) -> None:
+    """Records a new shard's primary and sync set; does nothing when the shard has one."""
+    await connection.execute(_CREATE_SYNC_SET, shard_id, sync_set.primary, sorted(sync_set.members))
+
+
+async def read_sync_set(connection: Connection, shard_id: str) -> SyncSet | None:
+    """A shard's primary and sync set; None when nobody keeps one for it here."""
+    row = await connection.fetchrow(_READ_SYNC_SET, shard_id)
+    if row is None:
+        return None
+    return SyncSet(
+        primary=row["primary_server"],
+        members=frozenset(row["members"]),
+        following=None if row["following"] is None else frozenset(row["following"]),
+        version=row["version"],
+    )
+
+
+async def change_sync_set(
+    connection: Connection,
+    shard_id: str,
+    planned: SyncSet,
+    *,
+    members: frozenset[str],
+    following: frozenset[str] | None,
+) -> SyncSet:
+    """Changes the standbys that commits wait for, if nothing has changed since `planned` was read; returns the new set.
+
+    Raises SyncSetConflictError when something has.
+    """
+    version = await connection.fetchval(
+        _CHANGE_SYNC_SET,
+        shard_id,
+        planned.version,
+        sorted(members),
+        None if following is None else sorted(following),
+        planned.primary,
+    )
+    if version is None:
+        raise SyncSetConflictError(f"the sync set of {shard_id} is no longer what it was")
+    return SyncSet(planned.primary, members, following, version)
+
+
+async def change_primary(
+    connection: Connection, epoch: int, shard_id: str, planned: SyncSet, *, primary: str, members: frozenset[str]
+) -> SyncSet:
+    """Records that `primary` is to take a shard's writes, and raises the epoch: what a promotion begins with.
+
+    Raises EpochConflictError, SyncSetConflictError when something has changed since it was planned.
+    """
+    async with connection.transaction():
+        await _raise_epoch(connection, epoch)
+        version = await connection.fetchval(_CHANGE_PRIMARY, shard_id, planned.version, primary, sorted(members))
+        if version is None:
+            raise SyncSetConflictError(f"the sync set of {shard_id} is no longer what it was")
+    return SyncSet(primary, members, None, version)
 
 
 async def _raise_epoch(connection: Connection, epoch: int) -> int:

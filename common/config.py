@@ -165,6 +165,20 @@ class RouterSettings(EmbedderSettings):
     location_redis_ttl_s: Annotated[int, Field(ge=1, le=30 * 86400)] = 86400
     """Seconds that Redis remembers a location (the design's 24 h)."""
 
+    reads: Literal["replicas", "all"] = "replicas"
+    """Who serves reads that need not be strong. `replicas`: the primary only when no replica can. `all`: the primary
+    takes its share."""
+
+    freshness_wait_s: Annotated[float, Field(ge=0, le=10)] = 0.05
+    """Seconds that a replica which is behind may wait before the read goes elsewhere. Replay usually takes a few
+    milliseconds."""
+
+    replica_timeout_s: Seconds = 0.25
+    """Seconds that a replica gets for a read before it goes elsewhere. Reads of one user take a few milliseconds."""
+
+    replica_poll_s: Seconds = 0.25
+    """Seconds between looks at each replica, so that one that comes or goes is noticed within a second."""
+
     @model_validator(mode="after")
     def _relations(self) -> Self:
         if self.embedder_timeout_s > self.default_deadline_s:
@@ -222,6 +236,24 @@ class ShardSettings(EmbedderSettings):
     page_bytes: Annotated[int, Field(ge=1024, le=64 * MIB)] = 3 * MIB
     """Bytes after which a page of a listing ends early. Below the 4 MiB that gRPC clients take by default."""
 
+    heartbeat_interval_s: Annotated[float, Field(ge=0.05, le=60)] = 0.5
+    """Seconds between heartbeats in the log, by which replicas know how old what they have is."""
+
+    sync_set: Literal["managed", "external"] = "managed"
+    """Who decides which standbys commits wait for. `managed`: this service, with the catalog, where the catalog keeps
+    a sync set for the shard. `external`: whoever runs PostgreSQL (CloudNativePG, Patroni); receipts follow its
+    setting."""
+
+    on_standby_loss: Literal["degrade", "refuse"] = "degrade"
+    """What becomes of writes when too few standbys are left. `degrade`: they are acknowledged as LOCAL. `refuse`: they
+    wait."""
+
+    standby_loss_s: Annotated[float, Field(ge=0.5, le=300)] = 2.0
+    """Seconds without a flush, while a commit waits, after which a standby counts as lost."""
+
+    primary_wait_s: Seconds = 5.0
+    """Seconds that a call waits for a server that takes writes, while one is being promoted."""
+
     @model_validator(mode="after")
     def _relations(self) -> Self:
         if self.pool_min_connections > self.pool_max_connections:
@@ -229,7 +261,47 @@ class ShardSettings(EmbedderSettings):
         return self
 
 
-SETTINGS: dict[str, type[ServiceSettings]] = {"router": RouterSettings, "shard": ShardSettings}
+class ReplicaSettings(ServiceSettings):
+    """The replica's settings: environment prefix `MEMSHARD_REPLICA_`."""
+
+    model_config = SettingsConfigDict(env_prefix="MEMSHARD_REPLICA_")
+
+    port: Port = 50071
+    """TCP port of the internal API."""
+
+    shard_id: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    """Name in the catalog of the shard whose standby this is."""
+
+    database_dsn: PostgresDsn
+    """URL of the standby's database, as the role that the shard's service has too."""
+
+    pool_min_connections: Annotated[int, Field(ge=1, le=1000)] = 2
+    """Connections kept open when idle."""
+
+    pool_max_connections: Annotated[int, Field(ge=1, le=1000)] = 16
+    """Most connections, as for a shard."""
+
+    default_deadline_s: Seconds = 10.0
+    """Seconds for a call that came without a deadline. Routers always send one."""
+
+    max_lag_s: Seconds = 30.0
+    """Seconds behind its primary beyond which it says NOT_SERVING, and no router asks it anything."""
+
+    page_bytes: Annotated[int, Field(ge=1024, le=64 * MIB)] = 3 * MIB
+    """Bytes after which a page of a listing ends early, as for a shard."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        if self.pool_min_connections > self.pool_max_connections:
+            raise ValueError("pool_min_connections must not exceed pool_max_connections")
+        return self
+
+
+SETTINGS: dict[str, type[ServiceSettings]] = {
+    "router": RouterSettings,
+    "shard": ShardSettings,
+    "replica": ReplicaSettings,
+}
 
 S = TypeVar("S", bound=ServiceSettings)
 

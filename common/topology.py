@@ -17,13 +17,22 @@ class ShardStatus(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Replica:
+    """A read-only service on a standby of a shard's primary: its name, and where it listens (`host:port`)."""
+
+    replica_id: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard: where its service listens (`host:port`), and its share of the slots relative to the others."""
+    """One shard: where its service listens (`host:port`), its share of the slots beside the others', its replicas."""
 
     shard_id: str
     address: str
     weight: int = 1
     status: ShardStatus = ShardStatus.ACTIVE
+    replicas: tuple[Replica, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ class Tokens:
     def receipt(self, *commits: tuple[str, shard_pb2.Commit]) -> pb.WriteReceipt:
         """The receipt of a write to one or several shards: (shard id, commit) of each."""
         positions = [
-            tokens_pb2.ShardPosition(shard_id=shard_id, timeline=commit.timeline, lsn=commit.lsn)
+            shard_pb2.ShardPosition(shard_id=shard_id, timeline=commit.timeline, lsn=commit.lsn)
             for shard_id, commit in commits
         ]
         payload = tokens_pb2.ConsistencyToken(positions=positions).SerializeToString()

@@ -7,20 +7,21 @@ import pytest
 import yaml
 
 from common import config
-from common.config import ConfigError, RouterSettings, ServiceSettings, ShardSettings, generate, load
+from common.config import ConfigError, ReplicaSettings, RouterSettings, ServiceSettings, ShardSettings, generate, load
 
 _SECRET = "hunter2"
 _DSN = f"postgresql://agent:{_SECRET}@db:5432/memshard"
 _REQUIRED: dict[type[ServiceSettings], dict[str, Any]] = {
     RouterSettings: {"catalog_dsn": _DSN},
     ShardSettings: {"catalog_dsn": _DSN, "shard_id": "shard-1", "database_dsn": _DSN},
+    ReplicaSettings: {"catalog_dsn": _DSN, "shard_id": "shard-1", "database_dsn": _DSN},
 }
 
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MEMSHARD_ROUTER_", "MEMSHARD_SHARD_"):
-        for field in (*RouterSettings.model_fields, *ShardSettings.model_fields):
+    for name in ("MEMSHARD_ROUTER_", "MEMSHARD_SHARD_", "MEMSHARD_REPLICA_"):
+        for field in (*RouterSettings.model_fields, *ShardSettings.model_fields, *ReplicaSettings.model_fields):
             monkeypatch.delenv(name + field.upper(), raising=False)
 
 

@@ -36,6 +36,7 @@ class Route(_message.Message):
     SHARD_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     RANGES_FIELD_NUMBER: _builtins.int
+    FRESH_FIELD_NUMBER: _builtins.int
     cluster_id: _builtins.str
     shard_id: _builtins.str
     epoch: _builtins.int
@@ -44,6 +45,10 @@ class Route(_message.Message):
     def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotRange]:
         """At least one; a request about one user's memory has one slot."""
 
+    @_builtins.property
+    def fresh(self) -> Global___Freshness:
+        """Of a read. Absent: strong, for the server that takes the writes and no other."""
+
     def __init__(
         self,
         *,
@@ -51,14 +56,76 @@ class Route(_message.Message):
         shard_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         ranges: _abc.Iterable[Global___SlotRange] | None = ...,
+        fresh: Global___Freshness | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fresh", b"fresh"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "epoch", b"epoch", "ranges", b"ranges", "shard_id", b"shard_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "epoch", b"epoch", "fresh", b"fresh", "ranges", b"ranges", "shard_id", b"shard_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Route: _TypeAlias = Route  # noqa: Y015
+
+@_typing.final
+class Freshness(_message.Message):
+    """What a read asks of the server that answers it. Nothing set: whatever that server has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    MAX_STALENESS_MS_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
+    max_staleness_ms: _builtins.int
+    """It lacks nothing that was committed longer ago than this. 0: no bound."""
+    wait_ms: _builtins.int
+    """How long one that is behind may wait before it answers REPLICA_BEHIND."""
+    @_builtins.property
+    def position(self) -> Global___ShardPosition:
+        """It has all that was committed up to here. Of this shard."""
+
+    def __init__(
+        self,
+        *,
+        position: Global___ShardPosition | None = ...,
+        max_staleness_ms: _builtins.int = ...,
+        wait_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_staleness_ms", b"max_staleness_ms", "position", b"position", "wait_ms", b"wait_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Freshness: _TypeAlias = Freshness  # noqa: Y015
+
+@_typing.final
+class ShardPosition(_message.Message):
+    """A place in one shard's write-ahead log. Positions of different shards are not comparable. A later timeline has all
+    that was acknowledged on an earlier one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
+    LSN_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    timeline: _builtins.int
+    lsn: _builtins.int
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        timeline: _builtins.int = ...,
+        lsn: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lsn", b"lsn", "shard_id", b"shard_id", "timeline", b"timeline"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardPosition: _TypeAlias = ShardPosition  # noqa: Y015
 
 @_typing.final
 class Commit(_message.Message):
@@ -972,11 +1039,33 @@ class DescribeResponse(_message.Message):
     SHARD_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     OWNED_FIELD_NUMBER: _builtins.int
+    WRITABLE_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    LAG_BYTES_FIELD_NUMBER: _builtins.int
+    LAG_MS_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
+    SYNC_SET_FIELD_NUMBER: _builtins.int
     cluster_id: _builtins.str
     shard_id: _builtins.str
     epoch: _builtins.int
+    writable: _builtins.bool
+    """It takes writes: not in recovery, not read-only."""
+    lag_bytes: _builtins.int
+    """Received and not replayed yet. 0 on a primary."""
+    lag_ms: _builtins.int
+    """Since the newest heartbeat of the primary that it has replayed. 0 on a primary."""
+    durability: _memory_pb2.Durability.ValueType
+    """What a write would be acknowledged with now. Of a primary."""
     @_builtins.property
     def owned(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotRange]: ...
+    @_builtins.property
+    def position(self) -> Global___ShardPosition:
+        """Up to where it has written the log, or on a standby replayed it."""
+
+    @_builtins.property
+    def sync_set(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The standbys that commits wait for a quorum of. Of a primary."""
+
     def __init__(
         self,
         *,
@@ -984,10 +1073,16 @@ class DescribeResponse(_message.Message):
         shard_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         owned: _abc.Iterable[Global___SlotRange] | None = ...,
+        writable: _builtins.bool = ...,
+        position: Global___ShardPosition | None = ...,
+        lag_bytes: _builtins.int = ...,
+        lag_ms: _builtins.int = ...,
+        durability: _memory_pb2.Durability.ValueType = ...,
+        sync_set: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "epoch", b"epoch", "owned", b"owned", "shard_id", b"shard_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "durability", b"durability", "epoch", b"epoch", "lag_bytes", b"lag_bytes", "lag_ms", b"lag_ms", "owned", b"owned", "position", b"position", "shard_id", b"shard_id", "sync_set", b"sync_set", "writable", b"writable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

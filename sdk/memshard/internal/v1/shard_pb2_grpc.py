@@ -179,7 +179,7 @@ class ShardServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Describe(self, request, context):
-        """Who this shard is and what it owns.
+        """Who this server is, what it owns and how far it has come.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -61,7 +61,7 @@ class ShardServiceStub:
     Search: _grpc.UnaryUnaryMultiCallable[_shard_pb2.SearchRequest, _shard_pb2.SearchResponse]
     """The k memories nearest to an embedding, or that match words best, of one user or of all."""
     Describe: _grpc.UnaryUnaryMultiCallable[_shard_pb2.DescribeRequest, _shard_pb2.DescribeResponse]
-    """Who this shard is and what it owns."""
+    """Who this server is, what it owns and how far it has come."""
 
 @_typing.type_check_only
 class ShardServiceAsyncStub(ShardServiceStub):
@@ -91,7 +91,7 @@ class ShardServiceAsyncStub(ShardServiceStub):
     Search: _aio.UnaryUnaryMultiCallable[_shard_pb2.SearchRequest, _shard_pb2.SearchResponse]  # type: ignore[assignment]
     """The k memories nearest to an embedding, or that match words best, of one user or of all."""
     Describe: _aio.UnaryUnaryMultiCallable[_shard_pb2.DescribeRequest, _shard_pb2.DescribeResponse]  # type: ignore[assignment]
-    """Who this shard is and what it owns."""
+    """Who this server is, what it owns and how far it has come."""
 
 class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
     """One shard's rows, for the routers of its cluster."""
@@ -190,6 +190,6 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _shard_pb2.DescribeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_shard_pb2.DescribeResponse, _abc.Awaitable[_shard_pb2.DescribeResponse]]:
-        """Who this shard is and what it owns."""
+        """Who this server is, what it owns and how far it has come."""
 
 def add_ShardServiceServicer_to_server(servicer: ShardServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -29,11 +29,11 @@ class ConsistencyToken(_message.Message):
 
     POSITIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def positions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardPosition]: ...
+    def positions(self) -> _containers.RepeatedCompositeFieldContainer[_shard_pb2.ShardPosition]: ...
     def __init__(
         self,
         *,
-        positions: _abc.Iterable[Global___ShardPosition] | None = ...,
+        positions: _abc.Iterable[_shard_pb2.ShardPosition] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -42,33 +42,6 @@ class ConsistencyToken(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ConsistencyToken: _TypeAlias = ConsistencyToken  # noqa: Y015
-
-@_typing.final
-class ShardPosition(_message.Message):
-    """A place in one shard's write-ahead log. Positions of different shards or timelines are not comparable."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SHARD_ID_FIELD_NUMBER: _builtins.int
-    TIMELINE_FIELD_NUMBER: _builtins.int
-    LSN_FIELD_NUMBER: _builtins.int
-    shard_id: _builtins.str
-    timeline: _builtins.int
-    lsn: _builtins.int
-    def __init__(
-        self,
-        *,
-        shard_id: _builtins.str = ...,
-        timeline: _builtins.int = ...,
-        lsn: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lsn", b"lsn", "shard_id", b"shard_id", "timeline", b"timeline"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ShardPosition: _TypeAlias = ShardPosition  # noqa: Y015
 
 @_typing.final
 class PageToken(_message.Message):
