@@ -18,6 +18,7 @@ from router.fanout import Fanout
 from router.location import LocationCache
 from router.parts import Parts
 from router.place import Placement
+from router.request_ids import RequestIds
 from router.scatter import Scatter
 from router.service import MemoryServicer
 from router.shards import Shards
@@ -44,12 +45,14 @@ async def main(settings: RouterSettings) -> None:
         watch = TopologyWatch(
             settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=shards.follow
         )
+        placement, dispatch = Placement(cluster.placement), Dispatch(watch, shards)
         servicer = MemoryServicer(
             Parts(
                 cluster=cluster,
-                placement=Placement(cluster.placement),
+                placement=placement,
                 embedding=Embedding(embeds),
-                dispatch=Dispatch(watch, shards),
+                dispatch=dispatch,
+                request_ids=RequestIds(placement, dispatch),
                 scatter=Scatter(watch, shards),
                 fanout=Fanout(watch, shards, concurrency=settings.fanout_concurrency),
                 locations=locations,

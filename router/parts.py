@@ -8,6 +8,7 @@ from router.embed import Embedding
 from router.fanout import Fanout
 from router.location import LocationCache
 from router.place import Placement
+from router.request_ids import RequestIds
 from router.scatter import Scatter
 from router.tokens import Tokens
 
@@ -20,6 +21,7 @@ class Parts:
     placement: Placement
     embedding: Embedding
     dispatch: Dispatch
+    request_ids: RequestIds
     scatter: Scatter
     fanout: Fanout
     locations: LocationCache
