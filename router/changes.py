@@ -55,7 +55,10 @@ async def delete(parts: Parts, request: pb.DeleteMemoryRequest, deadline: Deadli
 
 
 async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) -> pb.EraseUserResponse:
-    """Has every shard that may hold anything of the user remove it. All of them, or it is to be asked again."""
+    """Has every shard that may hold anything of the user remove it, and every router forget where it was.
+
+    All of them, or it is to be asked again.
+    """
     user_id = validate.user_id(request.user_id, "user_id")
     request_id = validate.request_id(request.request_id) or str(uuid.uuid4())
     question = shard_pb2.EraseRequest(user_id=user_id, request_id=request_id)
@@ -66,7 +69,8 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
         gathered = await parts.fanout.ask_all(ERASE, question, deadline)
         gathered.require_all()
         answers = list(gathered.answers)
-    await parts.locations.forget_many([memory_id for _, answer in answers for memory_id in answer.ids])
+    ids = [memory_id for _, answer in answers for memory_id in answer.ids]
+    await parts.invalidations.forget_everywhere(parts.locations, ids, deadline)
     return pb.EraseUserResponse(
         memories_erased=sum(answer.memories_erased for _, answer in answers),
         versions_erased=sum(answer.versions_erased for _, answer in answers),

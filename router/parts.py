@@ -6,6 +6,7 @@ from common.catalog import Cluster
 from router.dispatch import Dispatch
 from router.embed import Embedding
 from router.fanout import Fanout
+from router.invalidation import Invalidations
 from router.location import LocationCache
 from router.place import Placement
 from router.request_ids import RequestIds
@@ -25,4 +26,5 @@ class Parts:
     scatter: Scatter
     fanout: Fanout
     locations: LocationCache
+    invalidations: Invalidations
     tokens: Tokens

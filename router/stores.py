@@ -12,6 +12,7 @@ from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import validate
 from router.digest import digest_of
+from router.location import made_just_now
 from router.parts import Parts
 from router.place import home_slot
 from router.scatter import Sending
@@ -37,6 +38,7 @@ async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline
         item.slot, STORE, shard_pb2.StoreRequest(memory=memory, digest=digest), deadline
     )
     await parts.locations.add(memory.id, item.slot)
+    await _tell_others(parts, [memory.id])
     if answer.deleted:
         add_trailer(DELETED_TRAILER, "0")
     return pb.StoreMemoryResponse(memory=answer.memory, receipt=parts.tokens.receipt((shard.shard_id, answer.commit)))
@@ -58,10 +60,18 @@ async def store_batch(
         add_trailer(DELETED_TRAILER, ",".join(str(numbers[n]) for n in sorted(sent.marked)))
     batch.refuse(sent.outcomes)
     await parts.locations.add_many([(item.memory.id, item.slot) for item in batch.items()])
+    await _tell_others(parts, [item.memory.id for item in batch.items()])
     return pb.BatchStoreMemoriesResponse(
         results=batch.results(),
         receipt=parts.tokens.receipt(*((shard.shard_id, answer.commit) for shard, answer in sent.answers)),
     )
+
+
+async def _tell_others(parts: Parts, memory_ids: Sequence[str]) -> None:
+    """Other routers may remember one of these ids as another user's alone. An id that was made just now they cannot."""
+    older = [memory_id for memory_id in memory_ids if not made_just_now(memory_id)]
+    if older:
+        await parts.invalidations.tell(older)
 
 
 class _Batch:
