@@ -21,7 +21,7 @@ async def update(parts: Parts, request: pb.UpdateMemoryRequest, deadline: Deadli
     digest = _digest_of_change(change)
     if "content" in fields and "embedding" not in fields:
         # The old embedding is of the old content. LATER is an empty one, which the shard makes up for.
-        memory.embedding.extend(await parts.embedding.of_memory(memory))
+        memory.embedding.extend(await parts.embedding.of_memory(memory, deadline))
         memory.embedding_model = parts.cluster.embedding_model
         fields.append("embedding")
     question = shard_pb2.UpdateRequest(

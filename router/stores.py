@@ -28,7 +28,7 @@ async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline
     memory = validate.new_memory(request.memory, parts.cluster)
     digest = digest_of(memory)
     if not memory.embedding:
-        memory.embedding.extend(await parts.embedding.of_memory(memory))
+        memory.embedding.extend(await parts.embedding.of_memory(memory, deadline))
     item = shard_pb2.StoreItem(slot=parts.placement.new_slot(memory), memory=memory, digest=digest)
     if parts.placement.claims:
         (error,) = await _claim(parts, [item], deadline)
@@ -50,7 +50,7 @@ async def store_batch(
     """The same for each item; what is wrong with one is its own outcome."""
     validate.batch(request)
     batch = _Batch(request, parts)
-    await batch.embed()
+    await batch.embed(deadline)
     if parts.placement.claims:
         batch.refuse(await _claim(parts, batch.items(), deadline))
     items = batch.items()
@@ -91,14 +91,14 @@ class _Batch:
                 slot=parts.placement.new_slot(memory), memory=memory, digest=digest_of(memory)
             )
 
-    async def embed(self) -> None:
+    async def embed(self, deadline: Deadline) -> None:
         """Embeds those that come as text, all at once."""
         numbers = [number for number, item in self._items.items() if not item.memory.embedding]
         if not numbers:
             return
         memories = [self._items[number].memory for number in numbers]
         try:
-            vectors = await self._parts.embedding.of_memories(memories, [f"memories[{n}]" for n in numbers])
+            vectors = await self._parts.embedding.of_memories(memories, [f"memories[{n}]" for n in numbers], deadline)
         except InvalidArgument:
             # There is no embedder; each item hears it with its own field.
             vectors = [
