@@ -8,13 +8,16 @@ import json
 from dataclasses import dataclass
 
 import asyncpg
+from pydantic import SecretStr
 
 from common import catalog, logs, migrations, postgres
 from common.config import ShardSettings
+from common.dsn import location
 from common.lifecycle import StartError
-from common.postgres import Connection
+from common.postgres import CONNECT_ERRORS, Connection, explain
 from common.slots import as_ranges
 from shard import schema
+from shard.primary import Primary, PrimaryConnection
 
 _log = logs.get_logger("identity")
 
@@ -52,31 +55,29 @@ _READ_OWNED = "SELECT slot FROM owned_slots WHERE state IN ('own', 'fenced')"
 _GRANTS = """
 SELECT format('GRANT SELECT ON identity, owned_slots TO %1$I; GRANT UPDATE (held) ON owned_slots TO %1$I;
                GRANT SELECT, INSERT, UPDATE, DELETE
-               ON memories, memory_versions, applied_requests, request_claims, claims, erasures TO %1$I', $1::text)
+               ON memories, memory_versions, applied_requests, request_claims, claims, erasures TO %1$I;
+               GRANT SELECT, INSERT, UPDATE ON heartbeats TO %1$I', $1::text)
 """
 # A start waits this long for another one that changes the schema.
 _MIGRATION_LOCK_TIMEOUT = "SET lock_timeout = '30s'"
 _HAS_IDENTITY = "SELECT to_regclass('public.identity') IS NOT NULL"
 
 
-async def settle(settings: ShardSettings) -> Identity:
+async def settle(settings: ShardSettings, owner: Primary, serving: Primary) -> Identity:
     """Brings the schema up to date, and makes this database the shard's if it is new.
 
+    `owner` and `serving` connect as the two roles. Waits for a server that takes writes, for a bounded time.
     Raises StartError: database or catalog out of reach when needed, or this is another shard's database.
     """
-    owner_dsn = (settings.migration_dsn or settings.database_dsn).get_secret_value()
-    try:
-        connection = await postgres.connect(owner_dsn, what="the shard's database")
-    except postgres.DatabaseUnreachableError as error:
-        raise StartError(f"{error}. Check database_dsn and migration_dsn") from error
+    connection = await _connect(owner, settings.migration_dsn or settings.database_dsn, settings.primary_wait_s)
     try:
         await connection.execute(_MIGRATION_LOCK_TIMEOUT)
-        known = await _read(connection)
+        known = await read(connection)
         if known is None:
             known = await _join(connection, settings)
         else:
             await _migrate(connection, known)
-        await _grant(connection, settings, owner_dsn)
+        await _grant(connection, settings, serving)
     except migrations.NewerSchemaError as error:
         raise StartError(str(error)) from error
     except asyncpg.PostgresError as error:
@@ -94,18 +95,8 @@ async def settle(settings: ShardSettings) -> Identity:
     return known
 
 
-async def read_epoch(connection: Connection) -> int:
-    """The newest epoch that this shard knows of."""
-    epoch: int = await connection.fetchval(_READ_EPOCH)
-    return epoch
-
-
-async def read_owned(connection: Connection) -> list[tuple[int, int]]:
-    """The slots that this shard serves, as (first, last) ranges."""
-    return as_ranges(row["slot"] for row in await connection.fetch(_READ_OWNED))
-
-
-async def _read(connection: Connection) -> Identity | None:
+async def read(connection: Connection) -> Identity | None:
+    """Who the database says that it is; None when it has not been told yet."""
     if not await connection.fetchval(_HAS_IDENTITY):
         return None
     document = await connection.fetchval(_READ_IDENTITY)
@@ -121,6 +112,17 @@ async def _read(connection: Connection) -> Identity | None:
         placement=catalog.PlacementStrategy(row.get("placement", catalog.PlacementStrategy.USER_BASED)),
         text_language=row.get("text_language", catalog.DEFAULT_TEXT_LANGUAGE),
     )
+
+
+async def read_epoch(connection: Connection) -> int:
+    """The newest epoch that this shard knows of."""
+    epoch: int = await connection.fetchval(_READ_EPOCH)
+    return epoch
+
+
+async def read_owned(connection: Connection) -> list[tuple[int, int]]:
+    """The slots that this shard serves, as (first, last) ranges."""
+    return as_ranges(row["slot"] for row in await connection.fetch(_READ_OWNED))
 
 
 async def _migrate(connection: Connection, known: Identity) -> None:
@@ -172,15 +174,22 @@ async def _join(connection: Connection, settings: ShardSettings) -> Identity:
     return identity
 
 
-async def _grant(connection: Connection, settings: ShardSettings, owner_dsn: str) -> None:
-    """Lets the serving role, when it is another than the owner, at the rows of the tables and at nothing else."""
-    serving = settings.database_dsn.get_secret_value()
-    if serving == owner_dsn:
-        return
+async def _connect(primary: Primary, dsn: SecretStr, timeout_s: float) -> PrimaryConnection:
     try:
-        other = await postgres.connect(serving, what="the shard's database")
-    except postgres.DatabaseUnreachableError as error:
-        raise StartError(f"{error}. Check database_dsn") from error
+        await primary.find(timeout_s)
+        return await primary.connect()
+    except CONNECT_ERRORS as error:
+        raise StartError(
+            f"the shard's database at {location(dsn.get_secret_value())} cannot be reached: {explain(error)}. "
+            "Check database_dsn and migration_dsn"
+        ) from error
+
+
+async def _grant(connection: Connection, settings: ShardSettings, serving: Primary) -> None:
+    """Lets the serving role, when it is another than the owner, at the rows of the tables and at nothing else."""
+    if settings.migration_dsn in (None, settings.database_dsn):
+        return
+    other = await _connect(serving, settings.database_dsn, settings.primary_wait_s)
     try:
         role = await other.fetchval("SELECT current_user")
     finally:
