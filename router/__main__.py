@@ -18,6 +18,8 @@ from router.fanout import Fanout
 from router.location import LocationCache
 from router.parts import Parts
 from router.place import Placement
+from router.reads import Reads
+from router.replicas import Replicas
 from router.scatter import Scatter
 from router.service import MemoryServicer
 from router.shards import Shards
@@ -41,17 +43,24 @@ async def main(settings: RouterSettings) -> None:
         stack.push_async_callback(locations.close)
         shards = Shards(settings)
         stack.push_async_callback(shards.close)
+        replicas = Replicas(shards, topology, settings)
+
+        def follow(changed: Topology) -> None:
+            replicas.follow(changed)
+            shards.follow(changed)
+
         watch = TopologyWatch(
-            settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=shards.follow
+            settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=follow
         )
+        reads = Reads(shards, replicas, settings)
         servicer = MemoryServicer(
             Parts(
                 cluster=cluster,
                 placement=Placement(cluster.placement),
                 embedding=Embedding(embeds),
-                dispatch=Dispatch(watch, shards),
+                dispatch=Dispatch(watch, reads),
                 scatter=Scatter(watch, shards),
-                fanout=Fanout(watch, shards, concurrency=settings.fanout_concurrency),
+                fanout=Fanout(watch, reads, concurrency=settings.fanout_concurrency),
                 locations=locations,
                 tokens=Tokens(cluster.token_key),
             )
@@ -63,7 +72,7 @@ async def main(settings: RouterSettings) -> None:
         )
         await server.start()
         await server.set_serving(True)
-        await server.run_until_stopped([watch.run])
+        await server.run_until_stopped([watch.run, replicas.run])
 
 
 async def _read_catalog(settings: RouterSettings) -> tuple[Cluster, Topology]:
