@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import asyncpg
@@ -15,11 +16,13 @@ from memshard.v1 import memory_pb2
 from router.dispatch import Dispatch
 from router.embed import Embedding
 from router.fanout import Fanout
+from router.invalidation import Invalidations
 from router.location import LocationCache
 from router.parts import Parts
 from router.place import Placement
 from router.reads import Reads
 from router.replicas import Replicas
+from router.request_ids import RequestIds
 from router.scatter import Scatter
 from router.service import MemoryServicer
 from router.shards import Shards
@@ -39,7 +42,9 @@ async def main(settings: RouterSettings) -> None:
             raise lifecycle.StartError(str(error)) from error
         if embeds is not None:
             stack.push_async_callback(embeds.close)
-        locations = LocationCache(settings)
+        invalidations = Invalidations(settings, cluster.cluster_id)
+        stack.push_async_callback(invalidations.close)
+        locations = LocationCache(settings, invalidations.alive)
         stack.push_async_callback(locations.close)
         shards = Shards(settings)
         stack.push_async_callback(shards.close)
@@ -53,15 +58,18 @@ async def main(settings: RouterSettings) -> None:
             settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=follow
         )
         reads = Reads(shards, replicas, settings)
+        placement, dispatch = Placement(cluster.placement), Dispatch(watch, reads)
         servicer = MemoryServicer(
             Parts(
                 cluster=cluster,
-                placement=Placement(cluster.placement),
+                placement=placement,
                 embedding=Embedding(embeds),
-                dispatch=Dispatch(watch, reads),
+                dispatch=dispatch,
+                request_ids=RequestIds(placement, dispatch),
                 scatter=Scatter(watch, shards),
                 fanout=Fanout(watch, reads, concurrency=settings.fanout_concurrency),
                 locations=locations,
+                invalidations=invalidations,
                 tokens=Tokens(cluster.token_key),
             )
         )
@@ -72,7 +80,8 @@ async def main(settings: RouterSettings) -> None:
         )
         await server.start()
         await server.set_serving(True)
-        await server.run_until_stopped([watch.run, replicas.run])
+        listening = [partial(invalidations.run, locations)] if settings.redis_url else []
+        await server.run_until_stopped([watch.run, replicas.run, *listening])
 
 
 async def _read_catalog(settings: RouterSettings) -> tuple[Cluster, Topology]:

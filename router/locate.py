@@ -70,6 +70,7 @@ class Locator:
         )
 
     async def _everywhere(self, request: shard_pb2.GetRequest, consistency: Consistency, deadline: Deadline) -> Located:
+        began = self._locations.moment()
         gathered = await self._fanout.ask_all(GET, request, deadline, consistency)
         found = [found for _, answer in gathered.answers for found in answer.found]
         if not found:
@@ -79,7 +80,7 @@ class Locator:
             raise NotFound(f"there is no memory {request.id}")
         if not gathered.failed and gathered.served_by == {"primary"}:
             # What replicas know may be older than what the cache has been told by a store meanwhile.
-            await self._locations.learn(request.id, frozenset(item.slot for item in found))
+            await self._locations.learn(request.id, frozenset(item.slot for item in found), since=began)
         return Located(_only(found, request.id), gathered.summary(), gathered.served_by)
 
 

@@ -13,7 +13,7 @@ from common.slots import SLOT_COUNT
 from common.status import to_status
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
-from shard import changes, claims, erase, identity, reads, store
+from shard import changes, claims, erase, identity, reads, request_claims, store
 from shard.commits import Commits
 from shard.database import Database
 from shard.embedding_queue import EmbeddingQueue
@@ -92,6 +92,30 @@ class ShardServicer:
             )
 
         return await self._read(read, deadline)
+
+    async def TakeRequestId(
+        self, request: shard_pb2.TakeRequestIdRequest, deadline: Deadline
+    ) -> shard_pb2.TakeRequestIdResponse:
+        slot = self._slot(request.route)
+
+        async def write(connection: Connection) -> shard_pb2.TakeRequestIdResponse:
+            memory_slot = await request_claims.take(
+                connection, slot, request.user_id, request.request_id, request.digest, request.memory_slot
+            )
+            return shard_pb2.TakeRequestIdResponse(memory_slot=memory_slot)
+
+        return await self._write(write, deadline)
+
+    async def ReleaseRequestId(
+        self, request: shard_pb2.ReleaseRequestIdRequest, deadline: Deadline
+    ) -> shard_pb2.ReleaseRequestIdResponse:
+        slot = self._slot(request.route)
+
+        async def write(connection: Connection) -> shard_pb2.ReleaseRequestIdResponse:
+            await request_claims.release(connection, slot, request.user_id, request.request_id, request.digest)
+            return shard_pb2.ReleaseRequestIdResponse()
+
+        return await self._write(write, deadline)
 
     async def Update(self, request: shard_pb2.UpdateRequest, deadline: Deadline) -> shard_pb2.UpdateResponse:
         slot = self._slot(request.route)
