@@ -8,13 +8,12 @@ from common.rpc import add_trailer
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import changes, listings, searches, stores, validate
-from router.consistency import Consistency
+from router.consistency import Consistency, consistency
 from router.locate import Locator
 from router.parts import Parts
 from router.report import ONE_SHARD, report
 from router.resolve import slot_of_memory
 from router.shards import GET
-from router.tokens import COVERS_TRAILER, SESSION_TRAILER
 
 W = TypeVar(
     "W",
@@ -44,20 +43,18 @@ class MemoryServicer:
     async def GetMemory(self, request: pb.GetMemoryRequest, deadline: Deadline) -> pb.GetMemoryResponse:
         memory_id = validate.memory_id(request.id, "id")
         user_id = validate.optional_user_id(request.user_id, "user_id")
-        consistency = self._consistency(request.read)
+        wanted = self._consistency(request.read)
         if not user_id:
             located = await self._locator.get(
-                memory_id, deadline, include_embedding=request.include_embedding, consistency=consistency
+                memory_id, deadline, include_embedding=request.include_embedding, consistency=wanted
             )
             return pb.GetMemoryResponse(memory=located.memory, report=report(located.shards, located.served_by))
         missing = NotFound(f"this user has no memory {memory_id}")
-        slot = await slot_of_memory(
-            self._parts.placement, self._parts.dispatch, user_id, memory_id, deadline, consistency
-        )
+        slot = await slot_of_memory(self._parts.placement, self._parts.dispatch, user_id, memory_id, deadline, wanted)
         if slot is None:
             raise missing
         question = shard_pb2.GetRequest(id=memory_id, user_id=user_id, include_embedding=request.include_embedding)
-        answered = await self._parts.dispatch.read(slot, GET, question, consistency, deadline)
+        answered = await self._parts.dispatch.read(slot, GET, question, wanted, deadline)
         if not answered.answer.found:
             raise missing
         return pb.GetMemoryResponse(
@@ -71,8 +68,7 @@ class MemoryServicer:
         return self._receipted(await changes.delete(self._parts, request, deadline))
 
     async def ListMemories(self, request: pb.ListMemoriesRequest, deadline: Deadline) -> pb.ListMemoriesResponse:
-        consistency = self._consistency(request.read)
-        return await listings.list_memories(self._parts, request, consistency, deadline)
+        return await listings.list_memories(self._parts, request, self._consistency(request.read), deadline)
 
     async def ListMemoryVersions(
         self, request: pb.ListMemoryVersionsRequest, deadline: Deadline
@@ -80,22 +76,21 @@ class MemoryServicer:
         return await listings.list_versions(self._parts, request, deadline)
 
     async def SearchMemories(self, request: pb.SearchMemoriesRequest, deadline: Deadline) -> pb.SearchMemoriesResponse:
-        consistency = self._consistency(request.read)
-        return await searches.search(self._parts, request, consistency, deadline)
+        return await searches.search(self._parts, request, self._consistency(request.read), deadline)
 
     async def EraseUser(self, request: pb.EraseUserRequest, deadline: Deadline) -> pb.EraseUserResponse:
         return self._receipted(await changes.erase(self._parts, request, deadline))
 
     def _consistency(self, options: pb.ReadOptions) -> Consistency:
-        """How fresh a read must be. The caller is told of one token for all that came with it."""
+        """How fresh a read must be."""
         validate.read_options(options)
-        consistency = self._parts.tokens.consistency(options)
-        if token := self._parts.tokens.session(options):
-            add_trailer(SESSION_TRAILER, token)
-        return consistency
+        positions = self._parts.tokens.positions(options)
+        for key, value in self._parts.tokens.read_trailers(options, positions):
+            add_trailer(key, value)
+        return consistency(options, positions)
 
     def _receipted(self, response: W) -> W:
-        """The answer to a write. The caller is told which shards its token covers."""
-        if covers := self._parts.tokens.covers(response.receipt):
-            add_trailer(COVERS_TRAILER, covers)
+        """The answer to a write, with what callers who keep its token want to know of it."""
+        for key, value in self._parts.tokens.write_trailers(response.receipt):
+            add_trailer(key, value)
         return response

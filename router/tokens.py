@@ -4,7 +4,7 @@ import base64
 import binascii
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 from google.protobuf.message import DecodeError
@@ -13,7 +13,7 @@ from common.errors import InvalidArgument
 from common.tokens import BadTokenError, TokenSealer
 from memshard.internal.v1 import shard_pb2, tokens_pb2
 from memshard.v1 import memory_pb2 as pb
-from router.consistency import Consistency, Position, consistency, latest
+from router.consistency import Position, latest
 
 _CONSISTENCY = "consistency"
 _PAGE = "page"
@@ -21,11 +21,13 @@ _MAX_CONSISTENCY_TOKENS = 64
 
 # One token that stands for all that came with a read, so that callers need not collect them.
 SESSION_TRAILER = "memshard-session-bin"
-# The shards that the token of a receipt covers, with commas: a later write to them makes it superfluous.
+# The shards that the tokens of a receipt, or of a read, cover, with commas: whoever writes to them later has a token
+# that stands for these.
 COVERS_TRAILER = "memshard-covers"
 # A call's trailers have 8 KiB in all; what is longer is left out, and callers do without.
 _MAX_TRAILER_BYTES = 4096
 
+Trailers: TypeAlias = Iterator[tuple[str, str | bytes]]
 Listing: TypeAlias = pb.ListMemoriesRequest | pb.ListMemoryVersionsRequest
 
 
@@ -47,27 +49,11 @@ class Tokens:
             degradation_level=pb.DEGRADATION_LEVEL_NORMAL,
         )
 
-    def consistency(self, options: pb.ReadOptions) -> Consistency:
-        """How fresh a read with these options must be.
+    def positions(self, options: pb.ReadOptions) -> dict[str, Position]:
+        """What the tokens say of each shard: the latest of each, whether or not the shard is still there.
 
-        Raises InvalidArgument for a token that is made up, or another cluster's.
+        Raises InvalidArgument for a token that is made up, or another cluster's, whatever the level.
         """
-        return consistency(options, self._positions(options))
-
-    def session(self, options: pb.ReadOptions) -> bytes | None:
-        """One token for all that these options carry; None when it would be no gain, or too large for a trailer."""
-        if len(options.consistency_tokens) < 2:
-            return None
-        token = self._token(self._positions(options))
-        return token if len(token) <= _MAX_TRAILER_BYTES else None
-
-    def covers(self, receipt: pb.WriteReceipt) -> str | None:
-        """The shards that a receipt's token covers, for a trailer; None when they are too many for one."""
-        names = ",".join(sorted(self._open(receipt.consistency_token)))
-        return names if len(names) <= _MAX_TRAILER_BYTES else None
-
-    def _positions(self, options: pb.ReadOptions) -> dict[str, Position]:
-        """What the tokens say of each shard: the latest of each, whether or not the shard is still there."""
         if len(options.consistency_tokens) > _MAX_CONSISTENCY_TOKENS:
             raise InvalidArgument.field(
                 "read.consistency_tokens", "OUT_OF_RANGE", f"must be at most {_MAX_CONSISTENCY_TOKENS}"
@@ -77,6 +63,18 @@ class Tokens:
             for shard_id, position in self._open(token).items():
                 positions[shard_id] = latest(positions, shard_id, position)
         return positions
+
+    def read_trailers(self, options: pb.ReadOptions, positions: Mapping[str, Position]) -> Trailers:
+        """What the caller of a read is told of the tokens that came with it."""
+        if not options.consistency_tokens:
+            return
+        yield from _covers(positions)
+        if len(options.consistency_tokens) > 1 and len(token := self._token(positions)) <= _MAX_TRAILER_BYTES:
+            yield SESSION_TRAILER, token
+
+    def write_trailers(self, receipt: pb.WriteReceipt) -> Trailers:
+        """What the caller of a write is told of the token of its receipt."""
+        return _covers(self._open(receipt.consistency_token))
 
     def _open(self, token: bytes) -> dict[str, Position]:
         try:
@@ -118,6 +116,12 @@ class Tokens:
             raise InvalidArgument.field(
                 "page_token", "BAD_PAGE_TOKEN", "is no token of this listing; begin again with an empty one"
             ) from None
+
+
+def _covers(positions: Iterable[str]) -> Trailers:
+    names = ",".join(sorted(positions))
+    if names and len(names) <= _MAX_TRAILER_BYTES:
+        yield COVERS_TRAILER, names
 
 
 def _listing(request: Listing) -> bytes:

@@ -144,32 +144,35 @@ def test_of_each_shard_the_latest_timeline_and_then_the_latest_position_counts(
     expected: dict[str, tuple[int, int]] = {}
     for shard_id, commit in (commit for commits in writes for commit in commits):
         expected[shard_id] = max(expected.get(shard_id, (0, 0)), (commit.timeline, commit.lsn))
-    assert _TOKENS.consistency(options).positions == expected
+    positions = _TOKENS.positions(options)
+    assert positions == expected
     # One token stands for all of them, and is offered where there is more than one.
-    session = _TOKENS.session(options)
-    assert (session is None) == (len(writes) < 2)
-    if session is not None:
-        assert _TOKENS.consistency(_session(session)) == _TOKENS.consistency(options)
+    trailers = dict(_TOKENS.read_trailers(options, positions))
+    assert trailers.pop("memshard-covers", "") == ",".join(sorted(expected))
+    assert (list(trailers) == ["memshard-session-bin"]) == (len(writes) > 1)
+    for token in trailers.values():
+        assert isinstance(token, bytes)
+        assert _TOKENS.positions(_session(token)) == expected
 
 
 def test_receipt_says_which_shards_it_covers() -> None:
     commit = shard_pb2.Commit(timeline=1, lsn=1)
-    assert _TOKENS.covers(_TOKENS.receipt(("shard-1", commit), ("shard-0", commit), ("shard-1", commit))) == (
-        "shard-0,shard-1"
-    )
+    receipt = _TOKENS.receipt(("shard-1", commit), ("shard-0", commit), ("shard-1", commit))
+    assert list(_TOKENS.write_trailers(receipt)) == [("memshard-covers", "shard-0,shard-1")]
 
 
 def test_what_does_not_fit_into_a_trailer_is_left_out() -> None:
     commit = shard_pb2.Commit(timeline=1, lsn=1)
     receipt = _TOKENS.receipt(*((f"{number:060}", commit) for number in range(100)))
-    assert _TOKENS.covers(receipt) is None
-    assert _TOKENS.session(_session(receipt.consistency_token, receipt.consistency_token)) is None
+    options = _session(receipt.consistency_token, receipt.consistency_token)
+    assert list(_TOKENS.write_trailers(receipt)) == []
+    assert list(_TOKENS.read_trailers(options, _TOKENS.positions(options))) == []
 
 
 def test_consistency_tokens_of_this_cluster_are_taken() -> None:
     token = _TOKENS.receipt(("shard-1", shard_pb2.Commit(timeline=1, lsn=1))).consistency_token
-    _TOKENS.consistency(pb.ReadOptions())
-    _TOKENS.consistency(pb.ReadOptions(consistency_tokens=[token] * 64))
+    _TOKENS.positions(pb.ReadOptions())
+    _TOKENS.positions(pb.ReadOptions(consistency_tokens=[token] * 64))
 
 
 @pytest.mark.parametrize(
@@ -200,6 +203,6 @@ def test_other_consistency_tokens_are_refused_at_every_level(
     level: pb.ReadLevel.ValueType, tokens: list[bytes], reason: str
 ) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        _TOKENS.consistency(pb.ReadOptions(level=level, consistency_tokens=tokens))
+        _TOKENS.positions(pb.ReadOptions(level=level, consistency_tokens=tokens))
     assert caught.value.reason == reason
     assert [violation.field for violation in caught.value.violations] == ["read.consistency_tokens"]
