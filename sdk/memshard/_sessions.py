@@ -168,7 +168,11 @@ class Sessions:
                 session.fold(sent.tokens, token or sent.tokens[0], covers)
 
     def _session(self, user_id: str) -> Session:
-        session = self._by_user.setdefault(user_id, Session())
+        session = self._by_user.get(user_id)
+        if session is None:
+            session = self._by_user[user_id] = Session()
+            # The user may have had one before, which had to make room.
+            session.absorb(self._dropped)
         self._by_user.move_to_end(user_id)
         if len(self._by_user) > self._max_users:
             _, oldest = self._by_user.popitem(last=False)
