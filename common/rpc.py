@@ -75,7 +75,7 @@ def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: fl
         except Exception as bug:  # The last resort: whatever is not a domain error is a bug, and says so.
             _log.error("request failed by a bug", rpc=method.name, **logs.describe_bug(bug))
             error = errors.Internal("internal error; the server's log says where")
-        await status.abort(context, error, deadline)
+        await status.abort(context, error)
         raise AssertionError("unreachable: abort raises")
 
     return behavior

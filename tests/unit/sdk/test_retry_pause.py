@@ -93,9 +93,9 @@ async def test_no_retry_where_the_wait_is_the_callers_to_decide(get: Get) -> Non
 
 @pytest.mark.parametrize(
     ("retry_after_s", "remaining_s", "expected"),
-    [(1, 10, 1000), (0, 10, 0), (0.0004, 1, 0), (5, 10, 5000), (5.1, 10, -1), (1, 1, -1), (1, 0, -1)],
+    [(1, 10, 1000), (0, 10, 0), (0.0004, 1, 0), (5, 10, 5000), (5.1, 10, -1), (1, 1, -1), (1, 0, -1), (1, None, 1000)],
 )
 def test_pause_is_in_milliseconds_and_within_the_deadline(
-    retry_after_s: float, remaining_s: float, expected: int
+    retry_after_s: float, remaining_s: float | None, expected: int
 ) -> None:
     assert pushback_ms(retry_after_s, remaining_s) == expected
