@@ -12,13 +12,17 @@ from cli.options import (
     DEFAULT_TIMEOUT_S,
     Address,
     Json,
+    MaxStaleness,
     ModeName,
+    Read,
+    ReadName,
     Timeout,
     TypeName,
     User,
     not_empty,
     parse_expiry,
     parse_metadata,
+    staleness,
 )
 from cli.terminal import console, describe, fail, failures_in_one_line, printable_line, warn
 from memshard import DeadlineExceeded, MemoryClient, OutcomeUnknown, StoreResult, new_id
@@ -98,12 +102,14 @@ def _refuse_deleted(result: StoreResult) -> None:
 def get(
     memory_id: Annotated[str, typer.Argument(metavar="ID")],
     user: OneUser = None,
+    read: Read = ReadName.STRONG,
+    max_staleness_s: MaxStaleness = None,
     as_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Show one memory."""
-    with failures_in_one_line(address), MemoryClient(address, timeout_s=timeout) as client:
+    with failures_in_one_line(address), _reader(address, timeout, read, max_staleness_s) as client:
         memory = client.get(memory_id, user_id=user)
     if as_json:
         typer.echo(documents.json_text(documents.memory_document(memory)))
@@ -121,12 +127,14 @@ def search(  # noqa: PLR0913, PLR0917 - Each argument is an option of the comman
     require_all_shards: Annotated[
         bool, typer.Option("--require-all-shards", help="Fail rather than leave out a shard.")
     ] = False,
+    read: Read = ReadName.STRONG,
+    max_staleness_s: MaxStaleness = None,
     as_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Find the memories nearest to a text, or that hold its words."""
-    with failures_in_one_line(address), MemoryClient(address, timeout_s=timeout) as client:
+    with failures_in_one_line(address), _reader(address, timeout, read, max_staleness_s) as client:
         result = client.search(
             query,
             user_id=user,
@@ -146,11 +154,13 @@ def search(  # noqa: PLR0913, PLR0917 - Each argument is an option of the comman
         typer.echo("Nothing found on the shards that answered." if result.report.partial else "Nothing found.")
 
 
-def list_(
+def list_(  # noqa: PLR0913, PLR0917 - Each argument is an option of the command.
     user: User,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="How many at most; 50 if left out.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="List all of them.")] = False,
     conditions: Conditions = None,
+    read: Read = ReadName.STRONG,
+    max_staleness_s: MaxStaleness = None,
     as_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
@@ -162,7 +172,7 @@ def list_(
     wanted = all_of(conditions)
     token, shown, partial, warned = "", 0, False, set[str]()
     output = console()
-    with failures_in_one_line(address), MemoryClient(address, timeout_s=timeout) as client:
+    with failures_in_one_line(address), _reader(address, timeout, read, max_staleness_s) as client:
         while True:  # Page by page, so that a listing of any length is printed as it comes.
             page = client.list_memories(user, filter=wanted, page_size=min(left, _PAGE_SIZE), page_token=token)
             partial = partial or page.report.partial
@@ -208,6 +218,11 @@ def delete(
         typer.echo(f"Deleted {printable_line(memory_id)}")
     else:
         typer.echo(f"Nothing to delete: {printable_line(user)} has no memory {printable_line(memory_id)}")
+
+
+def _reader(address: str, timeout_s: float, read: ReadName, max_staleness_s: float | None) -> MemoryClient:
+    bound_s = staleness(read, max_staleness_s)
+    return MemoryClient(address, timeout_s=timeout_s, read=read.read_level, max_staleness_s=bound_s)
 
 
 def _content(text: str | None) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memshard import MemoryType, SearchMode
+from memshard import MemoryType, ReadLevel, SearchMode
 
 DEFAULT_ADDRESS = "localhost:50051"
 DEFAULT_TIMEOUT_S = 10.0
@@ -40,6 +40,20 @@ class ModeName(StrEnum):
         return SearchMode[self.name]
 
 
+class ReadName(StrEnum):
+    """The read levels, as people write them."""
+
+    STRONG = "strong"
+    SESSION = "session"
+    BOUNDED = "bounded"
+    EVENTUAL = "eventual"
+
+    @property
+    def read_level(self) -> ReadLevel:
+        """The SDK's word for it."""
+        return ReadLevel.BOUNDED_STALENESS if self is ReadName.BOUNDED else ReadLevel[self.name]
+
+
 def not_empty(value: str | None) -> str | None:
     """The value itself, unless it is the empty string."""
     # An empty variable in a script must not turn one user's search into everybody's.
@@ -55,7 +69,23 @@ Timeout = Annotated[
     float, typer.Option("--timeout", min=0.001, metavar="SECONDS", help="How long to wait for each answer.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Read = Annotated[
+    # A command has no session of its own that went before, so that only strong shows what the one before has stored.
+    ReadName,
+    typer.Option("--read", case_sensitive=False, help="How fresh: from the primary, or from any server that will do."),
+]
+MaxStaleness = Annotated[
+    float | None,
+    typer.Option("--max-staleness", min=0.001, metavar="SECONDS", help="How old at most, with --read bounded."),
+]
 User = Annotated[str, typer.Option("--user", "-u", callback=not_empty, help="Whose memories.")]
+
+
+def staleness(read: ReadName, max_staleness_s: float | None) -> float | None:
+    """The bound itself, where it goes with the level. Raises typer.BadParameter."""
+    if (read is ReadName.BOUNDED) != (max_staleness_s is not None):
+        raise typer.BadParameter("--read bounded and --max-staleness go together")
+    return max_staleness_s
 
 
 def parse_metadata(text: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def generic_handler(
     )
 
 
-def add_trailer(key: str, value: str) -> None:
+def add_trailer(key: str, value: str | bytes) -> None:
     """Sends something besides the answer to the call being handled, for those who look: the contract has no field."""
     context = _current.get()
     context.set_trailing_metadata((*(context.trailing_metadata() or ()), (key, value)))

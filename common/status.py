@@ -12,6 +12,9 @@ from common import errors
 from common.errors import FieldViolation, MemshardError
 
 DOMAIN = "memshard"
+_PUSHBACK = "grpc-retry-pushback-ms"
+# Longer waits are the caller's to decide.
+_LONGEST_PUSHBACK_S = 5.0
 # Those of the largest int64.
 _MAX_EPOCH_DIGITS = 19
 
@@ -69,7 +72,21 @@ def to_status(error: MemshardError) -> status_pb2.Status:
 async def abort(context: "grpc.aio.ServicerContext[bytes, bytes]", error: MemshardError) -> None:
     """Ends the call with `error`. Always raises, as grpc's own abort does."""
     status = rpc_status.to_status(to_status(error))
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    trailers = tuple(status.trailing_metadata)
+    if error.code is grpc.StatusCode.UNAVAILABLE and error.retry_after_s is not None:
+        trailers += ((_PUSHBACK, str(pushback_ms(error.retry_after_s, context.time_remaining()))),)
+    await context.abort(status.code, status.details, trailers)
+
+
+def pushback_ms(retry_after_s: float, remaining_s: float | None) -> int:
+    """How long a client that retries by itself is to wait, in milliseconds; -1: it is not to retry.
+
+    gRPC's clients know this trailer (gRFC A6), and not RetryInfo. One that is told to wait until after its deadline
+    would wait for nothing, and lose the error. `remaining_s` is None when there is no deadline.
+    """
+    if retry_after_s > _LONGEST_PUSHBACK_S or (remaining_s is not None and retry_after_s >= remaining_s):
+        return -1
+    return round(retry_after_s * 1000)
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> MemshardError | None:

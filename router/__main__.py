@@ -20,6 +20,8 @@ from router.invalidation import Invalidations
 from router.location import LocationCache
 from router.parts import Parts
 from router.place import Placement
+from router.reads import Reads
+from router.replicas import Replicas
 from router.request_ids import RequestIds
 from router.scatter import Scatter
 from router.service import MemoryServicer
@@ -46,10 +48,17 @@ async def main(settings: RouterSettings) -> None:
         stack.push_async_callback(locations.close)
         shards = Shards(settings)
         stack.push_async_callback(shards.close)
+        replicas = Replicas(shards, topology, settings)
+
+        def follow(changed: Topology) -> None:
+            replicas.follow(changed)
+            shards.follow(changed)
+
         watch = TopologyWatch(
-            settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=shards.follow
+            settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=follow
         )
-        placement, dispatch = Placement(cluster.placement), Dispatch(watch, shards)
+        reads = Reads(shards, replicas, settings)
+        placement, dispatch = Placement(cluster.placement), Dispatch(watch, reads)
         servicer = MemoryServicer(
             Parts(
                 cluster=cluster,
@@ -58,7 +67,7 @@ async def main(settings: RouterSettings) -> None:
                 dispatch=dispatch,
                 request_ids=RequestIds(placement, dispatch),
                 scatter=Scatter(watch, shards),
-                fanout=Fanout(watch, shards, concurrency=settings.fanout_concurrency),
+                fanout=Fanout(watch, reads, concurrency=settings.fanout_concurrency),
                 locations=locations,
                 invalidations=invalidations,
                 tokens=Tokens(cluster.token_key),
@@ -72,7 +81,7 @@ async def main(settings: RouterSettings) -> None:
         await server.start()
         await server.set_serving(True)
         listening = [partial(invalidations.run, locations)] if settings.redis_url else []
-        await server.run_until_stopped([watch.run, *listening])
+        await server.run_until_stopped([watch.run, replicas.run, *listening])
 
 
 async def _read_catalog(settings: RouterSettings) -> tuple[Cluster, Topology]:

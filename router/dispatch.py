@@ -1,41 +1,68 @@
 """A call to the owner of one slot: by the snapshot, and once more by a newer one when the shard says it is stale."""
 
+from dataclasses import dataclass
+from typing import Generic
+
 from google.protobuf.message import Message
 
 from common.deadline import Deadline
 from common.errors import Unavailable, WrongShard
 from common.topology import Shard, Topology
 from memshard.internal.v1 import shard_pb2
-from router.shards import RETRY_AFTER_S, Q, R, Rpc, Shards
+from router.consistency import STRONG, Consistency
+from router.reads import Reads, Role
+from router.shards import RETRY_AFTER_S, Q, R, Rpc
 from router.topology_watch import TopologyWatch
+
+
+@dataclass(frozen=True, slots=True)
+class Answered(Generic[R]):
+    """An answer, which shard gave it, and which kind of its servers."""
+
+    shard: Shard
+    answer: R
+    served_by: Role
 
 
 class Dispatch:
     """Sends requests about one slot to the shard that owns it."""
 
-    def __init__(self, watch: TopologyWatch, shards: Shards) -> None:
+    def __init__(self, watch: TopologyWatch, reads: Reads) -> None:
         self._watch = watch
-        self._shards = shards
+        self._reads = reads
 
     async def to_owner(self, slot: int, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> tuple[Shard, R]:
-        """The owner of `slot` and its answer. Fills in the request's route.
+        """The owner of `slot`, and the answer of its primary. Fills in the request's route.
 
         Raises what `Shards.call` raises; Unavailable / TOPOLOGY_CHANGING when the newer topology is stale as well.
         """
+        answered = await self.read(slot, rpc, request, STRONG, deadline)
+        return answered.shard, answered.answer
+
+    async def read(
+        self, slot: int, rpc: Rpc[Q, R], request: Q, consistency: Consistency, deadline: Deadline
+    ) -> Answered[R]:
+        """The answer of a server of the owner of `slot` that is fresh enough. Fills in the request's route.
+
+        Raises what `Reads.ask` raises; Unavailable / TOPOLOGY_CHANGING when the newer topology is stale as well.
+        """
         try:
-            return await self._once(slot, rpc, request, deadline)
+            return await self._once(slot, rpc, request, consistency, deadline)
         except WrongShard as stale:
             await self._watch.refresh(stale.epoch, deadline)
         try:
-            return await self._once(slot, rpc, request, deadline)
+            return await self._once(slot, rpc, request, consistency, deadline)
         except WrongShard as stale:
             raise still_moving() from stale
 
-    async def _once(self, slot: int, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> tuple[Shard, R]:
+    async def _once(
+        self, slot: int, rpc: Rpc[Q, R], request: Q, consistency: Consistency, deadline: Deadline
+    ) -> Answered[R]:
         topology = self._watch.topology
         shard = topology.owner(slot)
         set_route(request, topology, shard, [(slot, slot)])
-        return shard, await self._shards.call(shard, rpc, request, deadline)
+        answer, served_by = await self._reads.ask(shard, rpc, request, consistency, deadline)
+        return Answered(shard, answer, served_by)
 
 
 def set_route(request: Message, topology: Topology, shard: Shard, ranges: list[tuple[int, int]]) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from common.deadline import Deadline
@@ -10,8 +10,10 @@ from common.errors import MemshardError, Unavailable, WrongShard
 from common.status import to_status
 from common.topology import Shard
 from memshard.v1 import memory_pb2 as pb
+from router.consistency import STRONG, Consistency
 from router.dispatch import set_route, still_moving
-from router.shards import RETRY_AFTER_S, Q, R, Rpc, Shards
+from router.reads import Reads, Role
+from router.shards import RETRY_AFTER_S, Q, R, Rpc
 from router.topology_watch import TopologyWatch
 
 T = TypeVar("T")
@@ -23,6 +25,8 @@ class Gathered(Generic[R]):
 
     answers: tuple[tuple[Shard, R], ...]
     failed: tuple[tuple[Shard, MemshardError], ...]
+    served_by: frozenset[Role] = frozenset()
+    """The kinds of servers that answered."""
 
     def summary(self) -> pb.ShardSummary:
         """The shards section of a read report."""
@@ -49,40 +53,45 @@ class Gathered(Generic[R]):
 class Fanout:
     """Asks all shards that own slots, at most `concurrency` at a time for one question."""
 
-    def __init__(self, watch: TopologyWatch, shards: Shards, *, concurrency: int) -> None:
+    def __init__(self, watch: TopologyWatch, reads: Reads, *, concurrency: int) -> None:
         self._watch = watch
-        self._shards = shards
+        self._reads = reads
         self._concurrency = concurrency
 
-    async def ask_all(self, rpc: Rpc[Q, R], question: Q, deadline: Deadline) -> Gathered[R]:
-        """The answers of all shards to `question`, each with a route of its own.
+    async def ask_all(
+        self, rpc: Rpc[Q, R], question: Q, deadline: Deadline, consistency: Consistency = STRONG
+    ) -> Gathered[R]:
+        """The answers of all shards to `question`, each with a route of its own, of servers that are fresh enough.
 
         Each shard answers for exactly the slots that one snapshot gives it. When one says that the snapshot is stale,
         all are asked again by a newer one: answers by two snapshots could miss a slot, or count it twice.
         """
-        gathered = await self._round(rpc, question, deadline)
+        gathered = await self._round(rpc, question, consistency, deadline)
         stale = [error for _, error in gathered.failed if isinstance(error, WrongShard)]
         if not stale:
             return gathered
         await self._watch.refresh(max(error.epoch for error in stale), deadline)
-        gathered = await self._round(rpc, question, deadline)
+        gathered = await self._round(rpc, question, consistency, deadline)
         failed = tuple(
             (shard, still_moving() if isinstance(error, WrongShard) else error) for shard, error in gathered.failed
         )
-        return Gathered(gathered.answers, failed)
+        return replace(gathered, failed=failed)
 
-    async def _round(self, rpc: Rpc[Q, R], question: Q, deadline: Deadline) -> Gathered[R]:
+    async def _round(self, rpc: Rpc[Q, R], question: Q, consistency: Consistency, deadline: Deadline) -> Gathered[R]:
         topology = self._watch.topology
         places = asyncio.Semaphore(self._concurrency)
         answers: list[tuple[Shard, R]] = []
         failed: list[tuple[Shard, MemshardError]] = []
+        roles: set[Role] = set()
 
         async def ask(shard: Shard) -> None:
             request = copy.deepcopy(question)
             set_route(request, topology, shard, topology.ranges_of(shard.shard_id))
             try:
                 async with places:
-                    answers.append((shard, await self._shards.call(shard, rpc, request, deadline)))
+                    answer, role = await self._reads.ask(shard, rpc, request, consistency, deadline)
+                answers.append((shard, answer))
+                roles.add(role)
             except MemshardError as error:
                 failed.append((shard, error))
 
@@ -92,7 +101,7 @@ class Fanout:
                 group.create_task(ask(shard))
         # A shard that is in neither list would be missing from the answer without a word.
         assert len(answers) + len(failed) == len(asked)
-        return Gathered(_by_id(answers), _by_id(failed))
+        return Gathered(_by_id(answers), _by_id(failed), frozenset(roles))
 
 
 def _by_id(items: list[tuple[Shard, T]]) -> tuple[tuple[Shard, T], ...]:

@@ -5,6 +5,7 @@ from common.errors import NotFound
 from memshard.internal.v1 import shard_pb2, tokens_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import filters, validate
+from router.consistency import Consistency
 from router.merge import merge_page
 from router.parts import Parts
 from router.report import ONE_SHARD, report
@@ -12,7 +13,9 @@ from router.resolve import slot_of_memory
 from router.shards import LIST, LIST_VERSIONS
 
 
-async def list_memories(parts: Parts, request: pb.ListMemoriesRequest, deadline: Deadline) -> pb.ListMemoriesResponse:
+async def list_memories(
+    parts: Parts, request: pb.ListMemoriesRequest, consistency: Consistency, deadline: Deadline
+) -> pb.ListMemoriesResponse:
     """One page, from the shard that has the user, or merged from all: then none of them may be missing."""
     user_id = validate.user_id(request.user_id, "user_id")
     page_size = validate.page_size(request.page_size)
@@ -28,23 +31,24 @@ async def list_memories(parts: Parts, request: pb.ListMemoriesRequest, deadline:
     )
     slot = parts.placement.user_slot(user_id)
     if slot is not None:
-        _, answer = await parts.dispatch.to_owner(slot, LIST, question, deadline)
-        memories, summary = list(answer.memories), ONE_SHARD
-        following = answer.next if answer.HasField("next") else None
+        answered = await parts.dispatch.read(slot, LIST, question, consistency, deadline)
+        page = answered.answer
+        memories, summary, served_by = list(page.memories), ONE_SHARD, frozenset((answered.served_by,))
+        following = page.next if page.HasField("next") else None
     else:
-        gathered = await parts.fanout.ask_all(LIST, question, deadline)
+        gathered = await parts.fanout.ask_all(LIST, question, deadline, consistency)
         # A page without one shard's memories would skip them for good.
         gathered.require_all()
         memories, following = merge_page([answer for _, answer in gathered.answers], page_size)
-        summary = gathered.summary()
+        summary, served_by = gathered.summary(), gathered.served_by
     token = parts.tokens.next_page(request, tokens_pb2.PageToken(after=following)) if following else ""
-    return pb.ListMemoriesResponse(memories=memories, next_page_token=token, report=report(summary))
+    return pb.ListMemoriesResponse(memories=memories, next_page_token=token, report=report(summary, served_by))
 
 
 async def list_versions(
     parts: Parts, request: pb.ListMemoryVersionsRequest, deadline: Deadline
 ) -> pb.ListMemoryVersionsResponse:
-    """One page of versions, newest first. Raises NotFound when there is none at all."""
+    """One page of versions, newest first, as the primary has them. Raises NotFound when there is none at all."""
     memory_id = validate.memory_id(request.id, "id")
     user_id = validate.user_id(request.user_id, "user_id")
     page_size = validate.page_size(request.page_size)

@@ -7,9 +7,11 @@ from common.deadline import Deadline
 from common.errors import Ambiguous, DeadlineExceeded, NotFound, Unavailable
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
+from router.consistency import STRONG, Consistency
 from router.dispatch import Dispatch
 from router.fanout import Fanout
 from router.location import LocationCache
+from router.reads import Role
 from router.shards import GET
 
 
@@ -19,6 +21,7 @@ class Located:
 
     memory: pb.Memory
     shards: pb.ShardSummary
+    served_by: frozenset[Role]
 
 
 class Locator:
@@ -29,46 +32,56 @@ class Locator:
         self._dispatch = dispatch
         self._fanout = fanout
 
-    async def get(self, memory_id: str, deadline: Deadline, *, include_embedding: bool) -> Located:
+    async def get(
+        self, memory_id: str, deadline: Deadline, *, include_embedding: bool, consistency: Consistency = STRONG
+    ) -> Located:
         """The one memory with this id, whoever's it is.
 
         Raises Ambiguous when several users have it, NotFound when all shards say that nobody has, and Unavailable
         when nobody who answered has it but not all answered.
         """
         request = shard_pb2.GetRequest(id=memory_id, include_embedding=include_embedding)
-        located = await self._where_known(request, deadline)
-        return located or await self._everywhere(request, deadline)
+        located = await self._where_known(request, consistency, deadline)
+        return located or await self._everywhere(request, consistency, deadline)
 
-    async def _where_known(self, request: shard_pb2.GetRequest, deadline: Deadline) -> Located | None:
+    async def _where_known(
+        self, request: shard_pb2.GetRequest, consistency: Consistency, deadline: Deadline
+    ) -> Located | None:
         """The memory, if the location cache leads to it: one call for each slot known, which is nearly always one."""
         slots = await self._locations.find(request.id)
         asked: set[str] = set()
         found: list[shard_pb2.FoundMemory] = []
+        roles: set[Role] = set()
         for slot in sorted(slots):
             # Half of what is left, since a stale entry may lead to a shard that does not answer.
             half = Deadline.after(deadline.remaining_s() / 2)
             try:
-                shard, answer = await self._dispatch.to_owner(slot, GET, request, half)
+                answered = await self._dispatch.read(slot, GET, request, consistency, half)
             except (Unavailable, DeadlineExceeded):
                 # Somebody else may have it; and if nobody has, asking everybody says who could not be asked.
                 return None
-            asked.add(shard.shard_id)
-            found.extend(answer.found)
+            asked.add(answered.shard.shard_id)
+            roles.add(answered.served_by)
+            found.extend(answered.answer.found)
         if not found:
             return None
-        return Located(_only(found, request.id), pb.ShardSummary(total=len(asked), succeeded=len(asked)))
+        return Located(
+            _only(found, request.id), pb.ShardSummary(total=len(asked), succeeded=len(asked)), frozenset(roles)
+        )
 
-    async def _everywhere(self, request: shard_pb2.GetRequest, deadline: Deadline) -> Located:
+    async def _everywhere(self, request: shard_pb2.GetRequest, consistency: Consistency, deadline: Deadline) -> Located:
         began = self._locations.moment()
-        gathered = await self._fanout.ask_all(GET, request, deadline)
+        gathered = await self._fanout.ask_all(GET, request, deadline, consistency)
         found = [found for _, answer in gathered.answers for found in answer.found]
         if not found:
             gathered.require_all()
-            await self._locations.forget(request.id)
+            if consistency.strong:
+                await self._locations.forget(request.id)
             raise NotFound(f"there is no memory {request.id}")
-        if not gathered.failed:
+        if not gathered.failed and gathered.served_by == {"primary"}:
+            # What replicas know may be older than what the cache has been told by a store meanwhile.
             await self._locations.learn(request.id, frozenset(item.slot for item in found), since=began)
-        return Located(_only(found, request.id), gathered.summary())
+        return Located(_only(found, request.id), gathered.summary(), gathered.served_by)
 
 
 def _only(found: Sequence[shard_pb2.FoundMemory], memory_id: str) -> pb.Memory:

@@ -9,6 +9,7 @@ from common.rpc import add_trailer
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import filters, validate
+from router.consistency import Consistency
 from router.merge import merge
 from router.parts import Parts
 from router.report import ONE_SHARD, report
@@ -27,7 +28,9 @@ class _Query:
     fallback: bool = False
 
 
-async def search(parts: Parts, request: pb.SearchMemoriesRequest, deadline: Deadline) -> pb.SearchMemoriesResponse:
+async def search(
+    parts: Parts, request: pb.SearchMemoriesRequest, consistency: Consistency, deadline: Deadline
+) -> pb.SearchMemoriesResponse:
     """The results of the window asked for, and which shards they come from."""
     user_id = validate.optional_user_id(request.user_id, "user_id")
     window = validate.window(request.limit, request.offset)
@@ -47,20 +50,21 @@ async def search(parts: Parts, request: pb.SearchMemoriesRequest, deadline: Dead
     )
     slot = parts.placement.user_slot(user_id) if user_id else None
     if slot is not None:
-        _, answer = await parts.dispatch.to_owner(slot, SEARCH, question, deadline)
-        answers, summary = [answer], ONE_SHARD
+        answered = await parts.dispatch.read(slot, SEARCH, question, consistency, deadline)
+        answers, summary, served_by = [answered.answer], ONE_SHARD, frozenset((answered.served_by,))
     else:
-        gathered = await parts.fanout.ask_all(SEARCH, question, deadline)
+        gathered = await parts.fanout.ask_all(SEARCH, question, deadline, consistency)
         if request.require_all_shards:
             gathered.require_all()
         gathered.require_any()
-        answers, summary = [answer for _, answer in gathered.answers], gathered.summary()
+        answers = [answer for _, answer in gathered.answers]
+        summary, served_by = gathered.summary(), gathered.served_by
     if unembedded := sum(answer.unembedded for answer in answers):
         add_trailer(UNEMBEDDED_TRAILER, str(unembedded))
     return pb.SearchMemoriesResponse(
         results=merge([answer.results for answer in answers], window),
         score_kind=pb.SCORE_KIND_TEXT_RANK if query.words else pb.SCORE_KIND_COSINE,
-        report=report(summary, fallback=query.fallback),
+        report=report(summary, served_by, fallback=query.fallback),
     )
 
 

@@ -1,10 +1,10 @@
-"""Channels to the shards, and one call on one of them."""
+"""Channels to the shards and their replicas, and one call on one of them."""
 
 from __future__ import annotations  # The asyncio stubs exist for type checkers only.
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -13,7 +13,7 @@ from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import DeadlineExceeded, MemshardError, OutcomeUnknown, ReadOnly, ResourceExhausted, Unavailable
 from common.status import from_rpc_error
-from common.topology import Shard, ShardStatus, Topology
+from common.topology import Replica, Shard, ShardStatus, Topology
 from memshard.internal.v1 import shard_pb2, shard_pb2_grpc
 
 # Seconds after which a caller may try again: about what a shard process takes to be restarted.
@@ -29,7 +29,8 @@ _CHANNEL_OPTIONS = [
     # With gRPC's defaults (up to 120 s) a channel comes back seconds after its server does.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    # With a fifth of jitter and the time between two looks, a server that is back is noticed within a second.
+    ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
     ("grpc.max_send_message_length", -1),
     # Retrying is decided where the budget is known, not inside the channel.
@@ -65,16 +66,18 @@ LIST_VERSIONS: Rpc[shard_pb2.ListVersionsRequest, shard_pb2.ListVersionsResponse
 GET: Rpc[shard_pb2.GetRequest, shard_pb2.GetResponse] = Rpc("Get")
 LIST: Rpc[shard_pb2.ListRequest, shard_pb2.ListResponse] = Rpc("List")
 SEARCH: Rpc[shard_pb2.SearchRequest, shard_pb2.SearchResponse] = Rpc("Search")
+DESCRIBE: Rpc[shard_pb2.DescribeRequest, shard_pb2.DescribeResponse] = Rpc("Describe")
 
 
 class Shards:
-    """Calls to shards by name; one channel for each address."""
+    """Calls to shards and replicas by name; one channel for each address."""
 
     def __init__(self, settings: RouterSettings) -> None:
         self._margin_s = settings.shard_deadline_margin_s
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._stubs: dict[str, shard_pb2_grpc.ShardServiceAsyncStub] = {}
+        self._in_flight: dict[str, set[grpc.aio.UnaryUnaryCall[Any, Any]]] = {}
 
     async def call(self, shard: Shard, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> R:
         """The answer of `shard` to one rpc of ShardService.
@@ -82,23 +85,35 @@ class Shards:
         Raises ReadOnly or Unavailable when the shard's status says so; the shard's own domain error; Unavailable when
         it cannot be reached, OutcomeUnknown when that leaves a write in doubt; DeadlineExceeded.
         """
-        _admit(shard, rpc)
+        admit(shard, rpc)
         remaining_s = deadline.less(self._margin_s).remaining_s()
         if remaining_s <= 0:
             raise DeadlineExceeded(f"no time left to ask {shard.shard_id}")
-        try:
-            return cast("R", await getattr(self._stub(shard.address), rpc.name)(request, timeout=remaining_s))
-        except grpc.aio.AioRpcError as error:
-            raise _explained(error, shard, rpc) from error
-        except asyncio.CancelledError as error:
-            if (task := asyncio.current_task()) and task.cancelling():
-                raise
-            # Nobody cancelled the caller: gRPC cancels what is in flight when a channel closes.
-            raise _gone(shard, rpc) from error
+        return await self._ask(shard.address, shard.shard_id, rpc, request, remaining_s)
+
+    async def call_replica(self, shard: Shard, replica: Replica, rpc: Rpc[Q, R], request: Q, *, timeout_s: float) -> R:
+        """The answer of one of the shard's replicas, within `timeout_s`. Raises like `call`."""
+        return await self._ask(replica.address, f"{shard.shard_id}/{replica.replica_id}", rpc, request, timeout_s)
+
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """The channel to an address, which is closed when nobody in the topology has that any more."""
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        return self._channels[address]
+
+    def outstanding(self, address: str) -> int:
+        """How many calls the server at an address has not answered yet."""
+        return len(self._in_flight.get(address, ()))
+
+    def abandon(self, address: str) -> None:
+        """Ends what is in flight to an address: whoever waits for it hears that nobody answers there."""
+        for call in tuple(self._in_flight.get(address, ())):
+            call.cancel()
 
     def follow(self, topology: Topology) -> None:
-        """Closes the channels to addresses that no shard has any more, once what is in flight on them has ended."""
+        """Closes the channels to addresses that nobody has any more, once what is in flight on them has ended."""
         current = {shard.address for shard in topology.shards}
+        current |= {replica.address for shard in topology.shards for replica in shard.replicas}
         for address in self._channels.keys() - current:
             self._stubs.pop(address, None)
             closing = asyncio.create_task(self._channels.pop(address).close(grace=_CLOSE_GRACE_S))
@@ -115,15 +130,32 @@ class Shards:
             *self._closing, *(channel.close() for channel in channels.values()), return_exceptions=True
         )
 
+    async def _ask(self, address: str, name: str, rpc: Rpc[Q, R], request: Q, timeout_s: float) -> R:
+        call: grpc.aio.UnaryUnaryCall[Q, R] = getattr(self._stub(address), rpc.name)(request, timeout=timeout_s)
+        in_flight = self._in_flight.setdefault(address, set())
+        in_flight.add(call)
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise _explained(error, name, rpc) from error
+        except asyncio.CancelledError as error:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            # Nobody cancelled the caller: the call was abandoned, or gRPC ended it with its channel.
+            raise _gone(name, rpc) from error
+        finally:
+            in_flight.discard(call)
+            if not in_flight:
+                self._in_flight.pop(address, None)
+
     def _stub(self, address: str) -> shard_pb2_grpc.ShardServiceAsyncStub:
         stub = self._stubs.get(address)
         if stub is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-            stub = self._stubs[address] = shard_pb2_grpc.ShardServiceStub(channel)
+            stub = self._stubs[address] = shard_pb2_grpc.ShardServiceStub(self.channel(address))
         return stub
 
 
-def _admit(shard: Shard, rpc: Rpc[Any, Any]) -> None:
+def admit(shard: Shard, rpc: Rpc[Any, Any]) -> None:
     """Whether the shard may be asked this now. A draining one serves on: its slots are on their way, not gone."""
     if shard.status is ShardStatus.MAINTENANCE:
         raise Unavailable(
@@ -133,31 +165,31 @@ def _admit(shard: Shard, rpc: Rpc[Any, Any]) -> None:
         raise ReadOnly(f"{shard.shard_id} takes no writes for the time being")
 
 
-def _explained(error: grpc.aio.AioRpcError, shard: Shard, rpc: Rpc[Any, Any]) -> MemshardError:
+def _explained(error: grpc.aio.AioRpcError, name: str, rpc: Rpc[Any, Any]) -> MemshardError:
     """A failed call in words that an agent may see: the shard's name, never its address."""
     domain_error = from_rpc_error(error)
     if domain_error is not None:
-        return _late(shard, rpc) if isinstance(domain_error, DeadlineExceeded) else domain_error
+        return _late(name, rpc) if isinstance(domain_error, DeadlineExceeded) else domain_error
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return _late(shard, rpc)
+        return _late(name, rpc)
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return ResourceExhausted(f"the answer of {shard.shard_id} is too large; ask for fewer results")
-    return _gone(shard, rpc)
+        return ResourceExhausted(f"the answer of {name} is too large; ask for fewer results")
+    return _gone(name, rpc)
 
 
-def _late(shard: Shard, rpc: Rpc[Any, Any]) -> MemshardError:
+def _late(name: str, rpc: Rpc[Any, Any]) -> MemshardError:
     if rpc.writes:
         return OutcomeUnknown(
-            f"{shard.shard_id} did not answer in time; the same request again settles whether the write happened",
+            f"{name} did not answer in time; the same request again settles whether the write happened",
             retry_after_s=RETRY_AFTER_S,
         )
-    return DeadlineExceeded(f"{shard.shard_id} did not answer in time")
+    return DeadlineExceeded(f"{name} did not answer in time")
 
 
-def _gone(shard: Shard, rpc: Rpc[Any, Any]) -> MemshardError:
+def _gone(name: str, rpc: Rpc[Any, Any]) -> MemshardError:
     if rpc.writes:
         return OutcomeUnknown(
-            f"{shard.shard_id} went away during the write; the same request again settles whether it happened",
+            f"{name} went away during the write; the same request again settles whether it happened",
             retry_after_s=RETRY_AFTER_S,
         )
-    return Unavailable(f"{shard.shard_id} does not answer", reason="SHARD_UNAVAILABLE", retry_after_s=RETRY_AFTER_S)
+    return Unavailable(f"{name} does not answer", reason="SHARD_UNAVAILABLE", retry_after_s=RETRY_AFTER_S)

@@ -4,6 +4,7 @@ import base64
 import binascii
 import copy
 import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 from google.protobuf.message import DecodeError
@@ -12,11 +13,21 @@ from common.errors import InvalidArgument
 from common.tokens import BadTokenError, TokenSealer
 from memshard.internal.v1 import shard_pb2, tokens_pb2
 from memshard.v1 import memory_pb2 as pb
+from router.consistency import Position, latest
 
 _CONSISTENCY = "consistency"
 _PAGE = "page"
 _MAX_CONSISTENCY_TOKENS = 64
 
+# One token that stands for all that came with a read, so that callers need not collect them.
+SESSION_TRAILER = "memshard-session-bin"
+# The shards that the tokens of a receipt, or of a read, cover, with commas: whoever writes to them later has a token
+# that stands for these.
+COVERS_TRAILER = "memshard-covers"
+# A call's trailers have 8 KiB in all; what is longer is left out, and callers do without.
+_MAX_TRAILER_BYTES = 4096
+
+Trailers: TypeAlias = Iterator[tuple[str, str | bytes]]
 Listing: TypeAlias = pb.ListMemoriesRequest | pb.ListMemoryVersionsRequest
 
 
@@ -28,31 +39,63 @@ class Tokens:
 
     def receipt(self, *commits: tuple[str, shard_pb2.Commit]) -> pb.WriteReceipt:
         """The receipt of a write to one or several shards: (shard id, commit) of each."""
-        positions = [
-            shard_pb2.ShardPosition(shard_id=shard_id, timeline=commit.timeline, lsn=commit.lsn)
-            for shard_id, commit in commits
-        ]
-        payload = tokens_pb2.ConsistencyToken(positions=positions).SerializeToString()
+        positions: dict[str, Position] = {}
+        for shard_id, commit in commits:
+            positions[shard_id] = latest(positions, shard_id, Position(commit.timeline, commit.lsn))
         return pb.WriteReceipt(
-            consistency_token=self._sealer.seal(_CONSISTENCY, payload),
+            consistency_token=self._token(positions),
             # Of several, the least: a receipt must not promise more than every part of it keeps.
             durability=min((commit.durability for _, commit in commits), default=pb.DURABILITY_UNSPECIFIED),
             degradation_level=pb.DEGRADATION_LEVEL_NORMAL,
         )
 
-    def check_consistency(self, options: pb.ReadOptions) -> None:
-        """Raises InvalidArgument for a token that is made up, or another cluster's."""
+    def positions(self, options: pb.ReadOptions) -> dict[str, Position]:
+        """What the tokens say of each shard: the latest of each, whether or not the shard is still there.
+
+        Raises InvalidArgument for a token that is made up, or another cluster's, whatever the level.
+        """
         if len(options.consistency_tokens) > _MAX_CONSISTENCY_TOKENS:
             raise InvalidArgument.field(
                 "read.consistency_tokens", "OUT_OF_RANGE", f"must be at most {_MAX_CONSISTENCY_TOKENS}"
             )
+        positions: dict[str, Position] = {}
         for token in options.consistency_tokens:
-            try:
-                self._sealer.open(_CONSISTENCY, token)
-            except BadTokenError:
-                raise InvalidArgument.field(
-                    "read.consistency_tokens", "BAD_CONSISTENCY_TOKEN", "is no token of this cluster"
-                ) from None
+            for shard_id, position in self._open(token).items():
+                positions[shard_id] = latest(positions, shard_id, position)
+        return positions
+
+    def read_trailers(self, options: pb.ReadOptions, positions: Mapping[str, Position]) -> Trailers:
+        """What the caller of a read is told of the tokens that came with it."""
+        if not options.consistency_tokens:
+            return
+        yield from _covers(positions)
+        if len(options.consistency_tokens) > 1 and len(token := self._token(positions)) <= _MAX_TRAILER_BYTES:
+            yield SESSION_TRAILER, token
+
+    def write_trailers(self, receipt: pb.WriteReceipt) -> Trailers:
+        """What the caller of a write is told of the token of its receipt."""
+        return _covers(self._open(receipt.consistency_token))
+
+    def _open(self, token: bytes) -> dict[str, Position]:
+        try:
+            message = tokens_pb2.ConsistencyToken.FromString(self._sealer.open(_CONSISTENCY, token))
+        except BadTokenError:
+            raise InvalidArgument.field(
+                "read.consistency_tokens", "BAD_CONSISTENCY_TOKEN", "is no token of this cluster"
+            ) from None
+        positions: dict[str, Position] = {}
+        for said in message.positions:
+            positions[said.shard_id] = latest(positions, said.shard_id, Position(said.timeline, said.lsn))
+        return positions
+
+    def _token(self, positions: Mapping[str, Position]) -> bytes:
+        message = tokens_pb2.ConsistencyToken(
+            positions=[
+                shard_pb2.ShardPosition(shard_id=shard_id, timeline=position.timeline, lsn=position.lsn)
+                for shard_id, position in sorted(positions.items())
+            ]
+        )
+        return self._sealer.seal(_CONSISTENCY, message.SerializeToString())
 
     def next_page(self, request: Listing, start: tokens_pb2.PageToken) -> str:
         """The token of the page that begins at `start` in the listing that `request` asked for."""
@@ -73,6 +116,12 @@ class Tokens:
             raise InvalidArgument.field(
                 "page_token", "BAD_PAGE_TOKEN", "is no token of this listing; begin again with an empty one"
             ) from None
+
+
+def _covers(positions: Iterable[str]) -> Trailers:
+    names = ",".join(sorted(positions))
+    if names and len(names) <= _MAX_TRAILER_BYTES:
+        yield COVERS_TRAILER, names
 
 
 def _listing(request: Listing) -> bytes:

@@ -232,6 +232,8 @@ def read_options(options: pb.ReadOptions) -> None:
     staleness = options.max_staleness
     if staleness.seconds < 0 or not 0 <= staleness.nanos < 1_000_000_000:
         raise bad("read.max_staleness", "OUT_OF_RANGE", "must be 0 or more")
+    if options.level == pb.READ_LEVEL_BOUNDED_STALENESS and not staleness.ToNanoseconds():
+        raise bad("read.max_staleness", "MAX_STALENESS_REQUIRED", "must be more than 0: a read without a bound is none")
 
 
 def _content(value: str, field: str) -> str:

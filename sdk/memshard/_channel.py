@@ -20,7 +20,8 @@ _SERVICE_CONFIG: Final = {
         {
             "name": [{"service": "memshard.v1.MemoryService"}],
             # One retry, and for UNAVAILABLE alone: the router retries towards the shards by itself, and retries at
-            # every hop multiply. It is harmless for writes, which carry their id.
+            # every hop multiply. It is harmless for writes, which carry their id. It comes after as long as the router
+            # says (grpc-retry-pushback-ms), and after these pauses when there was no router to say so.
             "retryPolicy": {
                 "maxAttempts": 2,
                 "initialBackoff": "0.1s",

@@ -12,6 +12,8 @@ import grpc
 
 from memshard import _wire
 from memshard._channel import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, channel_options, check_address, check_timeout
+from memshard._reading import Reading
+from memshard._sessions import Sent
 from memshard.errors import Cancelled, from_rpc_error
 from memshard.filters import Filter
 from memshard.types import (
@@ -25,6 +27,7 @@ from memshard.types import (
     MemoryType,
     Metadata,
     NewMemory,
+    ReadLevel,
     SearchMode,
     SearchResult,
     StoreResult,
@@ -32,6 +35,7 @@ from memshard.types import (
     UpdateResult,
     VersionPage,
 )
+from memshard.v1 import memory_pb2 as pb
 from memshard.v1.memory_pb2_grpc import MemoryServiceStub
 
 if TYPE_CHECKING:  # It exists for type checkers only.
@@ -39,6 +43,14 @@ if TYPE_CHECKING:  # It exists for type checkers only.
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
+_Written = TypeVar(
+    "_Written",
+    pb.StoreMemoryResponse,
+    pb.BatchStoreMemoriesResponse,
+    pb.UpdateMemoryResponse,
+    pb.DeleteMemoryResponse,
+    pb.EraseUserResponse,
+)
 
 
 class AsyncMemoryClient:
@@ -49,9 +61,15 @@ class AsyncMemoryClient:
     Args:
         address: host:port of the router, or a gRPC target such as dns:///router:50051.
         timeout_s: the deadline of each call in seconds, for calls that do not give their own.
+        read: how fresh answers must be, for reads that do not say it themselves.
+        max_staleness_s: the bound of BOUNDED_STALENESS in seconds; with SESSION it holds as well.
         credentials: for TLS; without them the connection is not encrypted.
 
-    Every failed call raises a MemshardError. A call that finds the service unavailable is tried once more.
+    Reads are of level SESSION unless told otherwise: whatever this client has written of a user, its reads of that
+    user see, wherever they are served. `session_tokens` and `join_session` let other clients see it too.
+
+    Every failed call raises a MemshardError. A call that finds the service unavailable is tried once more, after as
+    long as the service says.
     """
 
     def __init__(
@@ -59,10 +77,13 @@ class AsyncMemoryClient:
         address: str = DEFAULT_ADDRESS,
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        read: ReadLevel = ReadLevel.SESSION,
+        max_staleness_s: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.address = check_address(address)
         self._timeout_s = check_timeout(timeout_s)
+        self._reading = Reading(read, max_staleness_s)
         self._credentials = credentials
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
@@ -129,7 +150,7 @@ class AsyncMemoryClient:
             embedding_model=embedding_model,
             expire_time=expire_time,
         )
-        return _wire.store_result(*await self._answer(self._stub.StoreMemory, request, timeout_s))
+        return _wire.store_result(*await self._write(self._stub.StoreMemory, request, (user_id,), timeout_s))
 
     async def store_many(self, memories: Iterable[NewMemory], *, timeout_s: float | None = None) -> BatchResult:
         """Stores up to 500 memories of any users, 8 MiB at most, in one call. Each has an outcome of its own.
@@ -143,7 +164,9 @@ class AsyncMemoryClient:
             MemshardError: anything else; see memshard.errors.
         """
         request = _wire.batch_request(memories)
-        return _wire.batch_result(request, *await self._answer(self._stub.BatchStoreMemories, request, timeout_s))
+        users = [memory.user_id for memory in request.memories]
+        answer = await self._write(self._stub.BatchStoreMemories, request, users, timeout_s)
+        return _wire.batch_result(request, *answer)
 
     async def get(
         self,
@@ -151,6 +174,8 @@ class AsyncMemoryClient:
         *,
         user_id: str | None = None,
         include_embedding: bool = False,
+        read: ReadLevel | None = None,
+        max_staleness_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Memory:
         """Fetches one memory by id, of one user or, with no user given, of whoever has it.
@@ -159,7 +184,9 @@ class AsyncMemoryClient:
         a shard that might have it did not answer.
         """
         request = _wire.get_request(id=id, user_id=user_id, include_embedding=include_embedding)
-        return _wire.get_result(await self._call(self._stub.GetMemory, request, timeout_s))
+        options, sent = self._reading.options(user_id, read, max_staleness_s)
+        request.read.CopyFrom(options)
+        return _wire.get_result(await self._read(self._stub.GetMemory, request, sent, timeout_s))
 
     async def update(  # noqa: PLR0913 - Each argument is a field of the memory.
         self,
@@ -209,7 +236,8 @@ class AsyncMemoryClient:
             expected_version=expected_version,
             request_id=request_id,
         )
-        return _wire.update_result(await self._call(self._stub.UpdateMemory, request, timeout_s))
+        response, _ = await self._write(self._stub.UpdateMemory, request, (user_id,), timeout_s)
+        return _wire.update_result(response)
 
     async def delete(
         self, user_id: str, id: str, *, request_id: str | None = None, timeout_s: float | None = None
@@ -220,7 +248,8 @@ class AsyncMemoryClient:
         same answer.
         """
         request = _wire.delete_request(user_id=user_id, id=id, request_id=request_id)
-        return _wire.delete_result(await self._call(self._stub.DeleteMemory, request, timeout_s))
+        response, _ = await self._write(self._stub.DeleteMemory, request, (user_id,), timeout_s)
+        return _wire.delete_result(response)
 
     async def list_memories(
         self,
@@ -230,6 +259,8 @@ class AsyncMemoryClient:
         page_size: int = 100,
         page_token: str = "",
         include_embedding: bool = False,
+        read: ReadLevel | None = None,
+        max_staleness_s: float | None = None,
         timeout_s: float | None = None,
     ) -> MemoryPage:
         """One page of a user's memories, newest first; `next_page_token` of the last page is empty.
@@ -244,7 +275,9 @@ class AsyncMemoryClient:
             page_token=page_token,
             include_embedding=include_embedding,
         )
-        return _wire.list_result(await self._call(self._stub.ListMemories, request, timeout_s))
+        options, sent = self._reading.options(user_id, read, max_staleness_s)
+        request.read.CopyFrom(options)
+        return _wire.list_result(await self._read(self._stub.ListMemories, request, sent, timeout_s))
 
     async def iter_memories(
         self,
@@ -253,6 +286,8 @@ class AsyncMemoryClient:
         filter: Filter | None = None,
         page_size: int = 100,
         include_embedding: bool = False,
+        read: ReadLevel | None = None,
+        max_staleness_s: float | None = None,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Memory]:
         """All of a user's memories, newest first, fetched page by page; `timeout_s` is for each page.
@@ -268,6 +303,8 @@ class AsyncMemoryClient:
                     page_size=page_size,
                     page_token=token,
                     include_embedding=include_embedding,
+                    read=read,
+                    max_staleness_s=max_staleness_s,
                     timeout_s=timeout_s,
                 )
             )
@@ -316,6 +353,8 @@ class AsyncMemoryClient:
         min_score: float | None = None,
         require_all_shards: bool = False,
         include_embedding: bool = False,
+        read: ReadLevel | None = None,
+        max_staleness_s: float | None = None,
         timeout_s: float | None = None,
     ) -> SearchResult:
         """The memories nearest to a text or an embedding, best first, of one user or, with None, of all users.
@@ -336,7 +375,9 @@ class AsyncMemoryClient:
             require_all_shards=require_all_shards,
             include_embedding=include_embedding,
         )
-        return _wire.search_result(await self._call(self._stub.SearchMemories, request, timeout_s))
+        options, sent = self._reading.options(user_id, read, max_staleness_s)
+        request.read.CopyFrom(options)
+        return _wire.search_result(await self._read(self._stub.SearchMemories, request, sent, timeout_s))
 
     async def erase_user(
         self, user_id: str, *, request_id: str | None = None, timeout_s: float | None = None
@@ -347,7 +388,20 @@ class AsyncMemoryClient:
         same answer.
         """
         request = _wire.erase_request(user_id=user_id, request_id=request_id)
-        return _wire.erase_result(await self._call(self._stub.EraseUser, request, timeout_s))
+        response, _ = await self._write(self._stub.EraseUser, request, (user_id,), timeout_s)
+        return _wire.erase_result(response)
+
+    def session_tokens(self, user_id: str) -> tuple[bytes, ...]:
+        """What another client needs for its reads to see all that this one has written of a user: a few short tokens.
+
+        Pass them to `join_session` there. They are opaque, hold no secret, and do not expire.
+        """
+        return self._reading.tokens(user_id)
+
+    def join_session(self, user_id: str, tokens: Iterable[bytes]) -> None:
+        """From now on this client's reads see what the tokens stand for: those that `session_tokens` gave elsewhere, or
+        the `consistency_token` of a receipt. Made-up ones make the next read fail with InvalidArgument."""
+        self._reading.join(user_id, tokens)
 
     @cached_property
     def _stub(self) -> MemoryServiceAsyncStub:
@@ -360,6 +414,30 @@ class AsyncMemoryClient:
         else:
             self._channel = grpc.aio.secure_channel(self.address, self._credentials, options)
         return MemoryServiceStub(self._channel)
+
+    async def _read(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        sent: Sent,
+        timeout_s: float | None,
+    ) -> _Response:
+        response, trailers = await self._answer(method, request, timeout_s)
+        self._reading.heard(sent, trailers)
+        return response
+
+    async def _write(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Written],
+        request: _Request,
+        users: Iterable[str],
+        timeout_s: float | None,
+    ) -> tuple[_Written, _wire.Trailers]:
+        """The response, and what came behind it. What was written is in the users' sessions then."""
+        began = self._reading.moment()
+        response, trailers = await self._answer(method, request, timeout_s)
+        self._reading.wrote(users, response.receipt, trailers, began)
+        return response, trailers
 
     async def _call(
         self,

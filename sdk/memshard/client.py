@@ -10,6 +10,8 @@ import grpc
 
 from memshard import _wire
 from memshard._channel import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, channel_options, check_address, check_timeout
+from memshard._reading import Reading
+from memshard._sessions import Sent
 from memshard.errors import from_rpc_error
 from memshard.filters import Filter
 from memshard.types import (
@@ -23,6 +25,7 @@ from memshard.types import (
     MemoryType,
     Metadata,
     NewMemory,
+    ReadLevel,
     SearchMode,
     SearchResult,
     StoreResult,
@@ -30,10 +33,19 @@ from memshard.types import (
     UpdateResult,
     VersionPage,
 )
+from memshard.v1 import memory_pb2 as pb
 from memshard.v1.memory_pb2_grpc import MemoryServiceStub
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
+_Written = TypeVar(
+    "_Written",
+    pb.StoreMemoryResponse,
+    pb.BatchStoreMemoriesResponse,
+    pb.UpdateMemoryResponse,
+    pb.DeleteMemoryResponse,
+    pb.EraseUserResponse,
+)
 
 
 class MemoryClient:
@@ -42,9 +54,15 @@ class MemoryClient:
     Args:
         address: host:port of the router, or a gRPC target such as dns:///router:50051.
         timeout_s: the deadline of each call in seconds, for calls that do not give their own.
+        read: how fresh answers must be, for reads that do not say it themselves.
+        max_staleness_s: the bound of BOUNDED_STALENESS in seconds; with SESSION it holds as well.
         credentials: for TLS; without them the connection is not encrypted.
 
-    Every failed call raises a MemshardError. A call that finds the service unavailable is tried once more.
+    Reads are of level SESSION unless told otherwise: whatever this client has written of a user, its reads of that
+    user see, wherever they are served. `session_tokens` and `join_session` let other clients see it too.
+
+    Every failed call raises a MemshardError. A call that finds the service unavailable is tried once more, after as
+    long as the service says.
     """
 
     def __init__(
@@ -52,10 +70,13 @@ class MemoryClient:
         address: str = DEFAULT_ADDRESS,
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        read: ReadLevel = ReadLevel.SESSION,
+        max_staleness_s: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.address = check_address(address)
         self._timeout_s = check_timeout(timeout_s)
+        self._reading = Reading(read, max_staleness_s)
         options = channel_options(address)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options)
@@ -125,7 +146,7 @@ class MemoryClient:
             embedding_model=embedding_model,
             expire_time=expire_time,
         )
-        return _wire.store_result(*self._answer(self._stub.StoreMemory, request, timeout_s))
+        return _wire.store_result(*self._write(self._stub.StoreMemory, request, (user_id,), timeout_s))
 
     def store_many(self, memories: Iterable[NewMemory], *, timeout_s: float | None = None) -> BatchResult:
         """Stores up to 500 memories of any users, 8 MiB at most, in one call. Each has an outcome of its own.
@@ -139,7 +160,9 @@ class MemoryClient:
             MemshardError: anything else; see memshard.errors.
         """
         request = _wire.batch_request(memories)
-        return _wire.batch_result(request, *self._answer(self._stub.BatchStoreMemories, request, timeout_s))
+        users = [memory.user_id for memory in request.memories]
+        answer = self._write(self._stub.BatchStoreMemories, request, users, timeout_s)
+        return _wire.batch_result(request, *answer)
 
     def get(
         self,
@@ -147,6 +170,8 @@ class MemoryClient:
         *,
         user_id: str | None = None,
         include_embedding: bool = False,
+        read: ReadLevel | None = None,
+        max_staleness_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Memory:
         """Fetches one memory by id, of one user or, with no user given, of whoever has it.
@@ -155,7 +180,9 @@ class MemoryClient:
         a shard that might have it did not answer.
         """
         request = _wire.get_request(id=id, user_id=user_id, include_embedding=include_embedding)
-        return _wire.get_result(self._call(self._stub.GetMemory, request, timeout_s))
+        options, sent = self._reading.options(user_id, read, max_staleness_s)
+        request.read.CopyFrom(options)
+        return _wire.get_result(self._read(self._stub.GetMemory, request, sent, timeout_s))
 
     def update(  # noqa: PLR0913 - Each argument is a field of the memory.
         self,
@@ -205,7 +232,8 @@ class MemoryClient:
             expected_version=expected_version,
             request_id=request_id,
         )
-        return _wire.update_result(self._call(self._stub.UpdateMemory, request, timeout_s))
+        response, _ = self._write(self._stub.UpdateMemory, request, (user_id,), timeout_s)
+        return _wire.update_result(response)
 
     def delete(
         self, user_id: str, id: str, *, request_id: str | None = None, timeout_s: float | None = None
@@ -216,7 +244,8 @@ class MemoryClient:
         same answer.
         """
         request = _wire.delete_request(user_id=user_id, id=id, request_id=request_id)
-        return _wire.delete_result(self._call(self._stub.DeleteMemory, request, timeout_s))
+        response, _ = self._write(self._stub.DeleteMemory, request, (user_id,), timeout_s)
+        return _wire.delete_result(response)
 
     def list_memories(
         self,
@@ -226,6 +255,8 @@ class MemoryClient:
         page_size: int = 100,
         page_token: str = "",
         include_embedding: bool = False,
+        read: ReadLevel | None = None,
+        max_staleness_s: float | None = None,
         timeout_s: float | None = None,
     ) -> MemoryPage:
         """One page of a user's memories, newest first; `next_page_token` of the last page is empty.
@@ -240,7 +271,9 @@ class MemoryClient:
             page_token=page_token,
             include_embedding=include_embedding,
         )
-        return _wire.list_result(self._call(self._stub.ListMemories, request, timeout_s))
+        options, sent = self._reading.options(user_id, read, max_staleness_s)
+        request.read.CopyFrom(options)
+        return _wire.list_result(self._read(self._stub.ListMemories, request, sent, timeout_s))
 
     def iter_memories(
         self,
@@ -249,6 +282,8 @@ class MemoryClient:
         filter: Filter | None = None,
         page_size: int = 100,
         include_embedding: bool = False,
+        read: ReadLevel | None = None,
+        max_staleness_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[Memory]:
         """All of a user's memories, newest first, fetched page by page; `timeout_s` is for each page.
@@ -264,6 +299,8 @@ class MemoryClient:
                     page_size=page_size,
                     page_token=token,
                     include_embedding=include_embedding,
+                    read=read,
+                    max_staleness_s=max_staleness_s,
                     timeout_s=timeout_s,
                 )
             )
@@ -310,6 +347,8 @@ class MemoryClient:
         min_score: float | None = None,
         require_all_shards: bool = False,
         include_embedding: bool = False,
+        read: ReadLevel | None = None,
+        max_staleness_s: float | None = None,
         timeout_s: float | None = None,
     ) -> SearchResult:
         """The memories nearest to a text or an embedding, best first, of one user or, with None, of all users.
@@ -330,7 +369,9 @@ class MemoryClient:
             require_all_shards=require_all_shards,
             include_embedding=include_embedding,
         )
-        return _wire.search_result(self._call(self._stub.SearchMemories, request, timeout_s))
+        options, sent = self._reading.options(user_id, read, max_staleness_s)
+        request.read.CopyFrom(options)
+        return _wire.search_result(self._read(self._stub.SearchMemories, request, sent, timeout_s))
 
     def erase_user(self, user_id: str, *, request_id: str | None = None, timeout_s: float | None = None) -> EraseResult:
         """Erases all that is held of a user: memories, versions, request ids, cache entries. There is no way back.
@@ -339,7 +380,44 @@ class MemoryClient:
         same answer.
         """
         request = _wire.erase_request(user_id=user_id, request_id=request_id)
-        return _wire.erase_result(self._call(self._stub.EraseUser, request, timeout_s))
+        response, _ = self._write(self._stub.EraseUser, request, (user_id,), timeout_s)
+        return _wire.erase_result(response)
+
+    def session_tokens(self, user_id: str) -> tuple[bytes, ...]:
+        """What another client needs for its reads to see all that this one has written of a user: a few short tokens.
+
+        Pass them to `join_session` there. They are opaque, hold no secret, and do not expire.
+        """
+        return self._reading.tokens(user_id)
+
+    def join_session(self, user_id: str, tokens: Iterable[bytes]) -> None:
+        """From now on this client's reads see what the tokens stand for: those that `session_tokens` gave elsewhere, or
+        the `consistency_token` of a receipt. Made-up ones make the next read fail with InvalidArgument."""
+        self._reading.join(user_id, tokens)
+
+    def _read(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        sent: Sent,
+        timeout_s: float | None,
+    ) -> _Response:
+        response, trailers = self._answer(method, request, timeout_s)
+        self._reading.heard(sent, trailers)
+        return response
+
+    def _write(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[_Request, _Written],
+        request: _Request,
+        users: Iterable[str],
+        timeout_s: float | None,
+    ) -> tuple[_Written, _wire.Trailers]:
+        """The response, and what came behind it. What was written is in the users' sessions then."""
+        began = self._reading.moment()
+        response, trailers = self._answer(method, request, timeout_s)
+        self._reading.wrote(users, response.receipt, trailers, began)
+        return response, trailers
 
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout_s: float | None

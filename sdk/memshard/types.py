@@ -103,6 +103,20 @@ class SearchMode(_WireEnum):
     HYBRID = 3
 
 
+class ReadLevel(_WireEnum):
+    """How fresh an answer must be.
+
+    STRONG: read from the primary. SESSION: with all that this client has written, or joined, of the user. With
+    BOUNDED_STALENESS nothing is missing that is older than `max_staleness_s`. EVENTUAL: whatever a server has.
+    """
+
+    UNSPECIFIED = 0
+    STRONG = 1
+    SESSION = 2
+    BOUNDED_STALENESS = 3
+    EVENTUAL = 4
+
+
 @dataclass(frozen=True, slots=True)
 class NewMemory:
     """A memory to store, one of many. The fields are those of `store`.

@@ -21,6 +21,8 @@ from router.dispatch import Dispatch
 from router.fanout import Fanout
 from router.locate import Locator
 from router.location import LocationCache
+from router.reads import Reads
+from router.replicas import Replicas
 from router.shards import Q, R, Rpc, Shards
 from router.topology_watch import TopologyWatch
 from tests.support.cluster import LocalCluster, free_port
@@ -70,7 +72,8 @@ async def router(topology: Topology, redis_url: str | None) -> AsyncIterator[Rou
         locations = LocationCache(settings)
         stack.push_async_callback(locations.close)
         watch = TopologyWatch("postgresql://unused", topology, poll_s=60, changed=shards.follow)
-        yield Router(Locator(locations, Dispatch(watch, shards), Fanout(watch, shards, concurrency=8)), shards)
+        reads = Reads(shards, Replicas(shards, topology, settings), settings)
+        yield Router(Locator(locations, Dispatch(watch, reads), Fanout(watch, reads, concurrency=8)), shards)
 
 
 @pytest_asyncio.fixture(scope="session")

@@ -268,6 +268,18 @@ def _reads() -> Iterator[Row]:
 _READS: tuple[tuple[str, pb.ReadOptions, str, str], ...] = (
     ("unknown read level", pb.ReadOptions(level=99), "read.level", "INVALID_ENUM"),  # type: ignore[arg-type]
     (
+        "bounded staleness without a bound",
+        pb.ReadOptions(level=pb.READ_LEVEL_BOUNDED_STALENESS),
+        "read.max_staleness",
+        "MAX_STALENESS_REQUIRED",
+    ),
+    (
+        "bounded staleness of nothing",
+        pb.ReadOptions(level=pb.READ_LEVEL_BOUNDED_STALENESS, max_staleness=duration_pb2.Duration()),
+        "read.max_staleness",
+        "MAX_STALENESS_REQUIRED",
+    ),
+    (
         "negative staleness",
         pb.ReadOptions(max_staleness=duration_pb2.Duration(seconds=-1)),
         "read.max_staleness",

@@ -133,7 +133,7 @@ _memories = _build(
 _reads = _build(
     pb.ReadOptions,
     level=st.sampled_from(range(5)),
-    max_staleness=_maybe(st.just(duration_pb2.Duration(seconds=5))),
+    max_staleness=st.just(duration_pb2.Duration(seconds=5)),
 )
 _GOOD: dict[str, st.SearchStrategy[Any]] = {
     "StoreMemory": _build(pb.StoreMemoryRequest, memory=_memories),

@@ -114,6 +114,7 @@ class MemoryService:
         return pb.EraseUserResponse(memories_erased=len(gone), versions_erased=1)
 
     def get(self, request: pb.GetMemoryRequest, context: grpc.ServicerContext) -> pb.GetMemoryResponse:
+        self.requests.append(request)
         for (user_id, memory_id), memory in self.stored.items():
             if memory_id == request.id and request.user_id in {"", user_id}:
                 return pb.GetMemoryResponse(memory=memory, report=self.report)

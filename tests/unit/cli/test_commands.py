@@ -10,10 +10,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 import typer
+from google.protobuf import duration_pb2
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from typer.testing import CliRunner, Result
@@ -120,6 +122,10 @@ def test_add_refuses_bad_standard_input(run: Run, service: MemoryService, stdin:
         ("search", "text", "--mode", "hybrid"),
         ("search", "text", "--filter", "metadata.topic"),
         ("list", "--user", "ada", "--filter", "=tea"),
+        ("search", "text", "--read", "fresh"),
+        ("search", "text", "--read", "bounded"),
+        ("list", "--user", "ada", "--max-staleness", "1"),
+        ("get", "some-id", "--read", "bounded", "--max-staleness", "0"),
         ("import", "/no/such/file"),
         ("import", "/"),
         ("no-such-command",),
@@ -295,6 +301,29 @@ def test_search_and_list_pass_mode_and_filter_on(run: Run, service: MemoryServic
     assert isinstance(listing, pb.ListMemoriesRequest)
     assert (search.mode, search.filter) == (pb.SEARCH_MODE_KEYWORD, wanted)
     assert listing.filter == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Each command is a client of its own, and shows what the one before it has stored.
+        ((), pb.ReadOptions(level=pb.READ_LEVEL_STRONG)),
+        (("--read", "strong"), pb.ReadOptions(level=pb.READ_LEVEL_STRONG)),
+        (("--read", "session"), pb.ReadOptions(level=pb.READ_LEVEL_SESSION)),
+        (("--read", "Eventual"), pb.ReadOptions(level=pb.READ_LEVEL_EVENTUAL)),
+        (
+            ("--read", "bounded", "--max-staleness", "2"),
+            pb.ReadOptions(level=pb.READ_LEVEL_BOUNDED_STALENESS, max_staleness=duration_pb2.Duration(seconds=2)),
+        ),
+    ],
+)
+def test_reads_are_as_fresh_as_they_are_told(
+    run: Run, service: MemoryService, options: tuple[str, ...], expected: pb.ReadOptions
+) -> None:
+    for command in (("get", "some-id"), ("search", "tea"), ("list", "--user", "ada")):
+        run(*command, *options)
+    reads: list[Any] = service.requests
+    assert [request.read for request in reads] == [expected] * 3
 
 
 @pytest.mark.parametrize(

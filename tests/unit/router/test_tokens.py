@@ -123,10 +123,56 @@ def test_consistency_token_says_where_the_write_is() -> None:
     assert position == shard_pb2.ShardPosition(shard_id="shard-1", timeline=3, lsn=2**63 + 5)
 
 
+def _session(*tokens: bytes) -> pb.ReadOptions:
+    return pb.ReadOptions(level=pb.READ_LEVEL_SESSION, consistency_tokens=tokens)
+
+
+_commits = st.lists(
+    st.tuples(
+        st.sampled_from(["shard-0", "shard-1", "gone"]),
+        st.builds(shard_pb2.Commit, timeline=st.integers(1, 3), lsn=st.integers(0, 2**64 - 1)),
+    ),
+    max_size=4,
+)
+
+
+@given(st.lists(_commits, max_size=8))
+def test_of_each_shard_the_latest_timeline_and_then_the_latest_position_counts(
+    writes: list[list[tuple[str, shard_pb2.Commit]]],
+) -> None:
+    options = _session(*(_TOKENS.receipt(*commits).consistency_token for commits in writes))
+    expected: dict[str, tuple[int, int]] = {}
+    for shard_id, commit in (commit for commits in writes for commit in commits):
+        expected[shard_id] = max(expected.get(shard_id, (0, 0)), (commit.timeline, commit.lsn))
+    positions = _TOKENS.positions(options)
+    assert positions == expected
+    # One token stands for all of them, and is offered where there is more than one.
+    trailers = dict(_TOKENS.read_trailers(options, positions))
+    assert trailers.pop("memshard-covers", "") == ",".join(sorted(expected))
+    assert (list(trailers) == ["memshard-session-bin"]) == (len(writes) > 1)
+    for token in trailers.values():
+        assert isinstance(token, bytes)
+        assert _TOKENS.positions(_session(token)) == expected
+
+
+def test_receipt_says_which_shards_it_covers() -> None:
+    commit = shard_pb2.Commit(timeline=1, lsn=1)
+    receipt = _TOKENS.receipt(("shard-1", commit), ("shard-0", commit), ("shard-1", commit))
+    assert list(_TOKENS.write_trailers(receipt)) == [("memshard-covers", "shard-0,shard-1")]
+
+
+def test_what_does_not_fit_into_a_trailer_is_left_out() -> None:
+    commit = shard_pb2.Commit(timeline=1, lsn=1)
+    receipt = _TOKENS.receipt(*((f"{number:060}", commit) for number in range(100)))
+    options = _session(receipt.consistency_token, receipt.consistency_token)
+    assert list(_TOKENS.write_trailers(receipt)) == []
+    assert list(_TOKENS.read_trailers(options, _TOKENS.positions(options))) == []
+
+
 def test_consistency_tokens_of_this_cluster_are_taken() -> None:
     token = _TOKENS.receipt(("shard-1", shard_pb2.Commit(timeline=1, lsn=1))).consistency_token
-    _TOKENS.check_consistency(pb.ReadOptions())
-    _TOKENS.check_consistency(pb.ReadOptions(consistency_tokens=[token] * 64))
+    _TOKENS.positions(pb.ReadOptions())
+    _TOKENS.positions(pb.ReadOptions(consistency_tokens=[token] * 64))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +198,11 @@ def test_consistency_tokens_of_this_cluster_are_taken() -> None:
         pytest.param([b""] * 65, "OUT_OF_RANGE", id="too many"),
     ],
 )
-def test_other_consistency_tokens_are_refused(tokens: list[bytes], reason: str) -> None:
+@pytest.mark.parametrize("level", pb.ReadLevel.values())
+def test_other_consistency_tokens_are_refused_at_every_level(
+    level: pb.ReadLevel.ValueType, tokens: list[bytes], reason: str
+) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        _TOKENS.check_consistency(pb.ReadOptions(consistency_tokens=tokens))
+        _TOKENS.positions(pb.ReadOptions(level=level, consistency_tokens=tokens))
     assert caught.value.reason == reason
     assert [violation.field for violation in caught.value.violations] == ["read.consistency_tokens"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf import duration_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -312,4 +313,4 @@ def test_argument_at_its_bounds_is_taken(call: Callable[[], object], expected: o
 
 def test_every_read_level_is_taken() -> None:
     for level in pb.ReadLevel.values():
-        validate.read_options(pb.ReadOptions(level=level))
+        validate.read_options(pb.ReadOptions(level=level, max_staleness=duration_pb2.Duration(nanos=1)))

@@ -1,0 +1,165 @@
+"""One read of one shard: sent to the server that suits it best, and on to the next, within one deadline.
+
+Replicas that look fresh enough come first, then those that may be by now, each for a short time, then the primary with
+what is left. When the primary is away too, a replica that was passed over may still catch up, and is waited for. What
+none of them can answer is UNAVAILABLE: an older answer than was asked for is never given.
+"""
+
+import asyncio
+from typing import Any, Generic, Literal, TypeAlias
+
+from common import errors
+from common.config import RouterSettings
+from common.deadline import Deadline
+from common.errors import DeadlineExceeded, Unavailable, WrongShard
+from common.topology import Shard
+from memshard.internal.v1 import shard_pb2
+from router.balance import PRIMARY, Order, order
+from router.consistency import Consistency, Wanted
+from router.replicas import Replicas
+from router.shards import RETRY_AFTER_S, Q, R, Rpc, Shards, admit
+
+Role: TypeAlias = Literal["primary", "replica"]
+
+# What a replica answers that did not catch up in time. It stays inside the cluster.
+BEHIND = "REPLICA_BEHIND"
+
+# What a replica says of itself rather than of the request: another server may do better. WRONG_SHARD is among them, as
+# what a replica knows of its slots is as old as its rows.
+_GO_ON = (Unavailable, DeadlineExceeded, WrongShard, errors.ResourceExhausted, errors.Unimplemented, errors.Internal)
+
+# Longest that a read waits for a replica to catch up, once the primary is away. It may never happen, and the caller
+# is told to try again after about as long.
+_OUTWAIT_S = 1.0
+
+
+class Reads:
+    """Sends reads to the servers of a shard."""
+
+    def __init__(self, shards: Shards, replicas: Replicas, settings: RouterSettings) -> None:
+        self.shards = shards
+        self.replicas = replicas
+        self.wait_s = settings.freshness_wait_s
+        self.timeout_s = settings.replica_timeout_s
+        self._share = settings.reads == "all"
+        self._turn = 0
+
+    async def ask(
+        self, shard: Shard, rpc: Rpc[Q, R], request: Q, consistency: Consistency, deadline: Deadline
+    ) -> tuple[R, Role]:
+        """The answer of a server of `shard` that is fresh enough, and what kind of server that is.
+
+        Raises what the primary raises when it is asked, and no replica can stand in for it; Unavailable /
+        NO_FRESH_SERVER when there are replicas, and none is fresh enough.
+        """
+        admit(shard, rpc)
+        if consistency.strong:
+            return await self.shards.call(shard, rpc, request, deadline), "primary"
+        reading = _Reading(self, shard, rpc, request, consistency.of(shard.shard_id), deadline)
+        return await reading.run(self._order(shard, reading.wanted))
+
+    def _order(self, shard: Shard, wanted: Wanted) -> Order:
+        self._turn += 1
+        outstanding = {replica.replica_id: self.shards.outstanding(replica.address) for replica in shard.replicas}
+        outstanding[PRIMARY] = self.shards.outstanding(shard.address)
+        return order(wanted, self.replicas.serving(shard), outstanding, turn=self._turn, share=self._share)
+
+
+class _Reading(Generic[Q, R]):
+    """One read on its way from server to server."""
+
+    def __init__(
+        self, reads: Reads, shard: Shard, rpc: Rpc[Q, R], request: Q, wanted: Wanted, deadline: Deadline
+    ) -> None:
+        self.wanted = wanted
+        self._reads = reads
+        self._shard = shard
+        self._by_id = {replica.replica_id: replica for replica in shard.replicas}
+        self._rpc = rpc
+        self._request = request
+        self._deadline = deadline
+        # What is left of the time that replicas may take to catch up: one read waits once, not at each of them.
+        self._wait_s = reads.wait_s
+
+    async def run(self, going: Order) -> tuple[R, Role]:
+        """Asks one after the other."""
+        failed: Unavailable | DeadlineExceeded | None = None
+        for name in going.first:
+            part = Deadline.after(self._deadline.remaining_s() / 2)
+            if name == PRIMARY:
+                try:
+                    return await self._ask_primary(part), "primary"
+                except (Unavailable, DeadlineExceeded) as error:
+                    failed = error
+                    continue
+            timeout_s = part.remaining_s() if self._wide() else min(part.remaining_s(), self._reads.timeout_s)
+            answer = await self._ask_replica(name, timeout_s, min(self._wait_s, timeout_s / 2))
+            if answer is not None:
+                return answer, "replica"
+        if failed is None:
+            try:
+                return await self._ask_primary(self._deadline), "primary"
+            except Unavailable as error:
+                failed = error
+        answer = await self._outwait(going.last)
+        if answer is not None:
+            return answer, "replica"
+        raise self._explained(failed, going) from failed
+
+    async def _ask_primary(self, deadline: Deadline) -> R:
+        # It is told what was asked for as well: one that has been replaced, and does not know it yet, is behind too.
+        self._ask_for_freshness(0.0)
+        return await self._reads.shards.call(self._shard, self._rpc, self._request, deadline)
+
+    async def _ask_replica(self, name: str, timeout_s: float, wait_s: float) -> R | None:
+        """The answer of a replica; None when somebody else has to give it."""
+        replica, replicas = self._by_id[name], self._reads.replicas
+        if timeout_s <= 0:
+            return None
+        self._ask_for_freshness(wait_s)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            answer = await self._reads.shards.call_replica(
+                self._shard, replica, self._rpc, self._request, timeout_s=timeout_s
+            )
+        except _GO_ON as error:
+            if error.reason == BEHIND:
+                self._wait_s = max(0.0, self._wait_s - (loop.time() - began))
+                replicas.refused(self._shard, replica, self.wanted)
+            elif isinstance(error, Unavailable | DeadlineExceeded):
+                replicas.failed(self._shard, replica)
+            return None
+        replicas.answered(self._shard, replica, self.wanted)
+        return answer
+
+    async def _outwait(self, names: tuple[str, ...]) -> R | None:
+        """The answer of a replica that catches up in time; None when none does."""
+        until = Deadline.after(min(_OUTWAIT_S, self._deadline.remaining_s()))
+        for number, name in enumerate(names):
+            share_s = until.remaining_s() / (len(names) - number)
+            # What is not waited is for the answer, or for hearing that there is none.
+            answer = await self._ask_replica(name, share_s, share_s - min(share_s / 2, self._reads.timeout_s))
+            if answer is not None:
+                return answer
+        return None
+
+    def _ask_for_freshness(self, wait_s: float) -> None:
+        route: shard_pb2.Route = self._request.route  # type: ignore[attr-defined]  # Every request of a read has one.
+        route.fresh.CopyFrom(self.wanted.freshness(self._shard.shard_id, int(wait_s * 1000)))
+
+    def _wide(self) -> bool:
+        """Whether this may take long wherever it is asked. A replica that falls silent meanwhile is still found out:
+        what is in flight there is abandoned when it is lost."""
+        request: Any = self._request
+        return isinstance(request, shard_pb2.SearchRequest) and not request.user_id
+
+    def _explained(self, failed: Unavailable | DeadlineExceeded, going: Order) -> Unavailable | DeadlineExceeded:
+        """Why there is no answer, for the caller."""
+        if isinstance(failed, DeadlineExceeded) or not (going.last or failed.reason == BEHIND):
+            return failed
+        return Unavailable(
+            f"the primary of {self._shard.shard_id} does not answer, and no replica is fresh enough",
+            reason="NO_FRESH_SERVER",
+            retry_after_s=RETRY_AFTER_S,
+        )

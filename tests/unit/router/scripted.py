@@ -1,0 +1,221 @@
+"""A shard's servers in this process, real gRPC on free ports, that answer as the test says: what is tested is whom the
+router asks, and what it does with the answer."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from common.config import RouterSettings
+from common.deadline import Deadline
+from common.errors import MemshardError, Unavailable
+from common.rpc import generic_handler
+from common.topology import Replica, Shard, SlotRange, Topology
+from memshard.internal.v1 import shard_pb2
+from memshard.v1 import memory_pb2 as pb
+from router.consistency import Consistency, Position
+from router.dispatch import Dispatch
+from router.fanout import Fanout
+from router.reads import Reads
+from router.replicas import Replicas
+from router.shards import GET, Shards
+from router.topology_watch import TopologyWatch
+from tests.support.eventually import eventually
+
+CLUSTER_ID = "11111111-1111-1111-1111-111111111111"
+_SERVICE = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
+_HEALTH: Any = health_pb2.DESCRIPTOR.services_by_name["Health"]
+
+
+class Server:
+    """One server of a shard. Change its attributes to change its answers."""
+
+    def __init__(self, name: str, shard_id: str = "shard-0", *, writable: bool = False) -> None:
+        self.name = name
+        self.shard_id = shard_id
+        self.writable = writable
+        self.position = Position(1, 100)
+        self.lag_ms = 0
+        self.serving = True
+        self.error: MemshardError | None = None
+        self.asked: list[shard_pb2.Route] = []
+        self.answered = 0
+        self.in_flight = 0
+        self.looks = 0
+        self._moved = asyncio.Condition()
+        self._thawed = asyncio.Event()
+        self._thawed.set()
+        self._server: grpc.aio.Server | None = None
+        self.port = 0
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.thaw()
+        await self.stop()
+
+    @property
+    def address(self) -> str:
+        """Where it listens, also while it does not."""
+        return f"127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        """Listens, where it listened before."""
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._server.add_generic_rpc_handlers(
+            [
+                generic_handler(_SERVICE, self, default_deadline_s=60),
+                generic_handler(_HEALTH, self, default_deadline_s=60),
+            ]
+        )
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Goes away, like a process that is killed."""
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+    def freeze(self) -> None:
+        """Takes calls, and answers none, like a process that is stopped."""
+        self._thawed.clear()
+
+    def thaw(self) -> None:
+        """Answers again."""
+        self._thawed.set()
+
+    async def move(self, position: Position) -> None:
+        """Replays up to here."""
+        async with self._moved:
+            self.position = position
+            self._moved.notify_all()
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, deadline: Deadline
+    ) -> health_pb2.HealthCheckResponse:
+        await self._thawed.wait()
+        states = health_pb2.HealthCheckResponse
+        return states(status=states.SERVING if self.serving else states.NOT_SERVING)
+
+    async def Describe(  # noqa: N802
+        self, request: shard_pb2.DescribeRequest, deadline: Deadline
+    ) -> shard_pb2.DescribeResponse:
+        await self._thawed.wait()
+        self.looks += 1
+        timeline, lsn = self.position
+        return shard_pb2.DescribeResponse(
+            cluster_id=CLUSTER_ID,
+            shard_id=self.shard_id,
+            writable=self.writable,
+            position=shard_pb2.ShardPosition(shard_id=self.shard_id, timeline=timeline, lsn=lsn),
+            lag_ms=self.lag_ms,
+        )
+
+    async def Get(self, request: shard_pb2.GetRequest, deadline: Deadline) -> shard_pb2.GetResponse:  # noqa: N802
+        self.asked.append(request.route)
+        self.in_flight += 1
+        try:
+            await self._thawed.wait()
+            if self.error is not None:
+                raise self.error
+            await self._be_fresh(request.route)
+        finally:
+            self.in_flight -= 1
+        self.answered += 1
+        memory = pb.Memory(id=request.id, content=self.name)
+        return shard_pb2.GetResponse(found=[shard_pb2.FoundMemory(memory=memory)])
+
+    async def _be_fresh(self, route: shard_pb2.Route) -> None:
+        if not route.HasField("fresh"):
+            if not self.writable:
+                raise Unavailable("strong reads are for the primary", reason="NOT_PRIMARY")
+            return
+        wanted, behind = route.fresh, Unavailable("behind", reason="REPLICA_BEHIND")
+        if wanted.max_staleness_ms and self.lag_ms > wanted.max_staleness_ms:
+            raise behind
+        if wanted.HasField("position"):
+            position = Position(wanted.position.timeline, wanted.position.lsn)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wanted.wait_ms / 1000), self._moved:
+                    await self._moved.wait_for(lambda: self.position >= position)
+            if self.position < position:
+                raise behind
+
+
+@dataclass
+class Router:
+    """The part of a router that reads."""
+
+    topology: Topology
+    shards: Shards
+    replicas: Replicas
+    dispatch: Dispatch
+    fanout: Fanout
+    looking: "asyncio.Task[None]"
+    served: list[str] = field(default_factory=list)
+
+    async def get(self, consistency: Consistency, *, timeout_s: float = 5.0) -> str:
+        """The name of the server that answered a read, which must be of the kind that the answer says."""
+        request = shard_pb2.GetRequest(id="00000000-0000-0000-0000-000000000000")
+        answered = await self.dispatch.read(0, GET, request, consistency, Deadline.after(timeout_s))
+        (found,) = answered.answer.found
+        name = found.memory.content
+        assert answered.served_by == ("replica" if name.startswith("replica") else "primary")
+        return name
+
+    def known(self) -> set[str]:
+        """The replicas that serve, as far as is known."""
+        return {name for shard in self.topology.shards for name in self.replicas.serving(shard)}
+
+    async def knows(self, *names: str, within_s: float = 10.0) -> None:
+        """Waits until exactly these replicas are known to serve."""
+        await eventually(lambda: self.known() == set(names), within_s=within_s)
+
+
+def shard(primary: Server, replicas: Sequence[Server]) -> Shard:
+    """The topology's word for these servers."""
+    return Shard(primary.shard_id, primary.address, replicas=tuple(Replica(r.name, r.address) for r in replicas))
+
+
+@asynccontextmanager
+async def router(primary: Server, *replicas: Server, **settings: object) -> AsyncIterator[Router]:
+    """A router of one shard, which knows its servers."""
+    topology = Topology(
+        CLUSTER_ID, 1, shards=(shard(primary, replicas),), ranges=(SlotRange(0, 16383, primary.shard_id),)
+    )
+    configured = RouterSettings(catalog_dsn="postgresql://unused", **settings)  # type: ignore[arg-type]
+    async with AsyncExitStack() as stack:
+        shards = Shards(configured)
+        stack.push_async_callback(shards.close)
+        known = Replicas(shards, topology, configured)
+        watch = TopologyWatch("postgresql://unused", topology, poll_s=60, changed=lambda _: None)
+        reads = Reads(shards, known, configured)
+        looking = asyncio.create_task(known.run())
+
+        async def stop() -> None:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+
+        stack.push_async_callback(stop)
+        made = Router(topology, shards, known, Dispatch(watch, reads), Fanout(watch, reads, concurrency=8), looking)
+        await made.knows(*(replica.name for replica in replicas if replica.serving and not replica.writable))
+        yield made
+
+
+@asynccontextmanager
+async def servers(replicas: int) -> AsyncIterator[tuple[Server, list[Server]]]:
+    """A primary and so many replicas."""
+    async with AsyncExitStack() as stack:
+        primary = await stack.enter_async_context(Server("primary", writable=True))
+        others = [await stack.enter_async_context(Server(f"replica-{n}")) for n in range(replicas)]
+        yield primary, others
