@@ -38,6 +38,7 @@ class ServiceName(StrEnum):
 
     ROUTER = "router"
     SHARD = "shard"
+    REPLICA = "replica"
 
 
 DataDir = Annotated[
@@ -67,7 +68,14 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     shards: Annotated[
         int | None, typer.Option("--shards", metavar="N", help="How many shards; fixed when it is made. Default: 2.")
     ] = None,
-    replicas: Annotated[int, typer.Option("--replicas", metavar="M", help="Read replicas of each shard.")] = 0,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            "--replicas",
+            metavar="M",
+            help="How many standbys, with a read replica each, a shard has; fixed when it is made. Default: 1.",
+        ),
+    ] = None,
     routers: Annotated[int, typer.Option("--routers", metavar="R", help="How many routers, on ports P, P+1, …")] = 1,
     data_dir: DataDir = None,
     port: Annotated[int, typer.Option("--port", metavar="P", help="Port of the first router.")] = DEFAULT_PORT,
@@ -118,10 +126,9 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     from local.layout import Layout
     from local.record import Options
 
-    if replicas:
-        fail("read replicas are not offered yet: leave out --replicas", code=2)
     options = Options(
         shards=shards,
+        replicas=replicas,
         embedder=embedder.value if embedder else None,
         embedder_url=embedder_url,
         embedder_model=embedder_model,

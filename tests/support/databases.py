@@ -40,7 +40,7 @@ async def running(layout: Layout, options: Options | None = None) -> AsyncIterat
     layout.claim()
     with lock.held(layout):
         await leftovers.end_all(layout.root)
-        plan, programs = await up.prepare(layout, options or Options(shards=1), (), LOG)
+        plan, programs = await up.prepare(layout, options or Options(shards=1, replicas=0), (), LOG)
         ready = asyncio.Event()
         supervisor = up.supervise(plan, programs, Hooks(ready=ready.set), LOG, services=False)
         async with asyncio.TaskGroup() as group:
