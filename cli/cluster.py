@@ -1,16 +1,16 @@
-"""The cluster commands of the memshard command line: up, down, status, config."""
+"""The cluster commands of the memshard command line: up, down, status, failover, config."""
 
 # ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cli.cluster_failover import failover
+from cli.cluster_options import DataDir, failures_shown
 from cli.terminal import fail
 
 DEFAULT_PORT = 50051
@@ -41,23 +41,12 @@ class ServiceName(StrEnum):
     REPLICA = "replica"
 
 
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-dir",
-        envvar="MEMSHARD_DATA_DIR",
-        metavar="DIR",
-        readable=False,  # Said by us, with what to do.
-        help="Where the cluster lives. Default: /var/lib/memshard for root, else ~/.local/share/memshard.",
-    ),
-]
-
-
 def register(app: typer.Typer) -> None:
     """Adds the cluster commands to app."""
     app.command()(up)
     app.command()(down)
     app.command()(status)
+    app.command()(failover)
     config = typer.Typer(help="Write and check the settings files of the services.", no_args_is_help=True)
     config.command()(generate)
     config.command()(validate)
@@ -139,7 +128,7 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     layout = Layout.of(data_dir)
     request = foreground.Request(layout.root, options, port, routers)
     terminal = Terminal(layout.root, detached=detach)
-    with _failures_shown():
+    with failures_shown():
         foreground.check(request)
         terminal.starting()
         if detach:
@@ -157,7 +146,7 @@ def down(data_dir: DataDir = None) -> None:
     from local.layout import Layout
 
     layout = Layout.of(data_dir)
-    with _failures_shown():
+    with failures_shown():
         outcome = asyncio.run(end(layout))
     if outcome.supervisor:
         typer.echo(f"The cluster in {layout.root} has stopped.")
@@ -173,7 +162,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     from local.layout import Layout
     from local.status import status as look
 
-    with _failures_shown():
+    with failures_shown():
         found = asyncio.run(look(Layout.of(data_dir)))
     if json:
         typer.echo(found.model_dump_json(indent=2))
@@ -204,24 +193,3 @@ def validate(
     except config.ConfigError as error:
         fail(str(error))
     typer.echo(f"The settings of the {service.value} are valid.")
-
-
-@contextmanager
-def _failures_shown() -> Iterator[None]:
-    """Ends the command with one line, and the log of what failed where there is one."""
-    from local.errors import LocalClusterError, OptionsError, StartError
-
-    try:
-        yield
-    except StartError as error:
-        if error.log_tail:
-            typer.echo(error.log_tail, err=True)
-        fail(str(error))
-    except OptionsError as error:
-        fail(str(error), code=2)
-    except LocalClusterError as error:
-        fail(str(error))
-    except OSError as error:  # Such as a directory of another user's.
-        fail(f"{error.filename or 'the data directory'}: {error.strerror or error}")
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        fail("stopped before the cluster was ready", code=130)

@@ -53,7 +53,7 @@ def discard_unfinished(layout: Layout) -> None:
     for directory in (layout.postgres, layout.config, layout.redis, layout.run):
         if directory.exists():
             shutil.rmtree(directory)
-    for file in (layout.secrets, layout.state):
+    for file in (layout.secrets, layout.state, layout.admin_token):
         file.unlink(missing_ok=True)
 
 

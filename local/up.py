@@ -5,17 +5,18 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from local import bootstrap, leftovers, lock, logs, ports
+from local import admin, bootstrap, leftovers, lock, logs, ports
 from local.account import make_traversable, postgres_account
+from local.admin_token import make_token
 from local.appointment import Appointer
 from local.binaries import require_local_embedder
-from local.cluster import Plan, Programs, port_names
+from local.cluster import ADMIN, Plan, Programs, port_names
 from local.errors import DataDirectoryError, LocalClusterError, OptionsError
 from local.layout import Layout
 from local.record import Embedder, Options, Secrets, load_record, load_secrets, settle
@@ -122,9 +123,11 @@ async def run(request: Request, observer: Observer) -> None:
             )
 
         hooks = Hooks(observer.progress, ready, observer.stopping)
-        supervisor = supervise(plan, programs, hooks, log)
-        interruption.action = supervisor.stop
-        await supervisor.run()
+        shards = shard_servers(plan, programs, log)
+        supervisor = supervise(plan, programs, shards, hooks, log)
+        async with admin.serving(plan.record.ports[ADMIN], make_token(layout), shards, log):
+            interruption.action = supervisor.stop
+            await supervisor.run()
 
 
 async def prepare(
@@ -170,11 +173,31 @@ async def prepare(
     return plan, programs
 
 
+def shard_servers(plan: Plan, programs: Programs, log: logging.Logger) -> dict[str, ShardServers]:
+    """The PostgreSQL servers of each shard, by its id."""
+    maker = Maker(programs.postgres_bin, programs.account, plan.secrets, log)
+    return {
+        shard_id: ShardServers(
+            Appointer(shard_id, plan.catalog_server(), plan.shard_servers(shard_id), plan.secrets),
+            plan.record.replica_names(shard_id),
+            maker,
+            log,
+            new=not plan.record.complete,
+        )
+        for shard_id in plan.record.shard_ids()
+    }
+
+
 def supervise(
-    plan: Plan, programs: Programs, hooks: Hooks, log: logging.Logger, *, services: bool = True
+    plan: Plan,
+    programs: Programs,
+    shards: Mapping[str, ShardServers],
+    hooks: Hooks,
+    log: logging.Logger,
+    *,
+    services: bool = True,
 ) -> Supervisor:
     """The supervisor of a cluster; without its `services` only the databases and what is in them."""
-    shards = {shard_id: _shard_servers(plan, programs, shard_id, log) for shard_id in plan.record.shard_ids()}
     steps = Steps(plan, shards)
     specs = Specs(plan, programs, shards)
     supervisor = Supervisor(
@@ -190,16 +213,6 @@ def supervise(
     for shard in shards.values():
         shard.ties = Ties(supervisor.process, supervisor.save_state)
     return supervisor
-
-
-def _shard_servers(plan: Plan, programs: Programs, shard_id: str, log: logging.Logger) -> ShardServers:
-    return ShardServers(
-        Appointer(shard_id, plan.catalog_server(), plan.shard_servers(shard_id), plan.secrets),
-        plan.record.replica_names(shard_id),
-        Maker(programs.postgres_bin, programs.account, plan.secrets, log),
-        log,
-        new=not plan.record.complete,
-    )
 
 
 @contextmanager

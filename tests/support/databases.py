@@ -42,7 +42,8 @@ async def running(layout: Layout, options: Options | None = None) -> AsyncIterat
         await leftovers.end_all(layout.root)
         plan, programs = await up.prepare(layout, options or Options(shards=1, replicas=0), (), LOG)
         ready = asyncio.Event()
-        supervisor = up.supervise(plan, programs, Hooks(ready=ready.set), LOG, services=False)
+        shards = up.shard_servers(plan, programs, LOG)
+        supervisor = up.supervise(plan, programs, shards, Hooks(ready=ready.set), LOG, services=False)
         async with asyncio.TaskGroup() as group:
             run = group.create_task(supervisor.run())
             waiting = group.create_task(ready.wait())
