@@ -18,6 +18,8 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from common.dsn import hosts
+
 MIB = 1024 * 1024
 
 
@@ -29,7 +31,7 @@ def _postgres_dsn(value: SecretStr) -> SecretStr:
     if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
         raise ValueError("must be a PostgreSQL URL, like postgresql://user:password@host:5432/database")
     try:
-        _ = urlsplit(value.get_secret_value()).port
+        hosts(value.get_secret_value())
     except ValueError:
         # Without the cause, whose text quotes part of the password.
         raise ValueError(
@@ -203,11 +205,17 @@ class ShardSettings(EmbedderSettings):
     shard_id: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     """This shard's name in the catalog. A DNS label, so that it can name a Kubernetes Service too."""
 
+    catalog_dsn: PostgresDsn
+    """URL of the catalog's database. A role that can only read is enough, but for `sync_set: managed`: it has to be
+    allowed UPDATE on `sync_sets`."""
+
     database_dsn: PostgresDsn
-    """URL of the shard's own database, as a role that can only read and write rows."""
+    """URL of the shard's own database, as a role that can only read and write rows. It may name several servers, as in
+    postgresql://user:password@one:5432,two:5432/database: the service follows whichever of them takes writes."""
 
     migration_dsn: PostgresDsn | None = None
-    """URL of the same database as the role that owns the schema. None: `database_dsn` is used for both."""
+    """URL of the same database as the role that owns the schema, and with `sync_set: managed` may set
+    synchronous_standby_names. None: `database_dsn` is used for both."""
 
     pool_min_connections: Annotated[int, Field(ge=1, le=1000)] = 2
     """Connections kept open when idle."""

@@ -1,9 +1,10 @@
 """Connecting to PostgreSQL: types, and a first connection that fails with a message that says what to do."""
 
 from typing import TYPE_CHECKING, TypeAlias
-from urllib.parse import urlsplit
 
 import asyncpg
+
+from common.dsn import location
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -55,12 +56,6 @@ async def connect(dsn: str, *, what: str) -> "asyncpg.Connection[asyncpg.Record]
         return await asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT_S)
     except CONNECT_ERRORS as error:
         raise DatabaseUnreachableError(f"{what} at {location(dsn)} cannot be reached: {explain(error)}") from error
-
-
-def location(dsn: str) -> str:
-    """Host, port and database of a URL, for messages: never its user or password."""
-    parts = urlsplit(dsn)
-    return f"{parts.hostname}:{parts.port or 5432}{parts.path}"
 
 
 def explain(error: BaseException) -> str:

@@ -6,12 +6,14 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
+import asyncpg
+
 from common import config, embedder, lifecycle
 from common.config import ShardSettings
 from common.postgres import CONNECT_ERRORS, explain
 from common.rpc import generic_handler
 from memshard.internal.v1 import shard_pb2
-from shard import identity, purge
+from shard import heartbeat, identity, purge
 from shard.commits import Commits
 from shard.database import Database, Probe, close_pool, open_pool
 from shard.embedding_queue import EmbeddingQueue
@@ -27,7 +29,7 @@ async def main(settings: ShardSettings) -> None:
     known = await identity.settle(settings)
     async with AsyncExitStack() as stack:
         try:
-            pool = await open_pool(settings)
+            pool = await open_pool(settings, f"memshard {settings.shard_id}")
         except (*CONNECT_ERRORS, ValueError) as error:  # ValueError: the extension's types are missing.
             raise lifecycle.StartError(f"the shard's database cannot be used: {explain(error)}") from error
         stack.push_async_callback(close_pool, pool)
@@ -49,10 +51,12 @@ async def main(settings: ShardSettings) -> None:
         retention = Retention(
             tombstone_s=settings.tombstone_ttl_s, version_s=max(settings.version_ttl_s, settings.tombstone_ttl_s)
         )
+        connect = partial(asyncpg.connect, settings.database_dsn.get_secret_value())
         await server.start()
         await server.run_until_stopped(
             [
                 partial(_watch_health, server, probe),
+                partial(heartbeat.run, connect, interval_s=settings.heartbeat_interval_s),
                 partial(purge.run, database, retention, interval_s=settings.purge_interval_s),
                 queue.run,
             ]

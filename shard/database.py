@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 from pgvector.asyncpg import register_vector
 
-from common.config import ShardSettings
+from common.config import ReplicaSettings, ShardSettings
 from common.deadline import Deadline
 from common.errors import InvalidArgument, OutcomeUnknown, Unavailable
 from common.postgres import CANNOT_NOW, CONNECT_ERRORS, CONNECT_TIMEOUT_S, CONNECTION_LOST, Connection, Pool
@@ -103,8 +103,9 @@ class WriteConnection:
             await self._give_back(self._connection)
 
 
-async def open_pool(settings: ShardSettings) -> Pool:
+async def open_pool(settings: ShardSettings | ReplicaSettings, application_name: str) -> Pool:
     """The pool that serves requests, as the role that can only read and write rows."""
+    lock_timeout_s = settings.lock_timeout_s if isinstance(settings, ShardSettings) else _STATEMENT_TIMEOUT_S
     return await asyncpg.create_pool(
         settings.database_dsn.get_secret_value(),
         min_size=settings.pool_min_connections,
@@ -113,12 +114,12 @@ async def open_pool(settings: ShardSettings) -> Pool:
         reset=_keep,
         timeout=CONNECT_TIMEOUT_S,
         server_settings={
-            "application_name": f"memshard {settings.shard_id}",
+            "application_name": application_name,
             # What receipts promise, and what the statements rely on, whatever the database's own defaults are.
             "synchronous_commit": "on",
             "default_transaction_isolation": "read committed",
             # A write that waits for a fence gives up before its commit begins, and may be sent again.
-            "lock_timeout": f"{settings.lock_timeout_s:.3f}s",
+            "lock_timeout": f"{lock_timeout_s:.3f}s",
             # No statement here takes a second. One that does not end must not keep its connection for ever.
             "statement_timeout": f"{_STATEMENT_TIMEOUT_S}s",
         },

@@ -52,7 +52,8 @@ _READ_OWNED = "SELECT slot FROM owned_slots WHERE state IN ('own', 'fenced')"
 _GRANTS = """
 SELECT format('GRANT SELECT ON identity, owned_slots TO %1$I; GRANT UPDATE (held) ON owned_slots TO %1$I;
                GRANT SELECT, INSERT, UPDATE, DELETE
-               ON memories, memory_versions, applied_requests, claims, erasures TO %1$I', $1::text)
+               ON memories, memory_versions, applied_requests, claims, erasures TO %1$I;
+               GRANT SELECT, INSERT, UPDATE ON heartbeats TO %1$I', $1::text)
 """
 # A start waits this long for another one that changes the schema.
 _MIGRATION_LOCK_TIMEOUT = "SET lock_timeout = '30s'"
@@ -71,7 +72,7 @@ async def settle(settings: ShardSettings) -> Identity:
         raise StartError(f"{error}. Check database_dsn and migration_dsn") from error
     try:
         await connection.execute(_MIGRATION_LOCK_TIMEOUT)
-        known = await _read(connection)
+        known = await read(connection)
         if known is None:
             known = await _join(connection, settings)
         else:
@@ -94,18 +95,8 @@ async def settle(settings: ShardSettings) -> Identity:
     return known
 
 
-async def read_epoch(connection: Connection) -> int:
-    """The newest epoch that this shard knows of."""
-    epoch: int = await connection.fetchval(_READ_EPOCH)
-    return epoch
-
-
-async def read_owned(connection: Connection) -> list[tuple[int, int]]:
-    """The slots that this shard serves, as (first, last) ranges."""
-    return as_ranges(row["slot"] for row in await connection.fetch(_READ_OWNED))
-
-
-async def _read(connection: Connection) -> Identity | None:
+async def read(connection: Connection) -> Identity | None:
+    """Who the database says that it is; None when it has not been told yet."""
     if not await connection.fetchval(_HAS_IDENTITY):
         return None
     document = await connection.fetchval(_READ_IDENTITY)
@@ -121,6 +112,17 @@ async def _read(connection: Connection) -> Identity | None:
         placement=catalog.PlacementStrategy(row.get("placement", catalog.PlacementStrategy.USER_BASED)),
         text_language=row.get("text_language", catalog.DEFAULT_TEXT_LANGUAGE),
     )
+
+
+async def read_epoch(connection: Connection) -> int:
+    """The newest epoch that this shard knows of."""
+    epoch: int = await connection.fetchval(_READ_EPOCH)
+    return epoch
+
+
+async def read_owned(connection: Connection) -> list[tuple[int, int]]:
+    """The slots that this shard serves, as (first, last) ranges."""
+    return as_ranges(row["slot"] for row in await connection.fetch(_READ_OWNED))
 
 
 async def _migrate(connection: Connection, known: Identity) -> None:

@@ -4,11 +4,15 @@ from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 
-# pg_walfile_name begins with the timeline in hex; pg_control_checkpoint still has the old one after a promotion.
-_POSITION = """
-SELECT ('x' || left(pg_walfile_name(lsn), 8))::bit(32)::int AS timeline, (lsn - '0/0')::bigint AS lsn
-FROM (SELECT pg_current_wal_lsn() AS lsn) AS here
-"""
+# The timeline that a primary writes. pg_walfile_name begins with it, in hex; pg_control_checkpoint still has the old
+# one after a promotion.
+TIMELINE = "('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int"
+
+# Flushed and not merely written: a commit that has returned is flushed, and a token that asked for more would make its
+# bearer wait for what others have only begun.
+_POSITION = f"""
+SELECT {TIMELINE} AS timeline, (pg_current_wal_flush_lsn() - '0/0')::bigint AS lsn
+"""  # A constant.
 
 
 async def read_position(connection: Connection) -> shard_pb2.Commit:

@@ -50,7 +50,7 @@ def migrations(shape: Shape) -> tuple[Migration, ...]:
 
     Numbers and names of this module and the shape go into these statements; nothing from outside does.
     """
-    return _memories(shape), _whole_api(shape)
+    return _memories(shape), _whole_api(shape), _replicas()
 
 
 def _memories(shape: Shape) -> Migration:
@@ -190,4 +190,20 @@ def _whole_api(shape: Shape) -> Migration:
         );
         CREATE INDEX erasures_by_age ON erasures (applied_at);
         """,  # noqa: S608  # The names from above.
+    )
+
+
+def _replicas() -> Migration:
+    return Migration(
+        4,
+        "heartbeats",
+        """
+        -- One row, written by the primary twice a second. A standby that has replayed it has all that was committed
+        -- before it; its timeline is that of the primary that wrote it.
+        CREATE TABLE heartbeats (
+            singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
+            timeline int NOT NULL,
+            at timestamptz NOT NULL
+        );
+        """,
     )

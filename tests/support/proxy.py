@@ -11,6 +11,7 @@ class Proxy:
 
     def __init__(self, host: str, port: int) -> None:
         self._target = (host, port)
+        self._refusing = False
         self._answers = asyncio.Event()
         self._answers.set()
         self._connections: set[asyncio.StreamWriter] = set()
@@ -46,11 +47,27 @@ class Proxy:
         self._connections.clear()
         self._answers.set()
 
+    def refuse(self) -> None:
+        """Closes every connection, and lets none in until `accept`."""
+        self._refusing = True
+        self.cut()
+
+    def accept(self) -> None:
+        """Lets connections in again."""
+        self._refusing = False
+
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._refusing:
+            writer.transport.abort()
+            return
         try:
             back, forth = await asyncio.open_connection(*self._target)
         except OSError:
             writer.transport.abort()
+            return
+        if self._refusing:
+            for end in (writer, forth):
+                end.transport.abort()
             return
         self._connections |= {writer, forth}
         try:

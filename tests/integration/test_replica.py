@@ -1,0 +1,347 @@
+"""The replica service on a real standby: it answers what it has replayed, waits for what it has not, writes nothing."""
+
+import asyncio
+import signal
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from local.postgres import APP
+from memshard.internal.v1 import shard_pb2
+from memshard.v1 import memory_pb2 as pb
+from tests.support.eventually import eventually
+from tests.support.replicated import DIMENSIONS, SHARD, Replicated, replicated
+from tests.support.wire import database, reason_of, route, user_slot
+
+if TYPE_CHECKING:
+    from memshard.internal.v1.shard_pb2_grpc import ShardServiceAsyncStub
+
+# What a replica must not do: the rows are of a snapshot taken before the wait, the check is made after it.
+ONE_STATEMENT = """
+WITH waited AS MATERIALIZED (SELECT pg_advisory_lock(77)),
+     fresh AS MATERIALIZED (SELECT pg_last_wal_replay_lsn() - '0/0' >= $1 AS enough FROM waited)
+SELECT enough, (SELECT count(*) FROM memories WHERE user_id = $2) AS found FROM fresh
+"""
+CHECK = """
+WITH waited AS MATERIALIZED (SELECT pg_advisory_lock(77))
+SELECT pg_last_wal_replay_lsn() - '0/0' >= $1 FROM waited
+"""
+COUNT = "SELECT count(*) FROM memories WHERE user_id = $1"
+
+
+@dataclass
+class Place:
+    """One user of a shard that has a primary and a standby."""
+
+    servers: Replicated
+    shard: "ShardServiceAsyncStub"
+    replica: "ShardServiceAsyncStub"
+    user: str
+
+    def route(self, fresh: shard_pb2.Freshness | None = None) -> shard_pb2.Route:
+        shard = self.servers.topology.shards[0]
+        found = route(self.servers.topology, shard, user_slot(self.user))
+        if fresh is not None:
+            found.fresh.CopyFrom(fresh)
+        return found
+
+    async def store(self, content: str = "tea") -> shard_pb2.ShardPosition:
+        """Stores a memory, and returns the position that its token would have."""
+        memory = pb.Memory(
+            id=str(uuid.uuid4()),
+            user_id=self.user,
+            content=content,
+            type=pb.MEMORY_TYPE_EPISODIC,
+            embedding=[0.1] * DIMENSIONS,
+        )
+        answer = await self.shard.Store(shard_pb2.StoreRequest(route=self.route(), memory=memory, digest=b"\0" * 32))
+        return shard_pb2.ShardPosition(shard_id=SHARD, timeline=answer.commit.timeline, lsn=answer.commit.lsn)
+
+    async def contents(
+        self, fresh: shard_pb2.Freshness | None, stub: "ShardServiceAsyncStub | None" = None
+    ) -> list[str]:
+        """The user's memories by the replica, or by another."""
+        request = shard_pb2.ListRequest(route=self.route(fresh), user_id=self.user, page_size=10)
+        page = await (stub or self.replica).List(request, timeout=10)
+        return [memory.content for memory in page.memories]
+
+    async def health(self, name: str = "replica-b") -> int:
+        async with grpc.aio.insecure_channel(self.servers.addresses[name]) as channel:
+            health: Any = health_pb2_grpc.HealthStub(channel)  # Its published stubs lack the methods.
+            return int((await health.Check(health_pb2.HealthCheckRequest())).status)
+
+
+@pytest_asyncio.fixture(scope="module")
+async def servers() -> AsyncIterator[Replicated]:
+    async with replicated("b") as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module")
+async def stubs(servers: Replicated) -> "tuple[ShardServiceAsyncStub, ShardServiceAsyncStub]":
+    return await servers.start_shard(), await servers.start_replica(max_lag_s=2.0)
+
+
+@pytest_asyncio.fixture
+async def place(
+    servers: Replicated, stubs: "tuple[ShardServiceAsyncStub, ShardServiceAsyncStub]", user: str
+) -> AsyncIterator[Place]:
+    yield Place(servers, *stubs, user)
+    await servers.standby.resume_replay()
+
+
+def _position(position: shard_pb2.ShardPosition, wait_ms: int = 0) -> shard_pb2.Freshness:
+    return shard_pb2.Freshness(position=position, wait_ms=wait_ms)
+
+
+async def _refused(call: Any) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call
+    return refused.value
+
+
+def _retry_after_s(error: grpc.aio.AioRpcError) -> float:
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    retry = error_details_pb2.RetryInfo()
+    assert status is not None
+    assert any(detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry) for detail in status.details)
+    return float(retry.retry_delay.ToTimedelta().total_seconds())
+
+
+async def test_what_was_written_is_read_on_the_replica_by_its_position(place: Place) -> None:
+    for number in range(5):
+        position = await place.store(f"tea {number}")
+        assert f"tea {number}" in await place.contents(_position(position, wait_ms=5000))
+
+
+async def test_a_replica_that_is_behind_says_so_and_says_when_to_try_again(place: Place) -> None:
+    await place.servers.standby.pause_replay()
+    position = await place.store()
+    error = await _refused(place.contents(_position(position, wait_ms=30)))
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "REPLICA_BEHIND")
+    assert 0 < _retry_after_s(error) < 5
+    # Whatever it has is good enough for a read that does not ask for more.
+    assert await place.contents(shard_pb2.Freshness()) == []
+
+
+async def test_a_read_waits_while_replay_goes_on_and_then_sees_the_write(place: Place) -> None:
+    await place.servers.standby.pause_replay()
+    position = await place.store()
+    read = asyncio.ensure_future(place.contents(_position(position, wait_ms=9000)))
+    done, _ = await asyncio.wait([read], timeout=0.3)
+    assert not done
+    await place.servers.standby.resume_replay()
+    assert await read == ["tea"]
+
+
+async def test_in_one_statement_the_check_passes_and_the_rows_are_old(place: Place) -> None:
+    """The control: were the replica to check in the statement that reads, its answer would be old."""
+    standby = place.servers.standby
+    await standby.pause_replay()
+    position = await place.store()
+    async with (
+        database(standby.dsn()) as holder,
+        database(standby.dsn(APP)) as wrong,
+        database(standby.dsn(APP)) as right,
+    ):
+        await holder.execute("SELECT pg_advisory_lock(77)")
+        in_one = asyncio.ensure_future(wrong.fetchrow(ONE_STATEMENT, position.lsn, place.user))
+        check = asyncio.ensure_future(right.fetchval(CHECK, position.lsn))
+
+        async def both_wait() -> bool:
+            return bool(await holder.fetchval("SELECT count(*) = 2 FROM pg_locks WHERE NOT granted"))
+
+        await eventually(both_wait)
+        await standby.resume_replay()
+
+        async def caught_up() -> bool:
+            return bool(await holder.fetchval("SELECT pg_last_wal_replay_lsn() - '0/0' >= $1", position.lsn))
+
+        await eventually(caught_up)
+        await holder.execute("SELECT pg_advisory_unlock(77)")
+        # Each waiter gives the lock on when its connection ends or it is done.
+        first, _ = await asyncio.wait([in_one, check], return_when=asyncio.FIRST_COMPLETED)
+        await (wrong if in_one in first else right).execute("SELECT pg_advisory_unlock_all()")
+        row = await in_one
+        assert row is not None
+        assert (row["enough"], row["found"]) == (True, 0)
+        assert await check
+        assert await right.fetchval(COUNT, place.user) == 1
+
+
+async def test_a_bound_on_staleness_is_kept(place: Place) -> None:
+    await place.store()
+    bounded = shard_pb2.Freshness(max_staleness_ms=3000, wait_ms=3000)
+    assert await place.contents(bounded) == ["tea"]
+    await place.servers.standby.pause_replay()
+
+    async def too_old() -> bool:
+        try:
+            await place.contents(shard_pb2.Freshness(max_staleness_ms=700))
+        except grpc.aio.AioRpcError as error:
+            return reason_of(error) == "REPLICA_BEHIND"
+        return False
+
+    await eventually(too_old, within_s=5)
+    await place.servers.standby.resume_replay()
+    assert await place.contents(bounded) == ["tea"]
+
+
+async def test_a_strong_read_and_every_write_are_refused(place: Place) -> None:
+    fresh = shard_pb2.Freshness()
+    requests = {
+        "List": shard_pb2.ListRequest(route=place.route(), user_id=place.user, page_size=1),
+        "Get": shard_pb2.GetRequest(route=place.route(), user_id=place.user, id=str(uuid.uuid4())),
+        "Store": shard_pb2.StoreRequest(route=place.route(fresh)),
+        "StoreBatch": shard_pb2.StoreBatchRequest(route=place.route(fresh)),
+        "Claim": shard_pb2.ClaimRequest(route=place.route(fresh)),
+        "Update": shard_pb2.UpdateRequest(route=place.route(fresh)),
+        "Delete": shard_pb2.DeleteRequest(route=place.route(fresh), user_id=place.user, id=str(uuid.uuid4())),
+        "Erase": shard_pb2.EraseRequest(route=place.route(fresh), user_id=place.user),
+    }
+    for rpc, request in requests.items():
+        error = await _refused(getattr(place.replica, rpc)(request))
+        assert (rpc, error.code(), reason_of(error)) == (rpc, grpc.StatusCode.UNAVAILABLE, "NOT_PRIMARY")
+
+
+async def test_every_read_is_served(place: Place) -> None:
+    position = await place.store("green tea")
+    here = place.route(_position(position, wait_ms=5000))
+    search = shard_pb2.SearchRequest(route=here, user_id=place.user, k=5, embedding=[0.1] * DIMENSIONS)
+    found = (await place.replica.Search(search)).results[0].memory
+    assert found.content == "green tea"
+    got = await place.replica.Get(shard_pb2.GetRequest(route=here, user_id=place.user, id=found.id))
+    assert got.found[0].memory.content == "green tea"
+    versions = shard_pb2.ListVersionsRequest(route=here, user_id=place.user, id=found.id, page_size=5)
+    assert len((await place.replica.ListVersions(versions)).versions) == 1
+    claim = await place.replica.FindClaim(shard_pb2.FindClaimRequest(route=here, user_id=place.user, id=found.id))
+    assert not claim.HasField("memory_slot")
+
+
+async def test_a_request_for_another_shard_is_refused(place: Place) -> None:
+    elsewhere = place.route(shard_pb2.Freshness())
+    elsewhere.shard_id = "shard-77"
+    request = shard_pb2.ListRequest(route=elsewhere, user_id=place.user, page_size=1)
+    assert reason_of(await _refused(place.replica.List(request))) == "WRONG_SHARD"
+    foreign = shard_pb2.ShardPosition(shard_id="shard-77", timeline=1, lsn=1)
+    error = await _refused(place.contents(_position(foreign)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_describe_tells_how_far_both_are(place: Place) -> None:
+    position = await place.store()
+    primary = await place.shard.Describe(shard_pb2.DescribeRequest())
+    assert primary.writable
+    assert primary.position.lsn >= position.lsn
+    assert (primary.lag_ms, primary.lag_bytes) == (0, 0)
+
+    async def caught_up() -> shard_pb2.DescribeResponse | None:
+        described = await place.replica.Describe(shard_pb2.DescribeRequest())
+        return described if described.position.lsn >= position.lsn else None
+
+    replica = await eventually(caught_up)
+    assert replica is not None
+    assert (replica.writable, replica.position.timeline) == (False, primary.position.timeline)
+    assert (replica.cluster_id, list(replica.owned)) == (primary.cluster_id, list(primary.owned))
+    assert replica.lag_ms < 2000
+    await place.servers.standby.pause_replay()
+    await place.store("x" * 1000)
+
+    async def behind() -> bool:
+        described = await place.replica.Describe(shard_pb2.DescribeRequest())
+        return described.lag_bytes >= 1000 and described.lag_ms > 500
+
+    await eventually(behind)
+
+
+async def test_health_is_not_serving_when_too_far_behind_and_serving_again_after(place: Place) -> None:
+    async def serving() -> bool:
+        return await place.health() == health_pb2.HealthCheckResponse.SERVING
+
+    async def not_serving() -> bool:
+        return not await serving()
+
+    await eventually(serving)
+    await place.servers.standby.pause_replay()
+    await eventually(not_serving, within_s=6)
+    await place.servers.standby.resume_replay()
+    await eventually(serving, within_s=3)
+    # Away, and back.
+    await place.servers.standby.kill()
+    await eventually(not_serving, within_s=3)
+    error = await _refused(place.contents(shard_pb2.Freshness()))
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
+    await place.servers.standby.start()
+    await eventually(serving, within_s=6)
+    position = await place.store()
+    assert await place.contents(_position(position, wait_ms=5000)) == ["tea"]
+
+
+async def test_a_read_that_is_in_the_way_of_replay_may_be_sent_again(place: Place) -> None:
+    """A recovery conflict: the primary takes away the table that the read is about to use."""
+    standby = place.servers.standby
+    await standby.execute("ALTER SYSTEM SET max_standby_streaming_delay = 0")
+    await standby.execute("SELECT pg_reload_conf()")
+    position = await place.store()
+    await place.contents(_position(position, wait_ms=5000))
+    try:
+        async with database(place.servers.primary.dsn()) as primary:
+            failures: set[tuple[grpc.StatusCode, str]] = set()
+            stop = asyncio.Event()
+
+            async def read() -> None:
+                while not stop.is_set():
+                    try:
+                        await place.contents(shard_pb2.Freshness())
+                    except grpc.aio.AioRpcError as error:
+                        failures.add((error.code(), reason_of(error)))
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(8):
+                    group.create_task(read())
+                for _ in range(200):
+                    async with primary.transaction():
+                        await primary.execute("LOCK TABLE memories IN ACCESS EXCLUSIVE MODE")
+                    if failures:
+                        break
+                stop.set()
+        assert failures <= {(grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")}
+        assert failures, "no read met replay"
+    finally:
+        await standby.execute("ALTER SYSTEM RESET max_standby_streaming_delay")
+        await standby.execute("SELECT pg_reload_conf()")
+
+
+async def test_a_promoted_standby_is_no_replica_any_more() -> None:
+    async with replicated("b") as servers:
+        shard, replica = await servers.start_shard(), await servers.start_replica()
+        place = Place(servers, shard, replica, "alice")
+        position = await place.store()
+        assert await place.contents(_position(position, wait_ms=5000)) == ["tea"]
+        servers.send("shard", signal.SIGKILL)
+        await servers.primary.kill()
+        await servers.standby.promote()
+
+        async def not_serving() -> bool:
+            return await place.health() == health_pb2.HealthCheckResponse.NOT_SERVING
+
+        await eventually(not_serving, within_s=2)
+        assert reason_of(await _refused(place.contents(_position(position)))) == "REPLICA_BEHIND"
+
+
+async def test_a_replica_waits_for_a_shard_that_has_not_joined_yet() -> None:
+    async with replicated("b") as servers:
+        starting = asyncio.ensure_future(servers.start_replica())
+        done, _ = await asyncio.wait([starting], timeout=1.5)
+        assert not done
+        await servers.start_shard()
+        described = await (await starting).Describe(shard_pb2.DescribeRequest())
+        assert described.shard_id == SHARD
