@@ -1,6 +1,5 @@
 """The processes of an embedded cluster, each with what it needs, how it is asked for its health and how it ends."""
 
-import importlib.util
 import signal
 import sys
 from collections.abc import Mapping
@@ -40,7 +39,6 @@ class Specs:
             self._replica(self.shards[shard_id], name)
             for shard_id in record.shard_ids()
             for name in record.replica_names(shard_id)
-            if importlib.util.find_spec("replica") is not None
         ]
         routers = [self._router(number, port) for number, port in enumerate(self.plan.router_ports)]
         return [*shards, *replicas, *routers]

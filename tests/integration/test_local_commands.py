@@ -46,8 +46,11 @@ async def test_status_tells_every_process_and_shard(one_shard: LocalCluster) -> 
             "shard_id": "shard-0",
             "status": "active",
             "slots": 16384,
-            "primary": f"127.0.0.1:{shard['port']}",
+            "primary": "postgres-shard-0",
             "replicas": [],
+            "address": f"127.0.0.1:{shard['port']}",
+            "durability": "LOCAL",
+            "replication": [],
         }
     ]
     assert status["epoch"] == 1
