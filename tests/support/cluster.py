@@ -38,7 +38,7 @@ class LocalCluster:
         self,
         *,
         shards: int = 2,
-        replicas: int = 0,
+        replicas: int | None = 0,
         routers: int = 1,
         embedder: str = "local",
         dimensions: int | None = None,
@@ -48,7 +48,8 @@ class LocalCluster:
         self.layout = Layout.of(self.data_dir)
         self.port = free_port(routers)
         self.address = f"127.0.0.1:{self.port}"
-        self.options = ["--shards", str(shards), "--replicas", str(replicas), "--embedder", embedder]
+        self.options = ["--shards", str(shards), "--embedder", embedder]
+        self.options += [] if replicas is None else ["--replicas", str(replicas)]
         self.options += ["--dimensions", str(dimensions)] if dimensions else []
         self.options += options
         self._start = ["--port", str(self.port), "--routers", str(routers)]
