@@ -1,16 +1,16 @@
-"""The cluster commands of the memshard command line: up, down, status, config."""
+"""The cluster commands of the memshard command line: up, down, status, failover, config."""
 
 # ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cli.cluster_failover import failover
+from cli.cluster_options import DataDir, failures_shown
 from cli.terminal import fail
 
 DEFAULT_PORT = 50051
@@ -38,18 +38,7 @@ class ServiceName(StrEnum):
 
     ROUTER = "router"
     SHARD = "shard"
-
-
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-dir",
-        envvar="MEMSHARD_DATA_DIR",
-        metavar="DIR",
-        readable=False,  # Said by us, with what to do.
-        help="Where the cluster lives. Default: /var/lib/memshard for root, else ~/.local/share/memshard.",
-    ),
-]
+    REPLICA = "replica"
 
 
 def register(app: typer.Typer) -> None:
@@ -57,6 +46,7 @@ def register(app: typer.Typer) -> None:
     app.command()(up)
     app.command()(down)
     app.command()(status)
+    app.command()(failover)
     config = typer.Typer(help="Write and check the settings files of the services.", no_args_is_help=True)
     config.command()(generate)
     config.command()(validate)
@@ -67,7 +57,14 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     shards: Annotated[
         int | None, typer.Option("--shards", metavar="N", help="How many shards; fixed when it is made. Default: 2.")
     ] = None,
-    replicas: Annotated[int, typer.Option("--replicas", metavar="M", help="Read replicas of each shard.")] = 0,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            "--replicas",
+            metavar="M",
+            help="How many standbys, with a read replica each, a shard has; fixed when it is made. Default: 1.",
+        ),
+    ] = None,
     routers: Annotated[int, typer.Option("--routers", metavar="R", help="How many routers, on ports P, P+1, …")] = 1,
     data_dir: DataDir = None,
     port: Annotated[int, typer.Option("--port", metavar="P", help="Port of the first router.")] = DEFAULT_PORT,
@@ -118,10 +115,9 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     from local.layout import Layout
     from local.record import Options
 
-    if replicas:
-        fail("read replicas are not offered yet: leave out --replicas", code=2)
     options = Options(
         shards=shards,
+        replicas=replicas,
         embedder=embedder.value if embedder else None,
         embedder_url=embedder_url,
         embedder_model=embedder_model,
@@ -132,7 +128,7 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     layout = Layout.of(data_dir)
     request = foreground.Request(layout.root, options, port, routers)
     terminal = Terminal(layout.root, detached=detach)
-    with _failures_shown():
+    with failures_shown():
         foreground.check(request)
         terminal.starting()
         if detach:
@@ -150,7 +146,7 @@ def down(data_dir: DataDir = None) -> None:
     from local.layout import Layout
 
     layout = Layout.of(data_dir)
-    with _failures_shown():
+    with failures_shown():
         outcome = asyncio.run(end(layout))
     if outcome.supervisor:
         typer.echo(f"The cluster in {layout.root} has stopped.")
@@ -166,7 +162,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     from local.layout import Layout
     from local.status import status as look
 
-    with _failures_shown():
+    with failures_shown():
         found = asyncio.run(look(Layout.of(data_dir)))
     if json:
         typer.echo(found.model_dump_json(indent=2))
@@ -197,24 +193,3 @@ def validate(
     except config.ConfigError as error:
         fail(str(error))
     typer.echo(f"The settings of the {service.value} are valid.")
-
-
-@contextmanager
-def _failures_shown() -> Iterator[None]:
-    """Ends the command with one line, and the log of what failed where there is one."""
-    from local.errors import LocalClusterError, OptionsError, StartError
-
-    try:
-        yield
-    except StartError as error:
-        if error.log_tail:
-            typer.echo(error.log_tail, err=True)
-        fail(str(error))
-    except OptionsError as error:
-        fail(str(error), code=2)
-    except LocalClusterError as error:
-        fail(str(error))
-    except OSError as error:  # Such as a directory of another user's.
-        fail(f"{error.filename or 'the data directory'}: {error.strerror or error}")
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        fail("stopped before the cluster was ready", code=130)

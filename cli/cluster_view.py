@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cli.options import DEFAULT_ADDRESS
 from cli.terminal import console
-from local.status import ClusterStatus
+from local.status import ClusterStatus, ReplicaStatus
 from local.up import Ready
 
 _SAMPLE = "Alice drinks green tea, never coffee"
@@ -106,10 +106,16 @@ def show_status(status: ClusterStatus) -> None:
         )
     out.print(processes)
     if status.shards:
-        shards = Table("shard", "status", "slots", "primary", "replicas", box=None, pad_edge=False)
+        shards = Table("shard", "status", "slots", "primary", "writes", "replicas", box=None, pad_edge=False)
         for shard in status.shards:
-            replicas = ", ".join(shard.replicas) or "-"
-            shards.add_row(shard.shard_id, shard.status, str(shard.slots), shard.primary, replicas)
+            shards.add_row(
+                shard.shard_id,
+                shard.status,
+                str(shard.slots),
+                shard.primary or Text("none", style="red"),
+                shard.durability or "-",
+                "\n".join(map(_replica, shard.replication)) or "-",
+            )
         out.print()
         out.print(shards)
     epoch = f"epoch {status.epoch}" if status.epoch is not None else "epoch unknown"
@@ -120,6 +126,14 @@ def show_status(status: ClusterStatus) -> None:
     elif any(process.role == "supervisor" and process.pid is None for process in status.processes):
         again = _command("up", Path(status.data_dir))
         out.print(f"Nobody looks after what runs; `{again}` ends it and starts anew.", soft_wrap=True)
+
+
+def _replica(replica: ReplicaStatus) -> str:
+    """A replica's number, and how far it is behind."""
+    number = replica.name.rpartition("-")[2]
+    if replica.lag_ms is None:
+        return f"{number}: no answer"
+    return f"{number}: {replica.lag_ms / 1000:.1f} s behind"
 
 
 def _command(name: str, root: Path) -> str:

@@ -6,32 +6,26 @@ A cluster that was not made to its end holds nothing that anybody stored, so it 
 import asyncio
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import asyncpg
 
 from common import catalog
-from common.catalog import CatalogError, EpochConflictError, Precision
-from common.migrations import NewerSchemaError
-from common.postgres import CONNECT_ERRORS, DatabaseUnreachableError, connect
-from common.topology import Shard, Topology
+from common.catalog import EpochConflictError, Precision
+from common.postgres import Connection
+from common.sync_set import SyncSet
+from common.topology import Replica, Shard, Topology
 from local.account import Account
 from local.errors import DataDirectoryError, LocalClusterError
 from local.layout import Layout
-from local.postgres import APP, OWNER, SUPERUSER, Server, initialise
+from local.postgres import APP, OWNER, REPLICATION, SUPERUSER, Server, initialise
 from local.record import Record, Secrets
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from common.postgres import Connection
+from local.sessions import as_owner, session
 
 _ADDRESS_TRIES = 5
 
 # These statements take no parameters, so the server makes them from parameters, quoting names (%I) and values (%L).
 _CREATE_ROLE = "SELECT format('CREATE ROLE %I LOGIN PASSWORD %L', $1::text, $2::text)"
+_CREATE_REPLICATION_ROLE = "SELECT format('CREATE ROLE %I LOGIN REPLICATION PASSWORD %L', $1::text, $2::text)"
+_HAS_ROLE = "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)"
 _CREATE_DATABASE = "SELECT format('CREATE DATABASE %I OWNER %I', $1::text, $2::text)"
 # The owner of the database may create in `public` (pg_database_owner); nobody else may, in any PostgreSQL.
 _CLOSE_SCHEMA = "REVOKE CREATE ON SCHEMA public FROM PUBLIC"
@@ -44,6 +38,14 @@ _READ_ONLY = f"""
 GRANT SELECT ON ALL TABLES IN SCHEMA public TO {APP};
 ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO {APP};
 """
+# A shard's service keeps its sync set, and does no more to the catalog.
+_KEEP_SYNC_SETS = f"GRANT SELECT, UPDATE ON sync_sets TO {APP}"
+# What a shard's service needs to keep the standbys that its commits wait for: to see them, and to set them.
+_KEEP_STANDBYS = f"""
+GRANT pg_monitor TO {APP}, {OWNER};
+GRANT ALTER SYSTEM ON PARAMETER synchronous_standby_names TO {OWNER};
+GRANT EXECUTE ON FUNCTION pg_reload_conf() TO {OWNER};
+"""
 
 
 def discard_unfinished(layout: Layout) -> None:
@@ -51,7 +53,7 @@ def discard_unfinished(layout: Layout) -> None:
     for directory in (layout.postgres, layout.config, layout.redis, layout.run):
         if directory.exists():
             shutil.rmtree(directory)
-    for file in (layout.secrets, layout.state):
+    for file in (layout.secrets, layout.state, layout.admin_token):
         file.unlink(missing_ok=True)
 
 
@@ -81,21 +83,29 @@ def require_data_directories(servers: Sequence[Server]) -> None:
 
 async def make_database(server: Server, secrets: Secrets, *, vector: bool) -> None:
     """Makes the roles and the database of a new server, with pgvector if wanted."""
-    async with _as(SUPERUSER, secrets.postgres, server, database="postgres") as connection:
+    async with session(SUPERUSER, secrets.postgres, server, database="postgres") as connection:
         for role, password in ((OWNER, secrets.memshard_owner), (APP, secrets.memshard_app)):
             await connection.execute(await connection.fetchval(_CREATE_ROLE, role, password))
         await connection.execute(await connection.fetchval(_CREATE_DATABASE, server.database, OWNER))
-    async with _as(SUPERUSER, secrets.postgres, server) as connection:
+    async with session(SUPERUSER, secrets.postgres, server) as connection:
         await connection.execute(_CLOSE_SCHEMA)
         await connection.execute(await connection.fetchval(_CLOSE_DATABASES, server.database))
         if vector:
             await connection.execute(_ADD_VECTOR)
 
 
-async def make_catalog(server: Server, secrets: Secrets, record: Record, addresses: Mapping[str, str]) -> Topology:
-    """Makes the catalog in its new database. `addresses` are the shards', by id."""
-    shards = [Shard(shard_id, address) for shard_id, address in addresses.items()]
-    async with _as(OWNER, secrets.memshard_owner, server) as connection:
+async def complete_shard_server(server: Server, secrets: Secrets) -> None:
+    """Gives a shard's primary the roles and grants that it lacks: all that came after it was first made."""
+    async with session(SUPERUSER, secrets.postgres, server) as connection:
+        if not await connection.fetchval(_HAS_ROLE, REPLICATION):
+            statement = await connection.fetchval(_CREATE_REPLICATION_ROLE, REPLICATION, secrets.memshard_replication)
+            await connection.execute(statement)
+        await connection.execute(_KEEP_STANDBYS)
+
+
+async def make_catalog(server: Server, secrets: Secrets, record: Record, shards: Sequence[Shard]) -> None:
+    """Makes the catalog in its new database."""
+    async with as_owner(server, secrets) as connection:
         await catalog.create(
             connection,
             shards,
@@ -106,40 +116,37 @@ async def make_catalog(server: Server, secrets: Secrets, record: Record, address
             text_language=record.text_language,
         )
         await connection.execute(_READ_ONLY)
-        return await catalog.read_topology(connection)
 
 
-async def tell_addresses(server: Server, secrets: Secrets, addresses: Mapping[str, str]) -> Topology:
-    """Brings the catalog up to date, tells it where the shards are now if that is news, and returns the topology."""
-    async with _as(OWNER, secrets.memshard_owner, server) as connection:
+async def tell_catalog(server: Server, secrets: Secrets, record: Record, shards: Sequence[Shard]) -> Topology:
+    """Brings the catalog up to date, tells it where shards and replicas are now if that is news; the topology."""
+    async with as_owner(server, secrets) as connection:
         await catalog.upgrade(connection)
+        await connection.execute(_KEEP_SYNC_SETS)
+        for shard in shards:
+            # The first server is the primary of a new shard; of one that has a set already nothing changes.
+            first = SyncSet(record.server_names(shard.shard_id)[0], frozenset())
+            await catalog.create_sync_set(connection, shard.shard_id, first)
         for _ in range(_ADDRESS_TRIES):
             topology = await catalog.read_topology(connection)
-            known = {shard.shard_id: shard.address for shard in topology.shards}
-            changed = {
-                shard_id: address for shard_id, address in addresses.items() if known.get(shard_id, address) != address
-            }
-            if not changed:
-                return topology
             try:
-                await catalog.set_addresses(connection, topology.epoch, changed)
+                if not await _tell_changes(connection, topology, {shard.shard_id: shard for shard in shards}):
+                    return topology
             except EpochConflictError:
                 continue
     raise LocalClusterError("the catalog keeps changing; the shards' new addresses could not be written to it")
 
 
-@asynccontextmanager
-async def _as(role: str, password: str, server: Server, database: str | None = None) -> "AsyncIterator[Connection]":
-    """A connection to a server as `role`. Raises LocalClusterError, without any password in it."""
-    try:
-        connection = await connect(server.dsn(role, password, database), what=server.name)
-        try:
-            yield connection
-        finally:
-            await connection.close()
-    except (DatabaseUnreachableError, CatalogError, NewerSchemaError) as error:
-        raise LocalClusterError(str(error)) from error
-    except asyncpg.PostgresError as error:
-        raise LocalClusterError(f"{server.name}: {error}") from error
-    except CONNECT_ERRORS as error:
-        raise LocalClusterError(f"{server.name} was lost: {error}") from error
+async def _tell_changes(connection: Connection, topology: Topology, shards: Mapping[str, Shard]) -> bool:
+    """Whether there was something to tell. Raises EpochConflictError."""
+    pairs = [(known, shards[known.shard_id]) for known in topology.shards if known.shard_id in shards]
+    addresses = {now.shard_id: now.address for known, now in pairs if known.address != now.address}
+    replicas: dict[str, Sequence[Replica]] = {
+        now.shard_id: now.replicas for known, now in pairs if set(known.replicas) != set(now.replicas)
+    }
+    epoch = topology.epoch
+    if addresses:
+        epoch = await catalog.set_addresses(connection, epoch, addresses)
+    if replicas:
+        await catalog.set_replicas(connection, epoch, replicas)
+    return bool(addresses or replicas)

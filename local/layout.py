@@ -63,6 +63,11 @@ class Layout:
         return self.root / "supervisor.lock"
 
     @property
+    def admin_token(self) -> Path:
+        """What a call of the admin service has to bring."""
+        return self.root / "admin-token"
+
+    @property
     def config(self) -> Path:
         """Settings files of the services."""
         return self.root / "config"

@@ -30,6 +30,9 @@ _QUIT_TIMEOUT_S = 3.0
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.05
 
+# The server, and what makes the directory of one.
+_POSTGRES_PROGRAMS = frozenset({"postgres", "initdb", "pg_basebackup", "pg_rewind"})
+
 
 class Kind(Enum):
     """What a process of ours is, as far as ending it goes."""
@@ -61,7 +64,7 @@ class Leftover:
 
 def classify(seen: Seen, root: Path) -> Kind | None:
     """What `seen` is to the data directory `root`; None: nothing, hands off."""
-    if seen.program in {"postgres", "initdb"} and Path(seen.cwd).is_relative_to(root / "postgres"):
+    if seen.program in _POSTGRES_PROGRAMS and Path(seen.cwd).is_relative_to(root / "postgres"):
         # Backends rename themselves, to "postgres: …".
         return Kind.BACKEND if seen.command and seen.command[0].startswith("postgres: ") else Kind.POSTMASTER
     if seen.program == "redis-server" and Path(seen.cwd).is_relative_to(root / "redis"):
@@ -121,6 +124,11 @@ async def fence(pgdata: Path, grace_s: float = ORPHAN_GRACE_S) -> None:
 
     if not await _gone(living, grace_s):
         await _end(living, signal.SIGQUIT, _QUIT_TIMEOUT_S)
+
+
+async def kill(pgdata: Path) -> None:
+    """Kills what is left of this PostgreSQL server, and returns when nothing is. Raises LocalClusterError."""
+    await _end(lambda: find_postgres(pgdata), signal.SIGKILL, _KILL_TIMEOUT_S)
 
 
 async def _end(living: Callable[[], list[psutil.Process]], number: signal.Signals, timeout_s: float) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from local.record import Secrets
 SUPERUSER = "postgres"
 OWNER = "memshard_owner"
 APP = "memshard_app"
+REPLICATION = "memshard_replication"
 CATALOG_DATABASE = "memshard_catalog"
 SHARD_DATABASE = "memshard"
 
@@ -37,6 +39,25 @@ _FIXED = {
     # A path below a data directory can be longer than the 107 bytes that a socket's address holds.
     "unix_socket_directories": "",
     "wal_level": "logical",
+    # Eight standbys, each with room for a connection that is dying and one that makes it anew, and moves of slots.
+    "max_wal_senders": "32",
+    "max_replication_slots": "32",
+    # A standby that stays away is made anew; it must not fill the primary's disk.
+    "max_slot_wal_keep_size": "1GB",
+    # What the other standbys still need after a failover: the new primary had no slots for them before.
+    "wal_keep_size": "64MB",
+    # Both ends are processes of one machine: one that says nothing for this long is frozen.
+    "wal_sender_timeout": "5s",
+    "wal_receiver_timeout": "5s",
+    "wal_receiver_status_interval": "1s",
+    "wal_retrieve_retry_interval": "200ms",
+    "hot_standby": "on",
+    # Standbys serve reads: the primary keeps the rows that these still see.
+    "hot_standby_feedback": "on",
+    # What a read may hold up the replay for, when the primary had to lock a whole table.
+    "max_standby_streaming_delay": "2s",
+    # What is replayed after a crash is at most what five minutes wrote.
+    "checkpoint_timeout": "5min",
     "fsync": "on",
     "full_page_writes": "on",
     "password_encryption": "scram-sha-256",
@@ -80,7 +101,16 @@ class Server:
     def command(self, binaries: Path) -> tuple[str, ...]:
         """The command that runs it in the foreground."""
         settings = [part for name, value in _FIXED.items() for part in ("-c", f"{name}={value}")]
-        return (str(binaries / "postgres"), "-D", str(self.pgdata), "-p", str(self.port), *settings)
+        # Its services ask for it: it tells the servers of a shard apart, whatever their roles.
+        name = ("-c", f"cluster_name={self.name}")
+        return (str(binaries / "postgres"), "-D", str(self.pgdata), "-p", str(self.port), *name, *settings)
+
+
+def dsn_of_primary(servers: Sequence[Server], role: str, password: str) -> str:
+    """URL of a shard's database on whichever of its servers takes writes."""
+    hosts = ",".join(f"{HOST}:{server.port}" for server in servers)
+    attributes = "?target_session_attrs=read-write" if len(servers) > 1 else ""
+    return f"postgresql://{role}:{password}@{hosts}/{servers[0].database}{attributes}"
 
 
 def environment() -> dict[str, str]:
@@ -115,7 +145,7 @@ async def initialise(server: Server, binaries: Path, account: Account | None, su
 
 async def _initdb(pgdata: Path, password_file: Path, binaries: Path, account: Account | None) -> None:
     tunable = [part for name, value in _TUNABLE.items() for part in ("-c", f"{name}={value}")]
-    process = await asyncio.create_subprocess_exec(
+    command = [
         str(binaries / "initdb"),
         f"--pgdata={pgdata}",
         f"--username={SUPERUSER}",
@@ -128,21 +158,41 @@ async def _initdb(pgdata: Path, password_file: Path, binaries: Path, account: Ac
         "--data-checksums",
         "--no-instructions",
         *tunable,
+    ]
+    await run_program(command, pgdata, account, timeout_s=_INITDB_TIMEOUT_S)
+
+
+async def run_program(
+    command: Sequence[str],
+    cwd: Path,
+    account: Account | None,
+    *,
+    timeout_s: float | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> str:
+    """Runs one of PostgreSQL's programs to its end, which comes early when the caller is cancelled; what it printed.
+
+    `cwd` is a directory of the server that it works for, by which leftovers.py knows it. Raises LocalClusterError.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *command,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        cwd=pgdata,
-        env=environment(),
+        cwd=cwd,
+        env={**environment(), **(variables or {})},
         start_new_session=True,
         **run_as(account),
     )
     try:
-        async with asyncio.timeout(_INITDB_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             output, _ = await process.communicate()
     except BaseException:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.communicate()
         raise
+    text = output.decode(errors="replace").strip()
     if process.returncode != 0:
-        raise LocalClusterError(f"initdb failed in {pgdata}: {output.decode(errors='replace').strip()[-2000:]}")
+        raise LocalClusterError(f"{Path(command[0]).name} failed in {cwd}: {text[-2000:]}")
+    return text

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
@@ -17,8 +18,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.postgres import CONNECT_ERRORS
 from local.ports import HOST
+from memshard.internal.v1 import shard_pb2, shard_pb2_grpc
 
 PROBE_TIMEOUT_S = 2.0
+
+_ASK_ROLE = """
+SELECT pg_is_in_recovery() AS is_standby,
+       EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming') AS streams
+"""
 
 _CHANNEL_OPTIONS = (
     # No backoff left from an earlier probe, and no way through a proxy to our own machine.
@@ -65,6 +72,40 @@ async def ask_postgres(dsn: str, timeout_s: float = PROBE_TIMEOUT_S) -> Answer:
         return Answer.RECOVERING
     except CONNECT_ERRORS:
         return Answer.DOWN
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRole:
+    """What a PostgreSQL server says of its part in a shard."""
+
+    is_standby: bool
+    streams: bool
+    """Whether a standby receives its primary's log at this moment."""
+
+
+async def ask_role(dsn: str, timeout_s: float = PROBE_TIMEOUT_S) -> ServerRole | None:
+    """Asks PostgreSQL what it is; None when it does not answer."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            connection = await asyncpg.connect(dsn)
+            try:
+                row = await connection.fetchrow(_ASK_ROLE)
+            finally:
+                connection.terminate()
+    except CONNECT_ERRORS:
+        return None
+    return ServerRole(row["is_standby"], row["streams"]) if row else None
+
+
+async def describe(port: int, timeout_s: float = PROBE_TIMEOUT_S) -> shard_pb2.DescribeResponse | None:
+    """Asks a shard or a replica about itself; None when it does not answer."""
+    try:
+        async with grpc.aio.insecure_channel(f"{HOST}:{port}", options=_CHANNEL_OPTIONS) as channel:
+            stub: Any = shard_pb2_grpc.ShardServiceStub(channel)
+            answer: shard_pb2.DescribeResponse = await stub.Describe(shard_pb2.DescribeRequest(), timeout=timeout_s)
+            return answer
+    except grpc.aio.AioRpcError:
+        return None
 
 
 async def answers_ping(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:

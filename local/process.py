@@ -49,6 +49,14 @@ class ProcessSpec:
     """Returns when nothing is left of the process. Run before each start and after the end."""
     recovers: Callable[[], Awaitable[bool]] | None = None
     """Whether it is at work on becoming ready and needs more time."""
+    prepare: Callable[[], Awaitable[None]] | None = None
+    """What is done before each start, once nothing is left of the process. It may take its time."""
+    died: Callable[[], Awaitable[None]] | None = None
+    """What is done at once when it has ended by itself, before it is started again."""
+    current_role: Callable[[], Role] | None = None
+    """Its role now, of a process whose role changes."""
+    required: Callable[[], bool] = lambda: True
+    """Whether the cluster is not ready without it."""
 
 
 class Child:
@@ -68,6 +76,10 @@ class Child:
         self._process: asyncio.subprocess.Process | None = None
         self._created_at: float | None = None
         self._stopping = asyncio.Event()
+        self._allowed = asyncio.Event()
+        self._allowed.set()
+        self._interrupted = asyncio.Event()
+        """Set when we end it, or keep it from being started; until the next start begins."""
 
     def state(self) -> ProcessState:
         """What is known of it now."""
@@ -75,7 +87,7 @@ class Child:
         pid = process.pid if process is not None and process.returncode is None else None
         return ProcessState(
             name=spec.name,
-            role=spec.role,
+            role=spec.current_role() if spec.current_role is not None else spec.role,
             shard_id=spec.shard_id,
             pid=pid,
             created_at=self._created_at if pid is not None else None,
@@ -85,19 +97,41 @@ class Child:
     async def run(self) -> None:
         """Keeps it running until `stop`."""
         while not self._stopping.is_set():
+            self._interrupted.clear()
             try:
                 await self._run_once()
+                await self._unless_interrupted(self.spec.died)
             except (OSError, LocalClusterError) as error:
                 self._ended(f"could not be started: {error}")
-            if self._stopping.is_set():
-                return
-            delay_s = self._backoff.died()
-            self._log.warning("%s %s; next start in %.1f s", self.spec.name, self.last_end, delay_s)
-            await self._pause(delay_s)
+            if not self._interrupted.is_set():
+                delay_s = self._backoff.died()
+                self._log.warning("%s %s; next start in %.1f s", self.spec.name, self.last_end, delay_s)
+                await self._pause(delay_s)
+            while not self._allowed.is_set():
+                await self._allowed.wait()
 
     async def stop(self) -> None:
         """Ends it: its stop signal, a bounded wait, then harder ones. Returns when it is gone."""
         self._stopping.set()
+        self._allowed.set()
+        await self._end()
+
+    async def hold(self) -> None:
+        """Ends it, and keeps it from being started again until `release`. Returns when it is gone."""
+        self._allowed.clear()
+        await self._end()
+
+    def release(self) -> None:
+        """Lets it be started again."""
+        self._allowed.set()
+
+    async def restart(self) -> None:
+        """Ends it; it is started again at once."""
+        await self.hold()
+        self.release()
+
+    async def _end(self) -> None:
+        self._interrupted.set()
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -108,7 +142,7 @@ class Child:
             (spec.urgent_signal, _KILL_TIMEOUT_S),
             (signal.SIGKILL, _KILL_TIMEOUT_S),
         ):
-            if await _end(process, number, timeout_s):
+            if await _ended_by(process, number, timeout_s):
                 self._log.info("%s ended in %.1f s (%s)", spec.name, time.monotonic() - began, number.name)
                 break
             self._log.error("%s did not end within %.0f s of %s", spec.name, timeout_s, number.name)
@@ -121,7 +155,8 @@ class Child:
     async def _run_once(self) -> None:
         if self.spec.fence is not None:
             await self.spec.fence()
-        if self._stopping.is_set():
+        await self._unless_interrupted(self.spec.prepare)
+        if self._interrupted.is_set():
             return
         self._process = process = await self._spawn()
         self._created_at = _create_time(process.pid)
@@ -129,8 +164,8 @@ class Child:
         self._changed()
         async with asyncio.TaskGroup() as group:
             health = group.create_task(self._watch_health())
-            if self._stopping.is_set():  # Told to stop while it was being started.
-                group.create_task(self.stop())
+            if self._interrupted.is_set():  # Told to stop while it was being started.
+                group.create_task(self._end())
             code = await process.wait()
             health.cancel()
         self._ended(_describe(code))
@@ -166,15 +201,30 @@ class Child:
             self.early_deaths += 1
         self._changed()
 
+    async def _unless_interrupted(self, work: Callable[[], Awaitable[None]] | None) -> None:
+        """Does `work`, if any; it is cancelled when the process is to be held, or the end begins."""
+        if work is None or self._interrupted.is_set():
+            return
+        doing = asyncio.ensure_future(work())
+        interrupted = asyncio.create_task(self._interrupted.wait())
+        try:
+            await asyncio.wait([doing, interrupted], return_when=asyncio.FIRST_COMPLETED)
+            if doing.done():
+                doing.result()
+        finally:
+            for task in (doing, interrupted):
+                task.cancel()
+            await asyncio.gather(doing, interrupted, return_exceptions=True)
+
     async def _pause(self, delay_s: float) -> None:
         try:
             async with asyncio.timeout(delay_s):
-                await self._stopping.wait()
+                await self._interrupted.wait()
         except TimeoutError:
             return
 
 
-async def _end(process: asyncio.subprocess.Process, number: signal.Signals, timeout_s: float) -> bool:
+async def _ended_by(process: asyncio.subprocess.Process, number: signal.Signals, timeout_s: float) -> bool:
     try:
         process.send_signal(number)
     except ProcessLookupError:

@@ -17,6 +17,8 @@ Embedder = Literal["local", "http", "none"]
 
 DEFAULT_SHARDS = 2
 MAX_SHARDS = 64
+DEFAULT_REPLICAS = 1
+MAX_REPLICAS = 8
 DEFAULT_DIMENSIONS = 1536
 DEFAULT_LOCAL_DIMENSIONS = 256
 
@@ -31,6 +33,8 @@ class Record(_Kept):
     """What was chosen when the cluster was made, and the ports that it uses inside."""
 
     shards: int
+    replicas: int = 0
+    """Standbys of each shard. Clusters from before there were any have none."""
     embedder: Embedder
     embedder_model: str
     """The model's name in the catalog; empty when callers bring their own embeddings."""
@@ -49,6 +53,17 @@ class Record(_Kept):
         """The shards' names, in order."""
         return [f"shard-{number}" for number in range(self.shards)]
 
+    def server_names(self, shard_id: str) -> list[str]:
+        """Names of a shard's PostgreSQL servers. They outlive the servers' roles: any of them may be the primary."""
+        return [f"postgres-{shard_id}", *(f"postgres-{shard_id}-{number}" for number in self._numbers())]
+
+    def replica_names(self, shard_id: str) -> list[str]:
+        """Names of a shard's replica services, one for each standby."""
+        return [f"{shard_id}-replica-{number}" for number in self._numbers()]
+
+    def _numbers(self) -> range:
+        return range(1, self.replicas + 1)
+
     def save(self, layout: Layout) -> None:
         """Writes it, durably."""
         write_atomically(layout.record, self.model_dump_json(indent=2) + "\n", durable=True)
@@ -60,12 +75,18 @@ class Secrets(_Kept):
     postgres: str
     memshard_owner: str
     memshard_app: str
+    memshard_replication: str = ""
+    """Empty in the file of a cluster from before there were standbys, until it is next started."""
     redis: str
 
     @classmethod
     def generate(cls) -> "Secrets":
         """New random passwords, of letters that need no quoting in URLs, SQL and configuration files."""
-        return cls(**{name: secrets.token_urlsafe(_PASSWORD_BYTES) for name in cls.model_fields})
+        return cls(**{name: _password() for name in cls.model_fields})
+
+    def completed(self) -> "Secrets":
+        """These, with new ones for what an earlier version did not have."""
+        return self if self.memshard_replication else self.model_copy(update={"memshard_replication": _password()})
 
     def save(self, layout: Layout) -> None:
         """Writes them, durably, for the owner only."""
@@ -83,6 +104,7 @@ class Options:
     """The options of an `up`; None is "not given"."""
 
     shards: int | None = None
+    replicas: int | None = None
     embedder: Embedder | None = None
     embedder_url: str | None = None
     embedder_model: str | None = None
@@ -110,7 +132,7 @@ def settle(options: Options, kept: Record | None) -> Record:
         return _chosen(options)
     contradictions = [
         f"--{name.replace('_', '-')} {_shown(value)}, not {_shown(given)}"
-        for name in ("shards", "embedder", "embedder_model", "dimensions", "placement", "text_language")
+        for name in ("shards", "replicas", "embedder", "embedder_model", "dimensions", "placement", "text_language")
         if (given := getattr(options, name)) is not None and given != (value := getattr(kept, name))
     ]
     if contradictions:
@@ -130,6 +152,9 @@ def _chosen(options: Options) -> Record:
     shards = DEFAULT_SHARDS if options.shards is None else options.shards
     if not 1 <= shards <= MAX_SHARDS:
         raise OptionsError(f"--shards must be 1 to {MAX_SHARDS}")
+    replicas = DEFAULT_REPLICAS if options.replicas is None else options.replicas
+    if not 0 <= replicas <= MAX_REPLICAS:
+        raise OptionsError(f"--replicas must be 0 to {MAX_REPLICAS}")
     _check_only_for_http(options, embedder)
     if embedder == "http" and not (options.embedder_url and options.embedder_model):
         raise OptionsError("--embedder http needs --embedder-url and --embedder-model")
@@ -147,6 +172,7 @@ def _chosen(options: Options) -> Record:
     model = {"local": local_model_name(dimensions), "http": options.embedder_model or "", "none": ""}[embedder]
     return Record(
         shards=shards,
+        replicas=replicas,
         embedder=embedder,
         embedder_model=model,
         embedder_url=options.embedder_url,
@@ -154,6 +180,10 @@ def _chosen(options: Options) -> Record:
         placement=options.placement or PlacementStrategy.USER_BASED,
         text_language=_text_language(options.text_language),
     )
+
+
+def _password() -> str:
+    return secrets.token_urlsafe(_PASSWORD_BYTES)
 
 
 def _text_language(given: str | None) -> str:

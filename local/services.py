@@ -13,7 +13,7 @@ from local.leftovers import MARK
 from local.ports import HOST
 from local.record import Record
 
-Service = Literal["router", "shard"]
+Service = Literal["router", "shard", "replica"]
 
 _EMBEDDER_KEY = "MEMSHARD_ROUTER_EMBEDDER_API_KEY"
 
@@ -32,6 +32,11 @@ def shard_settings(
         "migration_dsn": migration,
         **_embedder(record),
     }
+
+
+def replica_settings(shard_id: str, port: int, *, database: str, catalog: str) -> dict[str, Any]:
+    """A replica's settings; the last two are URLs."""
+    return {**_common(port, catalog), "shard_id": shard_id, "database_dsn": database}
 
 
 def router_settings(record: Record, port: int, *, catalog: str, redis: str) -> dict[str, Any]:

@@ -26,12 +26,12 @@ class ProcessState(_State):
 
 
 class ShardState(_State):
-    """One shard in the topology. `primary` is the address of its service."""
+    """One shard in the topology. `address` is its service's."""
 
     shard_id: str
     status: str
     slots: int
-    primary: str
+    address: str
     replicas: list[str] = []
 
 
@@ -51,7 +51,8 @@ class TopologyState(_State):
                     shard_id=shard.shard_id,
                     status=shard.status.value,
                     slots=topology.slot_count(shard.shard_id),
-                    primary=shard.address,
+                    address=shard.address,
+                    replicas=[replica.replica_id for replica in shard.replicas],
                 )
                 for shard in topology.shards
             ],

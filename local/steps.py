@@ -1,48 +1,69 @@
 """What is done between the processes while a cluster starts: its databases when it is new, its catalog always."""
 
+from collections.abc import Mapping
+
 from local import bootstrap
-from local.cluster import CATALOG_STEP, Plan
+from local.cluster import Plan
+from local.postgres import Server
+from local.shard_servers import ShardServers
 from local.state import TopologyState
 from local.supervisor import Step
 
+CATALOG_STEP = "catalog"
+
+
+def primary_step(shard_id: str) -> str:
+    """The step that is done once a shard has a server that takes writes, and that has all roles and grants."""
+    return f"{shard_id} primary"
+
 
 class Steps:
-    """What is done between the processes: the databases of a new cluster, the catalog of any."""
+    """What is done between the processes: the databases of a new cluster, the catalog of any, the shards' primaries."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, shards: Mapping[str, ShardServers]) -> None:
         self.topology: TopologyState | None = None
         """The topology, once the catalog was read."""
         self._plan = plan
+        self._shards = shards
 
     def all(self) -> list[Step]:
         """The steps of this start."""
-        catalog_server = self._plan.catalog_server().name
+        primaries = [self._have_primary(shard) for shard in self._shards.values()]
+        catalog_server, *first_servers = self._plan.first_servers()
         if self._plan.record.complete:
-            return [Step(CATALOG_STEP, self._tell_addresses, (catalog_server,))]
-        databases = [self._make_shard_database(shard_id) for shard_id in self._plan.record.shard_ids()]
-        catalog = Step("catalog database", self._make_catalog, (catalog_server,))
+            return [Step(CATALOG_STEP, self._tell_catalog, (catalog_server.name,)), *primaries]
+        databases = [
+            self._make_shard_database(shard_id, server)
+            for shard_id, server in zip(self._shards, first_servers, strict=True)
+        ]
+        catalog = Step("catalog database", self._make_catalog, (catalog_server.name,))
         names = tuple(step.name for step in (*databases, catalog))
-        return [*databases, catalog, Step(CATALOG_STEP, self._complete, names)]
+        return [*databases, catalog, Step(CATALOG_STEP, self._complete, names), *primaries]
 
-    def _make_shard_database(self, shard_id: str) -> Step:
-        server = self._plan.shard_server(shard_id)
-
+    def _make_shard_database(self, shard_id: str, server: Server) -> Step:
         async def make() -> None:
             await bootstrap.make_database(server, self._plan.secrets, vector=True)
 
         return Step(f"{shard_id} database", make, (server.name,))
 
+    def _have_primary(self, shard: ShardServers) -> Step:
+        async def have() -> None:
+            await shard.until_writable()
+            await bootstrap.complete_shard_server(shard.servers[shard.primary], self._plan.secrets)
+
+        return Step(primary_step(shard.shard_id), have, (CATALOG_STEP,))
+
     async def _make_catalog(self) -> None:
         plan = self._plan
         await bootstrap.make_database(plan.catalog_server(), plan.secrets, vector=False)
-        await bootstrap.make_catalog(plan.catalog_server(), plan.secrets, plan.record, plan.shard_addresses())
+        await bootstrap.make_catalog(plan.catalog_server(), plan.secrets, plan.record, plan.shards())
 
     async def _complete(self) -> None:
         """The last step of making a cluster; from here on its directory is never thrown away."""
-        await self._tell_addresses()
+        await self._tell_catalog()
         self._plan.record.model_copy(update={"complete": True}).save(self._plan.layout)
 
-    async def _tell_addresses(self) -> None:
+    async def _tell_catalog(self) -> None:
         plan = self._plan
-        topology = await bootstrap.tell_addresses(plan.catalog_server(), plan.secrets, plan.shard_addresses())
+        topology = await bootstrap.tell_catalog(plan.catalog_server(), plan.secrets, plan.record, plan.shards())
         self.topology = TopologyState.of(topology)

@@ -24,6 +24,7 @@ RECOVERY_TIMEOUT_S = 600.0
 MAX_EARLY_DEATHS = 5
 
 _WATCH_INTERVAL_S = 0.25
+_READY_INTERVAL_S = 0.02
 _LOG_CHECK_INTERVAL_S = 60.0
 _TAIL_LINES = 15
 
@@ -52,11 +53,12 @@ class Hooks:
 class Supervisor:
     """Starts processes and steps as soon as what they need is ready, and ends everything when told to stop."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # What it runs, and whom it tells.
         self,
         layout: Layout,
         specs: Sequence[ProcessSpec],
         steps: Sequence[Step] = (),
+        background: Sequence[Callable[[], Awaitable[None]]] = (),
         *,
         addresses: Sequence[str] = (),
         topology: Callable[[], TopologyState | None] = lambda: None,
@@ -72,11 +74,17 @@ class Supervisor:
         self._log = log or logging.getLogger("memshard.supervisor")
         self._start_timeout_s = start_timeout_s
         self._children = [Child(spec, self.save_state, self._log) for spec in specs]
+        self._background = background
         self._gates = {child.spec.name: child.ready for child in self._children} | {
             step.name: asyncio.Event() for step in steps
         }
         self._stop = asyncio.Event()
         self._waiting: set[asyncio.Task[None]] = set()
+        self._left_out: set[str] = set()
+
+    def process(self, name: str) -> Child | None:
+        """A process by its name."""
+        return next((child for child in self._children if child.spec.name == name), None)
 
     def stop(self) -> None:
         """Asks `run` to end everything and return."""
@@ -92,6 +100,7 @@ class Supervisor:
             for child in self._children:
                 group.create_task(self._run_child(child))
             group.create_task(self._bound_logs())
+            background = [group.create_task(self._keep_doing(work)) for work in self._background]
             try:
                 if await self._start():
                     self._log.info("ready")
@@ -102,6 +111,8 @@ class Supervisor:
                 failure = error
             finally:
                 self._hooks.stopping()
+                for task in background:
+                    task.cancel()
                 await self._end_all()
         if failure is not None:
             raise failure
@@ -113,7 +124,7 @@ class Supervisor:
                 tasks = [group.create_task(self._watch_start())]
                 tasks += [group.create_task(self._run_step(step)) for step in self._steps]
                 tasks += [group.create_task(self._tell(name)) for name in self._gates]
-                everything = group.create_task(self._await_ready(self._gates))
+                everything = group.create_task(self._await_everything())
                 stop = group.create_task(self._stop.wait())
                 await asyncio.wait([everything, stop], return_when=asyncio.FIRST_COMPLETED)
                 for task in (*tasks, everything, stop):
@@ -151,21 +162,53 @@ class Supervisor:
         for name in names:
             await self._gates[name].wait()
 
+    async def _await_everything(self) -> None:
+        """Returns when all is ready that is required, and the rest is too or has been left out."""
+        names = {child.spec.name: child for child in self._children}
+        while not all(  # noqa: ASYNC110  # What is required may change with a failover.
+            gate.is_set() or self._is_left_out(names.get(name)) for name, gate in self._gates.items()
+        ):
+            await asyncio.sleep(_READY_INTERVAL_S)
+
+    def _is_left_out(self, child: Child | None) -> bool:
+        return child is not None and child.spec.name in self._left_out and not child.spec.required()
+
+    def _leave_out(self, child: Child, why: str) -> None:
+        """Does not wait for it any more; it goes on being started."""
+        if child.spec.name not in self._left_out:
+            self._left_out.add(child.spec.name)
+            self._log.warning("ready without %s: it %s", child.spec.name, why)
+
+    async def _keep_doing(self, work: Callable[[], Awaitable[None]]) -> None:
+        """A bug in what looks after the processes must not end them."""
+        while True:
+            try:
+                await work()
+            except Exception:
+                self._log.exception("a background task failed")
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+
     async def _watch_start(self) -> None:
-        """Raises StartError when a process keeps dying, or nothing has become ready for too long."""
+        """Raises StartError when a required process keeps dying, or nothing has become ready for too long."""
         began = progress_at = time.monotonic()
         ready = 0
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             for child in self._children:
-                if child.early_deaths >= MAX_EARLY_DEATHS:
-                    raise self._start_error(child, child.last_end)
+                if child.early_deaths >= MAX_EARLY_DEATHS and not child.ready.is_set():
+                    if child.spec.required():
+                        raise self._start_error(child, child.last_end)
+                    self._leave_out(child, child.last_end)
             now = time.monotonic()
             count = sum(gate.is_set() for gate in self._gates.values())
             if count > ready or (now - began < RECOVERY_TIMEOUT_S and await self._recovers()):
                 ready, progress_at = count, now
             if now - progress_at >= self._start_timeout_s:
-                self._raise_not_ready()
+                late = [child for child in self._children if not child.ready.is_set()]
+                if any(child.spec.required() for child in late) or not late:
+                    self._raise_not_ready()
+                for child in late:
+                    self._leave_out(child, f"is not ready after {self._start_timeout_s:.0f} s")
 
     async def _recovers(self) -> bool:
         for child in self._children:

@@ -5,19 +5,25 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from local import bootstrap, leftovers, lock, logs, ports
+from local import admin, bootstrap, leftovers, lock, logs, ports
 from local.account import make_traversable, postgres_account
+from local.admin_token import make_token
+from local.appointment import Appointer
 from local.binaries import require_local_embedder
-from local.cluster import Plan, Programs, port_names
+from local.cluster import ADMIN, Plan, Programs, port_names
 from local.errors import DataDirectoryError, LocalClusterError, OptionsError
 from local.layout import Layout
 from local.record import Embedder, Options, Secrets, load_record, load_secrets, settle
+from local.shard_servers import ShardServers, Ties
+from local.shard_watch import ShardWatch
+from local.specs import Specs
+from local.standby import Maker
 from local.steps import Steps
 from local.supervisor import Hooks, Supervisor
 
@@ -117,9 +123,11 @@ async def run(request: Request, observer: Observer) -> None:
             )
 
         hooks = Hooks(observer.progress, ready, observer.stopping)
-        supervisor = supervise(plan, programs, hooks, log)
-        interruption.action = supervisor.stop
-        await supervisor.run()
+        shards = shard_servers(plan, programs, log)
+        supervisor = supervise(plan, programs, shards, hooks, log)
+        async with admin.serving(plan.record.ports[ADMIN], make_token(layout), shards, log):
+            interruption.action = supervisor.stop
+            await supervisor.run()
 
 
 async def prepare(
@@ -150,31 +158,61 @@ async def prepare(
             secrets = Secrets.generate()
             secrets.save(layout)
         else:
-            secrets = load_secrets(layout)
+            loaded = load_secrets(layout)
+            secrets = loaded.completed()
+            if secrets != loaded:
+                secrets.save(layout)
     except OSError as error:
         raise DataDirectoryError(f"{error.filename or layout.root}: {error.strerror}") from error
     plan = Plan(layout, record, secrets, tuple(router_ports))
     if kept is None:
-        await bootstrap.make_data_directories(plan.servers(), programs.postgres_bin, account, secrets)
+        await bootstrap.make_data_directories(plan.first_servers(), programs.postgres_bin, account, secrets)
     else:
-        bootstrap.require_data_directories(plan.servers())
+        # A shard with standbys may still have all its data when one directory is missing.
+        bootstrap.require_data_directories(plan.first_servers() if record.replicas == 0 else [plan.catalog_server()])
     return plan, programs
 
 
+def shard_servers(plan: Plan, programs: Programs, log: logging.Logger) -> dict[str, ShardServers]:
+    """The PostgreSQL servers of each shard, by its id."""
+    maker = Maker(programs.postgres_bin, programs.account, plan.secrets, log)
+    return {
+        shard_id: ShardServers(
+            Appointer(shard_id, plan.catalog_server(), plan.shard_servers(shard_id), plan.secrets),
+            plan.record.replica_names(shard_id),
+            maker,
+            log,
+            new=not plan.record.complete,
+        )
+        for shard_id in plan.record.shard_ids()
+    }
+
+
 def supervise(
-    plan: Plan, programs: Programs, hooks: Hooks, log: logging.Logger, *, services: bool = True
+    plan: Plan,
+    programs: Programs,
+    shards: Mapping[str, ShardServers],
+    hooks: Hooks,
+    log: logging.Logger,
+    *,
+    services: bool = True,
 ) -> Supervisor:
     """The supervisor of a cluster; without its `services` only the databases and what is in them."""
-    steps = Steps(plan)
-    return Supervisor(
+    steps = Steps(plan, shards)
+    specs = Specs(plan, programs, shards)
+    supervisor = Supervisor(
         plan.layout,
-        [*plan.databases(programs), *(plan.services() if services else [])],
+        [*specs.databases(), *(specs.services() if services else [])],
         steps.all(),
+        [ShardWatch(shard).run for shard in shards.values()],
         addresses=plan.addresses(),
         topology=lambda: steps.topology,
         hooks=hooks,
         log=log,
     )
+    for shard in shards.values():
+        shard.ties = Ties(supervisor.process, supervisor.save_state)
+    return supervisor
 
 
 @contextmanager

@@ -46,8 +46,11 @@ async def test_status_tells_every_process_and_shard(one_shard: LocalCluster) -> 
             "shard_id": "shard-0",
             "status": "active",
             "slots": 16384,
-            "primary": f"127.0.0.1:{shard['port']}",
+            "primary": "postgres-shard-0",
             "replicas": [],
+            "address": f"127.0.0.1:{shard['port']}",
+            "durability": "LOCAL",
+            "replication": [],
         }
     ]
     assert status["epoch"] == 1
@@ -158,7 +161,8 @@ async def test_ctrl_c_at_the_terminal_ends_a_cluster_in_the_foreground() -> None
         assert "Stopped." in output
         assert leftovers.find(layout.root) == []
         order = [line for line in layout.log("supervisor").read_text().splitlines() if " ended in " in line]
-        assert [json.loads(line)["event"].split()[0] for line in order][:3] == ["router-0", "shard-0", "redis"]
+        router, *middle, redis = [json.loads(line)["event"].split()[0] for line in order][:4]
+        assert (router, sorted(middle), redis) == ("router-0", ["shard-0", "shard-0-replica-1"], "redis")
 
 
 async def test_the_services_cannot_change_the_catalog(one_shard: LocalCluster) -> None:

@@ -49,7 +49,7 @@ async def test_a_new_cluster_is_what_it_was_asked_to_be() -> None:
                 cluster = await catalog.read_cluster(reader)
                 assert (cluster.dimensions, cluster.embedding_model) == (7, "")
                 topology = await catalog.read_topology(reader)
-                assert [shard.address for shard in topology.shards] == [plan.shard_addresses()["shard-0"]]
+                assert [shard.address for shard in topology.shards] == [plan.address("shard-0")]
                 with pytest.raises(asyncpg.InsufficientPrivilegeError):
                     await reader.execute("UPDATE topology SET epoch = 9")
         assert load_record(layout).complete

@@ -38,6 +38,7 @@ class LocalCluster:
         self,
         *,
         shards: int = 2,
+        replicas: int | None = 0,
         routers: int = 1,
         embedder: str = "local",
         dimensions: int | None = None,
@@ -48,6 +49,7 @@ class LocalCluster:
         self.port = free_port(routers)
         self.address = f"127.0.0.1:{self.port}"
         self.options = ["--shards", str(shards), "--embedder", embedder]
+        self.options += [] if replicas is None else ["--replicas", str(replicas)]
         self.options += ["--dimensions", str(dimensions)] if dimensions else []
         self.options += options
         self._start = ["--port", str(self.port), "--routers", str(routers)]
@@ -120,10 +122,23 @@ class LocalCluster:
         return server.owner_dsn(plan.secrets) if owner else server.app_dsn(plan.secrets)
 
     def shard_dsn(self, shard_id: str, *, owner: bool = False) -> str:
-        """URL of a shard's database, as the role of the service, or as its owner."""
+        """URL of a shard's database on the server that is its primary now, as the service's role, or as its owner."""
         plan = self.plan()
-        server = plan.shard_server(shard_id)
+        server = plan.shard_servers(shard_id)[self.primary(shard_id)]
         return server.owner_dsn(plan.secrets) if owner else server.app_dsn(plan.secrets)
+
+    def primary(self, shard_id: str) -> str:
+        """Name of the server that takes a shard's writes, as the supervisor last wrote it."""
+        return self.servers(shard_id, "postgres-primary")[0]
+
+    def standbys(self, shard_id: str) -> list[str]:
+        """Names of the servers that follow it."""
+        return self.servers(shard_id, "postgres-standby")
+
+    def servers(self, shard_id: str, role: str) -> list[str]:
+        """Names of a shard's processes with a role, as the supervisor last wrote it."""
+        processes = json.loads(self.layout.state.read_text())["processes"]
+        return [process["name"] for process in processes if (process["shard_id"], process["role"]) == (shard_id, role)]
 
     def redis_url(self) -> str:
         """URL of Redis."""

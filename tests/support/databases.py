@@ -36,13 +36,18 @@ def fresh_layout() -> Iterator[Layout]:
 
 @asynccontextmanager
 async def running(layout: Layout, options: Options | None = None) -> AsyncIterator[Plan]:
-    """One shard's databases, catalog and Redis, ready; ended in order at the end."""
+    """One shard's databases, catalog and Redis, ready; ended in order at the end.
+
+    Without `options` a cluster that is there stays what it is, and a new one has no standbys.
+    """
     layout.claim()
     with lock.held(layout):
         await leftovers.end_all(layout.root)
-        plan, programs = await up.prepare(layout, options or Options(shards=1), (), LOG)
+        options = options or (Options() if layout.exists() else Options(shards=1, replicas=0))
+        plan, programs = await up.prepare(layout, options, (), LOG)
         ready = asyncio.Event()
-        supervisor = up.supervise(plan, programs, Hooks(ready=ready.set), LOG, services=False)
+        shards = up.shard_servers(plan, programs, LOG)
+        supervisor = up.supervise(plan, programs, shards, Hooks(ready=ready.set), LOG, services=False)
         async with asyncio.TaskGroup() as group:
             run = group.create_task(supervisor.run())
             waiting = group.create_task(ready.wait())

@@ -15,17 +15,12 @@ def _ready(address: str, embedder: str = "local") -> Ready:
     return Ready((address,), "/d", "/d/logs", embedder, 4, 1.0)  # type: ignore[arg-type]
 
 
-def test_replicas_are_not_offered_yet(tmp_path: Path) -> None:
-    result = RUNNER.invoke(app, ["up", "--replicas", "1", "--data-dir", str(tmp_path / "d")])
-    assert result.exit_code == 2
-    assert "read replicas are not offered yet" in result.output
-    assert not (tmp_path / "d").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--routers", "0"], "--routers"),
+        (["--replicas", "9"], "--replicas"),
+        (["--replicas", "-1"], "--replicas"),
         (["--port", "70000"], "--port"),
         (["--port", "65535", "--routers", "2"], "--port"),
     ],
@@ -35,6 +30,12 @@ def test_impossible_options_touch_nothing(tmp_path: Path, arguments: list[str], 
     assert result.exit_code == 2
     assert named in result.output
     assert not (tmp_path / "d").exists()
+
+
+def test_a_failover_where_nothing_is_says_so(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["failover", "shard-0", "--data-dir", str(tmp_path / "none")])
+    assert result.exit_code == 1
+    assert "there is no cluster" in result.output
 
 
 def test_commands_to_paste_name_the_address_only_when_it_is_not_the_default() -> None:
@@ -53,7 +54,7 @@ def test_status_and_down_where_nothing_is(tmp_path: Path) -> None:
     assert "Nothing runs" in down.output
 
 
-@pytest.mark.parametrize("service", ["router", "shard"])
+@pytest.mark.parametrize("service", ["router", "shard", "replica"])
 def test_a_generated_file_is_yaml_and_names_what_is_required(service: str) -> None:
     result = RUNNER.invoke(app, ["config", "generate", service])
     assert result.exit_code == 0

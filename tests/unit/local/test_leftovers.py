@@ -18,6 +18,11 @@ SHARD = ("python", "-P", "-m", "shard", "--config", "/data/one/config/shard-0.ya
         (Seen("postgres", "/data/one/postgres/postgres-shard-0", ("/x/postgres", "-D", "…"), None), Kind.POSTMASTER),
         (Seen("postgres", "/data/one/postgres/postgres-shard-0", ("postgres: checkpointer",), None), Kind.BACKEND),
         (Seen("initdb", "/data/one/postgres/postgres-shard-0.new", ("/x/initdb",), None), Kind.POSTMASTER),
+        (
+            Seen("pg_basebackup", "/data/one/postgres/postgres-shard-0-1.new", ("/x/pg_basebackup",), None),
+            Kind.POSTMASTER,
+        ),
+        (Seen("pg_rewind", "/data/one/postgres/postgres-shard-0-1", ("/x/pg_rewind",), None), Kind.POSTMASTER),
         (Seen("redis-server", "/data/one/redis", ("redis-server 127.0.0.1:1",), None), Kind.REDIS),
         (Seen("python3.11", "/data/one/run", SHARD, "/data/one"), Kind.SERVICE),
         # Others, however alike.

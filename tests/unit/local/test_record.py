@@ -18,7 +18,7 @@ HTTP = Record(shards=2, embedder="http", embedder_model="m", embedder_url="http:
 
 def test_defaults_of_a_new_cluster() -> None:
     made = settle(Options(), None)
-    assert (made.shards, made.embedder, made.dimensions) == (2, "local", 256)
+    assert (made.shards, made.replicas, made.embedder, made.dimensions) == (2, 1, "local", 256)
     assert made.embedder_model == "wordllama-l2-supercat-256"
     assert not made.complete
 
@@ -45,6 +45,8 @@ def test_callers_that_bring_embeddings_have_no_model() -> None:
     [
         (Options(shards=0), "--shards"),
         (Options(shards=65), "--shards"),
+        (Options(replicas=-1), "--replicas"),
+        (Options(replicas=9), "--replicas"),
         (Options(dimensions=100), "--dimensions"),
         (Options(embedder="none", dimensions=4001), "--dimensions"),
         (Options(embedder="none", dimensions=0), "--dimensions"),
@@ -68,6 +70,7 @@ def test_what_is_not_given_stays_as_it_was() -> None:
     ("options", "said"),
     [
         (Options(shards=3), "--shards 2, not 3"),
+        (Options(replicas=1), "--replicas 0, not 1"),
         (Options(embedder="none"), "--embedder local, not none"),
         (Options(dimensions=64), "--dimensions 256, not 64"),
         (Options(embedder_model="m"), "--embedder-model wordllama-l2-supercat-256, not m"),
@@ -96,6 +99,24 @@ def test_record_and_secrets_come_back_and_are_private(tmp_path: Path) -> None:
     assert stat.S_IMODE(layout.secrets.stat().st_mode) == 0o600
     assert secrets.redis not in repr(secrets)
     assert secrets.redis not in f"{secrets}"
+
+
+def test_a_cluster_from_before_there_were_standbys_has_none_and_gets_their_password(tmp_path: Path) -> None:
+    layout = Layout.of(tmp_path)
+    layout.record.write_text(KEPT.model_dump_json(exclude={"replicas"}))
+    layout.secrets.write_text(Secrets.generate().model_dump_json(exclude={"memshard_replication"}))
+    assert settle(Options(), load_record(layout)).server_names("shard-0") == ["postgres-shard-0"]
+    before = load_secrets(layout)
+    after = before.completed()
+    assert after.memshard_replication
+    assert after.completed() == after
+    assert after.redis == before.redis
+
+
+def test_the_servers_of_a_shard_have_names_that_say_nothing_of_their_roles() -> None:
+    record = settle(Options(replicas=2), None)
+    assert record.server_names("shard-1") == ["postgres-shard-1", "postgres-shard-1-1", "postgres-shard-1-2"]
+    assert record.replica_names("shard-1") == ["shard-1-replica-1", "shard-1-replica-2"]
 
 
 @pytest.mark.parametrize("text", ["", "{", json.dumps({"shards": 2}), "[]", "\udcff"])

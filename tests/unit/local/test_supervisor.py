@@ -168,6 +168,67 @@ async def test_a_dead_process_is_started_again(layout: Layout) -> None:
     await _ended(supervisor, task)
 
 
+async def test_a_process_that_is_held_stays_down_until_it_is_let_go(layout: Layout) -> None:
+    died: list[str] = []
+    ready = asyncio.Event()
+
+    async def tell() -> None:
+        died.append("service")
+
+    supervisor = Supervisor(layout, [replace(_spec(layout, "service"), died=tell)], hooks=Hooks(ready=ready.set))
+    task = asyncio.create_task(supervisor.run())
+    await asyncio.wait_for(ready.wait(), 20)
+    first = _pids(layout)["service"]
+    service = supervisor.process("service")
+    assert service is not None
+    await service.hold()
+    assert _pids(layout) == {"service": None}
+    service.release()
+    second = await eventually(lambda: _pids(layout)["service"])
+    await service.restart()
+    third = await eventually(lambda: _pids(layout)["service"])
+    assert len({first, second, third}) == 3
+    assert died == []  # It did not: we ended it.
+    psutil.Process(third).send_signal(signal.SIGKILL)
+    await eventually(lambda: died == ["service"])
+    await _ended(supervisor, task)
+
+
+async def test_what_is_prepared_is_prepared_before_each_start_and_not_after_the_end(layout: Layout) -> None:
+    prepared: list[int] = []
+    never = asyncio.Event()
+
+    async def prepare() -> None:
+        prepared.append(len(prepared))
+        if len(prepared) == 2:
+            await never.wait()
+
+    ready = asyncio.Event()
+    spec = replace(_spec(layout, "service"), prepare=prepare)
+    supervisor = Supervisor(layout, [spec], hooks=Hooks(ready=ready.set))
+    task = asyncio.create_task(supervisor.run())
+    await asyncio.wait_for(ready.wait(), 20)
+    psutil.Process(_pids(layout)["service"]).send_signal(signal.SIGKILL)
+    await eventually(lambda: len(prepared) == 2)
+    await _ended(supervisor, task)
+    assert _pids(layout) == {"service": None}
+
+
+async def test_the_cluster_is_ready_without_what_it_can_do_without(
+    layout: Layout, caplog: pytest.LogCaptureFixture
+) -> None:
+    ready = asyncio.Event()
+    broken = replace(_spec(layout, "broken", "raise SystemExit(3)"), required=lambda: False)
+    silent = replace(_spec(layout, "silent"), probe=_never, required=lambda: False)
+    specs = [_spec(layout, "good"), broken, silent]
+    supervisor = Supervisor(layout, specs, hooks=Hooks(ready=ready.set), start_timeout_s=3.0)
+    task = asyncio.create_task(supervisor.run())
+    await asyncio.wait_for(ready.wait(), 20)
+    assert "ready without broken: it ended with exit code 3" in caplog.text
+    assert "ready without silent: it is not ready after 3 s" in caplog.text
+    await _ended(supervisor, task)
+
+
 async def test_a_process_that_ignores_the_signal_is_killed(layout: Layout) -> None:
     ready = asyncio.Event()
     spec = replace(_spec(layout, "stubborn", STUBBORN), stop_timeout_s=0.3)

@@ -1,0 +1,46 @@
+"""Calls of the supervisor's admin service, by whoever may read its token."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc.aio
+
+from common import status
+from local.admin_token import read_token
+from local.cluster import ADMIN
+from local.errors import DataDirectoryError, LocalClusterError
+from local.layout import Layout
+from local.ports import HOST
+from local.record import load_record
+from memshard.admin.v1 import cluster_pb2, cluster_pb2_grpc
+
+_OPTIONS = (("grpc.enable_http_proxy", 0),)
+
+
+async def failover(layout: Layout, shard_id: str, to_server: str) -> AsyncIterator[cluster_pb2.FailoverProgress]:
+    """Hands a shard's writes over to a standby, `to_server` or (empty) the closest; the steps, as they are done.
+
+    Raises LocalClusterError.
+    """
+    async with _service(layout) as (stub, metadata):
+        request = cluster_pb2.FailoverRequest(shard_id=shard_id, to_server=to_server)
+        async for progress in stub.Failover(request, metadata=metadata):
+            yield progress
+
+
+@asynccontextmanager
+async def _service(layout: Layout) -> AsyncIterator[tuple[Any, tuple[tuple[str, str], ...]]]:
+    if not layout.exists():
+        raise DataDirectoryError(f"there is no cluster in {layout.root}")
+    port = load_record(layout).ports.get(ADMIN)
+    metadata = (("authorization", f"Bearer {read_token(layout)}"),)
+    try:
+        async with grpc.aio.insecure_channel(f"{HOST}:{port}", options=_OPTIONS) as channel:
+            stub: Any = cluster_pb2_grpc.ClusterServiceStub(channel)  # Its type stubs leave out what it offers.
+            yield stub, metadata
+    except grpc.aio.AioRpcError as error:
+        told = status.from_rpc_error(error)
+        if told is None:
+            raise LocalClusterError(f"the supervisor of {layout.root} does not answer: {error.details()}") from error
+        raise LocalClusterError(told.message) from error

@@ -1,0 +1,225 @@
+"""A shard's servers without its services: who is the primary after whatever may happen to them and their supervisor."""
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
+
+from common import catalog
+from common.postgres import CONNECT_ERRORS
+from local import leftovers, replication
+from local.errors import LocalClusterError
+from local.layout import Layout
+from local.postgres import SUPERUSER
+from local.record import Options
+from local.sessions import as_owner
+from local.standby_settings import slot_name
+from tests.support.databases import fresh_layout, in_a_process, running
+from tests.support.eventually import eventually
+from tests.support.servers import SHARD, Servers
+
+FIRST, SECOND = "postgres-shard-0", "postgres-shard-0-1"
+
+
+@asynccontextmanager
+async def servers_of(layout: Layout, replicas: int = 1) -> AsyncIterator[Servers]:
+    async with running(layout, Options(shards=1, replicas=replicas)) as plan:
+        servers = Servers(plan)
+        await eventually(servers.primary, within_s=20)
+        yield servers
+
+
+async def rows(servers: Servers, name: str) -> set[int]:
+    return {row["x"] for row in await servers.execute(name, "SELECT x FROM t")}
+
+
+async def test_when_the_primary_dies_a_member_of_the_sync_set_takes_over_and_the_old_one_follows() -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            assert await servers.arm() == FIRST
+            await servers.execute(FIRST, "CREATE TABLE t (x int)")
+            await servers.execute(FIRST, "INSERT INTO t VALUES (1)")
+            os.kill(servers.pid(FIRST), signal.SIGKILL)
+            began = time.monotonic()
+            await eventually(lambda: _writes(servers, SECOND), within_s=5)
+            print(f"writes again after {time.monotonic() - began:.2f} s")
+            assert await rows(servers, SECOND) == {1}
+            recorded = await servers.sync_set()
+            assert (recorded.primary, recorded.members) == (SECOND, frozenset())
+            assert await eventually(servers.primary, within_s=20) == SECOND
+            await servers.execute(SECOND, "INSERT INTO t VALUES (2)")
+            await eventually(lambda: _has(servers, FIRST, {1, 2}))
+        # And so it stays when everything is started again.
+        async with servers_of(layout) as servers:
+            assert await servers.primary() == SECOND
+            assert await rows(servers, SECOND) == {1, 2}
+
+
+async def test_without_a_sync_set_the_primary_is_started_again_where_it_was() -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            await servers.execute(FIRST, "CREATE TABLE t (x int)")
+            before = servers.pid(FIRST)
+            os.kill(before, signal.SIGKILL)
+            await eventually(lambda: servers.pid(FIRST) != before)
+            assert await eventually(servers.primary, within_s=20) == FIRST
+            assert (await servers.sync_set()).primary == FIRST
+
+
+async def test_what_a_backend_acknowledged_after_its_postmasters_death_is_not_lost() -> None:
+    """A backend outlives its killed postmaster. What it still acknowledges has to be on the one that takes over."""
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            await servers.arm()
+            await servers.execute(FIRST, "CREATE TABLE t (x int)")
+            acknowledged: set[int] = set()
+
+            async def write(number: int) -> None:
+                connection = await asyncpg.connect(servers[FIRST].dsn(SUPERUSER, servers.plan.secrets.postgres))
+                try:
+                    while True:
+                        number += 8
+                        await connection.execute("INSERT INTO t VALUES ($1)", number)
+                        acknowledged.add(number)
+                finally:
+                    connection.terminate()
+
+            writers = [asyncio.create_task(write(number)) for number in range(8)]
+            await eventually(lambda: len(acknowledged) > 100)
+            os.kill(servers.pid(FIRST), signal.SIGKILL)
+            for ended in await asyncio.gather(*writers, return_exceptions=True):
+                assert isinstance(ended, CONNECT_ERRORS)
+            await eventually(lambda: _writes(servers, SECOND))
+            assert acknowledged <= await rows(servers, SECOND)
+            print(f"{len(acknowledged)} acknowledged, 0 lost")
+
+
+async def test_of_two_standbys_one_takes_over_and_the_other_follows_it_as_it_is() -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout, replicas=2) as servers:
+            await servers.arm()
+            third = servers.pid("postgres-shard-0-2")
+            os.kill(servers.pid(FIRST), signal.SIGKILL)
+            assert await eventually(servers.primary, within_s=20) == SECOND
+            assert servers.pid("postgres-shard-0-2") == third
+            # It had all that the new primary has, so that commits may wait for it from the start.
+            assert (await servers.sync_set()).members == {"postgres-shard-0-2"}
+            view = await eventually(lambda: _slots(servers, SECOND))
+            assert view == {slot_name(FIRST), slot_name("postgres-shard-0-2")}
+
+
+async def test_a_standby_that_is_no_member_never_takes_over() -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            before = servers.pid(FIRST)
+            # Commits wait for it, but the catalog does not say so: it was on its way in, or out.
+            await replication.wait_for(servers[FIRST], servers.plan.secrets, [SECOND])
+            os.kill(before, signal.SIGKILL)
+            await eventually(lambda: servers.pid(FIRST) != before)
+            assert await eventually(servers.primary, within_s=20) == FIRST
+
+
+async def test_a_standby_whose_directory_is_gone_is_made_anew() -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            await servers.execute(FIRST, "CREATE TABLE t AS SELECT 7 AS x")
+            os.kill(servers.pid(SECOND), signal.SIGKILL)
+            shutil.rmtree(servers[SECOND].pgdata)
+            await eventually(lambda: _has(servers, SECOND, {7}), within_s=20)
+            assert await eventually(servers.primary, within_s=20) == FIRST
+
+
+async def test_a_standby_that_somebody_promoted_is_made_anew() -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            await servers.execute(FIRST, "CREATE TABLE t AS SELECT 7 AS x")
+            await eventually(lambda: _has(servers, SECOND, {7}))
+            await servers.execute(SECOND, "SELECT pg_promote()")
+            await eventually(lambda: _writes(servers, SECOND, "INSERT INTO t VALUES (8)"))
+            assert await eventually(servers.primary, within_s=20) == FIRST
+            assert await rows(servers, SECOND) == {7}
+
+
+async def test_a_standby_that_cannot_follow_is_made_anew() -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            await servers.execute(SECOND, "ALTER SYSTEM SET primary_slot_name = 'there_is_no_such_slot'")
+            await servers.execute(SECOND, "SELECT pg_reload_conf()")
+            before = servers.pid(SECOND)
+            await eventually(lambda: servers.pid(SECOND) != before, within_s=25)
+            assert await eventually(servers.primary, within_s=20) == FIRST
+
+
+async def test_a_slot_that_nobody_uses_is_dropped_and_one_of_somebody_elses_is_not() -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            for name in (slot_name(FIRST), "of_somebody_else"):
+                await servers.execute(FIRST, "SELECT pg_create_physical_replication_slot($1, true)", name)
+            await eventually(lambda: _slots_are(servers, FIRST, {slot_name(SECOND), "of_somebody_else"}))
+
+
+async def test_one_that_was_appointed_and_not_promoted_yet_is_promoted_by_the_next_supervisor() -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            await servers.arm()
+        async with in_a_process(layout) as supervisor:
+            await eventually(servers.primary)
+            supervisor.kill()
+            await supervisor.wait()
+            planned = await servers.sync_set()
+            async with as_owner(servers.plan.catalog_server(), servers.plan.secrets) as connection:
+                epoch = await catalog.read_epoch(connection)
+                await catalog.change_primary(connection, epoch, SHARD, planned, primary=SECOND, members=frozenset())
+        async with running(layout):
+            assert await eventually(servers.primary, within_s=20) == SECOND
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_supervisor_killed_in_a_failover_leaves_what_the_next_sorts_out(seed: int) -> None:
+    delay_s = random.Random(seed).uniform(0.0, 0.6)
+    print(f"killed {delay_s:.3f} s after the primary")
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            await servers.execute(FIRST, "CREATE TABLE t (x int)")
+        async with in_a_process(layout) as supervisor:
+            assert await servers.arm() == FIRST
+            await servers.execute(FIRST, "INSERT INTO t VALUES (1)")
+            os.kill(servers.pid(FIRST), signal.SIGKILL)
+            clock = time.monotonic() + delay_s
+            await eventually(lambda: time.monotonic() >= clock)
+            supervisor.kill()
+        async with running(layout):
+            primary = await eventually(servers.primary, within_s=30)
+            assert await rows(servers, primary) == {1}
+            assert (await servers.sync_set()).primary == primary
+            print(f"the primary is {primary}")
+    assert leftovers.find(layout.root) == []
+
+
+async def _writes(servers: Servers, name: str, statement: str = "CREATE TABLE probe (x int)") -> bool:
+    await servers.execute(name, statement)
+    return True
+
+
+async def _has(servers: Servers, name: str, expected: set[int]) -> bool:
+    return await rows(servers, name) == expected
+
+
+async def _slots(servers: Servers, name: str) -> set[str]:
+    try:
+        view = await replication.look_at_primary(servers[name], servers.plan.secrets)
+    except LocalClusterError:
+        return set()
+    return {slot.name for slot in view.slots if slot.active}
+
+
+async def _slots_are(servers: Servers, name: str, expected: set[str]) -> bool:
+    view = await replication.look_at_primary(servers[name], servers.plan.secrets)
+    return {slot.name for slot in view.slots} == expected
