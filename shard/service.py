@@ -106,24 +106,26 @@ class ShardServicer(ReadServicer):
     ) -> shard_pb2.TakeRequestIdResponse:
         slot = self._slot(request.route)
 
-        async def write(connection: Connection) -> shard_pb2.TakeRequestIdResponse:
+        async def write(connection: Connection) -> tuple[shard_pb2.TakeRequestIdResponse, bool]:
             memory_slot = await request_claims.take(
                 connection, slot, request.user_id, request.request_id, request.digest, request.memory_slot
             )
-            return shard_pb2.TakeRequestIdResponse(memory_slot=memory_slot)
+            return shard_pb2.TakeRequestIdResponse(memory_slot=memory_slot), True
 
-        return await self._write(write, deadline)
+        response, _ = await self._write(write, deadline)
+        return response
 
     async def ReleaseRequestId(
         self, request: shard_pb2.ReleaseRequestIdRequest, deadline: Deadline
     ) -> shard_pb2.ReleaseRequestIdResponse:
         slot = self._slot(request.route)
 
-        async def write(connection: Connection) -> shard_pb2.ReleaseRequestIdResponse:
+        async def write(connection: Connection) -> tuple[shard_pb2.ReleaseRequestIdResponse, bool]:
             await request_claims.release(connection, slot, request.user_id, request.request_id, request.digest)
-            return shard_pb2.ReleaseRequestIdResponse()
+            return shard_pb2.ReleaseRequestIdResponse(), False
 
-        return await self._write(write, deadline)
+        response, _ = await self._write(write, deadline)
+        return response
 
     async def Update(self, request: shard_pb2.UpdateRequest, deadline: Deadline) -> shard_pb2.UpdateResponse:
         slot = self._slot(request.route)
