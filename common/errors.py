@@ -14,6 +14,7 @@ MemshardError
 ├── Unavailable           something that should answer does not; try again
 │   └── OutcomeUnknown    a commit whose fate is unknown; the same request settles it
 ├── DeadlineExceeded      the caller's time is up
+├── Unauthenticated       no token, or a wrong one, for a service that asks for one
 ├── Unimplemented         in the contract, not offered yet
 └── Internal              a bug, always
 
@@ -133,6 +134,11 @@ class DeadlineExceeded(MemshardError):
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     default_reason = "DEADLINE_EXCEEDED"
     retryable = True
+
+
+class Unauthenticated(MemshardError):
+    code = grpc.StatusCode.UNAUTHENTICATED
+    default_reason = "BAD_TOKEN"
 
 
 class Unimplemented(MemshardError):

@@ -31,6 +31,7 @@ _CLASSES: tuple[type[MemshardError], ...] = (
     errors.Unavailable,
     errors.OutcomeUnknown,
     errors.DeadlineExceeded,
+    errors.Unauthenticated,
     errors.Unimplemented,
     errors.Internal,
 )

@@ -59,13 +59,6 @@ async def serving(
         await servicer.close()
 
 
-class Unauthenticated(errors.MemshardError):
-    """The token is missing or wrong."""
-
-    code = grpc.StatusCode.UNAUTHENTICATED
-    default_reason = "BAD_TOKEN"
-
-
 class _Servicer:
     def __init__(self, token: str, shards: Mapping[str, ShardServers], log: logging.Logger) -> None:
         self._expected = f"Bearer {token}".encode()
@@ -120,7 +113,7 @@ class _Servicer:
     def _authorise(self, context: "Context") -> None:
         given = dict(context.invocation_metadata() or ()).get(_HEADER, "")
         if not hmac.compare_digest(str(given).encode(), self._expected):
-            raise Unauthenticated("this needs the token that is kept in the cluster's data directory")
+            raise errors.Unauthenticated("this needs the token that is kept in the cluster's data directory")
 
 
 def _message(progress: Progress) -> cluster_pb2.FailoverProgress:
