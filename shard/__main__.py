@@ -6,43 +6,51 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
-import asyncpg
-
-from common import config, embedder, lifecycle
+from common import config, embedder, lifecycle, logs
 from common.config import ShardSettings
 from common.postgres import CONNECT_ERRORS, explain
 from common.rpc import generic_handler
 from memshard.internal.v1 import shard_pb2
 from shard import heartbeat, identity, purge
 from shard.commits import Commits
-from shard.database import Database, Probe, close_pool, open_pool
+from shard.database import Database, close_pool, open_pool
+from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
+from shard.primary import Newest, Primary
 from shard.purge import Retention
 from shard.service import ShardServicer
+from shard.sync_keeper import SyncKeeper
+
+_log = logs.get_logger("shard")
 
 _SERVICE = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
-_HEALTH_INTERVAL_S = 1.0
+_HEALTH_INTERVAL_S = 0.25
 
 
 async def main(settings: ShardSettings) -> None:
     """Settles who it is, serves until SIGTERM, and lets writes under way end before the pool closes."""
-    known = await identity.settle(settings)
+    newest = Newest()
+    primary = Primary(settings.database_dsn.get_secret_value(), newest)
+    owner = Primary((settings.migration_dsn or settings.database_dsn).get_secret_value(), newest)
+    known = await identity.settle(settings, owner, primary)
     async with AsyncExitStack() as stack:
         try:
-            pool = await open_pool(settings, f"memshard {settings.shard_id}")
+            await primary.find(settings.primary_wait_s)
+            pool = await open_pool(settings, f"memshard {settings.shard_id}", primary)
         except (*CONNECT_ERRORS, ValueError) as error:  # ValueError: the extension's types are missing.
             raise lifecycle.StartError(f"the shard's database cannot be used: {explain(error)}") from error
         stack.push_async_callback(close_pool, pool)
-        database, commits = Database(pool), Commits()
+        database = Database(pool, primary, primary_wait_s=settings.primary_wait_s)
+        commits = Commits()
         stack.push_async_callback(commits.settled, settings.drain_timeout_s)
-        probe = Probe(settings.database_dsn.get_secret_value())
-        stack.callback(probe.close)
         try:
             embeds = embedder.create(settings, known.embedding_model, known.dimensions)
         except embedder.EmbedderMismatchError as error:
             raise lifecycle.StartError(str(error)) from error
         queue = EmbeddingQueue(database, known, embeds, interval_s=settings.embedding_interval_s)
-        servicer = ShardServicer(settings, known, database, commits, queue)
+        durability = Durability(external=settings.sync_set == "external")
+        keeper = SyncKeeper(settings, owner, durability)
+        servicer = ShardServicer(settings, known, database, commits, durability, queue)
         server = lifecycle.Server(
             settings,
             [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s)],
@@ -51,23 +59,25 @@ async def main(settings: ShardSettings) -> None:
         retention = Retention(
             tombstone_s=settings.tombstone_ttl_s, version_s=max(settings.version_ttl_s, settings.tombstone_ttl_s)
         )
-        connect = partial(asyncpg.connect, settings.database_dsn.get_secret_value())
         await server.start()
         await server.run_until_stopped(
             [
-                partial(_watch_health, server, probe),
-                partial(heartbeat.run, connect, interval_s=settings.heartbeat_interval_s),
+                primary.run,
+                partial(_watch_health, server, primary),
+                partial(heartbeat.run, primary.connect, interval_s=settings.heartbeat_interval_s),
                 partial(purge.run, database, retention, interval_s=settings.purge_interval_s),
                 queue.run,
+                *([keeper.run] if settings.sync_set == "managed" else []),
             ]
         )
         if embeds is not None:
             await embeds.close()
 
 
-async def _watch_health(server: lifecycle.Server, probe: Probe) -> None:
+async def _watch_health(server: lifecycle.Server, primary: Primary) -> None:
+    primary.on_change(lambda: _log.info("primary changed", timeline=primary.timeline, available=primary.is_available))
     while True:
-        await server.set_serving(await probe.is_writable())
+        await server.set_serving(primary.is_available)
         await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 

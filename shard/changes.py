@@ -79,8 +79,9 @@ SELECT {KEPT_COLUMNS} FROM memory_versions WHERE slot = $1 AND user_id = $2 AND 
 """  # noqa: S608
 
 
-async def delete(connection: Connection, slot: int, user_id: str, memory_id: str, request_id: str) -> bool:
-    """Empties a memory to a tombstone, once; False when there was none. The same request id has the same answer.
+async def delete(connection: Connection, slot: int, user_id: str, memory_id: str, request_id: str) -> tuple[bool, bool]:
+    """Empties a memory to a tombstone, once. Whether there was one; and whether this request was applied before, which
+    gives it the same answer.
 
     Raises NotOwnedError, InvalidArgument (the request id was used for another request).
     """
@@ -95,17 +96,20 @@ async def delete(connection: Connection, slot: int, user_id: str, memory_id: str
                 raise
             answer = await requests.find(connection, slot, user_id, request_id, digest)
             if answer is not None:
-                return bool(answer["deleted"])
+                return bool(answer["deleted"]), True
             # It was there a moment ago, and has been erased or purged since: this request is a new one.
             continue
         if row is None or not row["owned"]:
             raise NotOwnedError
-        return bool(row["deleted"])
+        return bool(row["deleted"]), False
     raise Unavailable("the request id is being purged; try again", retry_after_s=1.0)
 
 
-async def update(connection: Connection, identity: Identity, slot: int, request: shard_pb2.UpdateRequest) -> pb.Memory:
-    """Changes the fields that the request names, once; returns the memory, without its embedding, as it then was.
+async def update(
+    connection: Connection, identity: Identity, slot: int, request: shard_pb2.UpdateRequest
+) -> tuple[pb.Memory, bool]:
+    """Changes the fields that the request names, once; returns the memory, without its embedding, as it then was, and
+    whether this request was applied before.
 
     Raises NotOwnedError, NotFound, VersionMismatch, InvalidArgument (the request id was used for another request).
     """
@@ -123,13 +127,13 @@ async def update(connection: Connection, identity: Identity, slot: int, request:
 
 async def _update_held(
     connection: Connection, identity: Identity, key: tuple[int, str, str], request: shard_pb2.UpdateRequest
-) -> pb.Memory:
+) -> tuple[pb.Memory, bool]:
     slot, user_id, memory_id = key
     # The row first: whoever repeats this request waits here, and then finds it applied.
     locked = await connection.fetchrow(_LOCK, *key)
     answer = await requests.find(connection, slot, user_id, request.request_id, request.digest)
     if answer is not None:
-        return await _as_answered(connection, key, answer["version"])
+        return await _as_answered(connection, key, answer["version"]), True
     if locked is None or locked["gone"]:
         raise NotFound(f"this user has no memory {memory_id}")
     if request.HasField("expected_version") and request.expected_version != locked["version"]:
@@ -155,7 +159,7 @@ async def _update_held(
     assert row is not None
     answer = {"version": row["version"]}
     await requests.record(connection, slot, user_id, request.request_id, request.digest, answer)
-    return to_memory(row)
+    return to_memory(row), False
 
 
 async def _as_answered(connection: Connection, key: tuple[int, str, str], version: int) -> pb.Memory:

@@ -24,8 +24,9 @@ WITH items AS (
     SELECT slot, user_id, id, digest, memory_slot FROM items JOIN own USING (slot) WHERE NOT late
     ORDER BY slot, user_id, id, number
     ON CONFLICT (slot, user_id, id) DO NOTHING
+    RETURNING 1
 )
-SELECT ARRAY(SELECT slot FROM own) AS owned
+SELECT ARRAY(SELECT slot FROM own) AS owned, (SELECT count(*) FROM claimed) AS claimed
 """
 # A statement of its own: it sees what the first one waited for.
 _FIND_DIGESTS = """
@@ -42,21 +43,24 @@ WHERE owned_slots.slot = $1 AND state IN ('own', 'fenced')
 
 async def claim(
     connection: Connection, items: Sequence[shard_pb2.ClaimItem]
-) -> list[AlreadyExists | InvalidArgument | NotOwnedError | None]:
-    """Takes every id that is free; what became of each, in order: None when it is taken for this digest."""
+) -> tuple[list[AlreadyExists | InvalidArgument | NotOwnedError | None], bool]:
+    """Takes every id that is free; what became of each, in order: None when it is taken for this digest.
+
+    And whether any of them was taken before.
+    """
     keys = [(item.home_slot, item.user_id, item.id) for item in items]
     slots, users, ids = (list(column) for column in zip(*keys, strict=True))
-    owned = set(
-        await connection.fetchval(
-            _CLAIM,
-            slots,
-            users,
-            ids,
-            [item.digest for item in items],
-            [item.memory_slot for item in items],
-            [is_past(item) for item in items],
-        )
+    row = await connection.fetchrow(
+        _CLAIM,
+        slots,
+        users,
+        ids,
+        [item.digest for item in items],
+        [item.memory_slot for item in items],
+        [is_past(item) for item in items],
     )
+    assert row is not None
+    owned = set(row["owned"])
     rows = await connection.fetch(_FIND_DIGESTS, slots, users, ids)
     digests = {(row["slot"], row["user_id"], str(row["id"])): row["digest"] for row in rows}
     outcomes: list[AlreadyExists | InvalidArgument | NotOwnedError | None] = []
@@ -69,7 +73,7 @@ async def claim(
             outcomes.append(too_late())
         else:
             outcomes.append(AlreadyExists(f"the id {item.id} is taken by other content"))
-    return outcomes
+    return outcomes, outcomes.count(None) > row["claimed"]
 
 
 async def find(connection: Connection, slot: int, user_id: str, memory_id: str) -> int | None:

@@ -1,9 +1,10 @@
 """The pool of connections to the shard's own database, and what its failures mean to a caller."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import asyncpg
 from pgvector.asyncpg import register_vector
@@ -11,26 +12,39 @@ from pgvector.asyncpg import register_vector
 from common.config import ReplicaSettings, ShardSettings
 from common.deadline import Deadline
 from common.errors import InvalidArgument, OutcomeUnknown, Unavailable
-from common.postgres import CANNOT_NOW, CONNECT_ERRORS, CONNECT_TIMEOUT_S, CONNECTION_LOST, Connection, Pool
+from common.postgres import CANNOT_NOW, CONNECT_TIMEOUT_S, CONNECTION_LOST, Connection, Pool
+from shard.primary import Primary, PrimaryConnection, timeline_of
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
 # Seconds after which a caller may try again: a primary that was killed is back in about one.
 _RETRY_AFTER_S = 1.0
-_PROBE_TIMEOUT_S = 2.0
 _STATEMENT_TIMEOUT_S = 30
+# Between attempts to connect to a primary that is there and does not let us in.
+_CONNECT_PAUSE_S = 0.05
+# Kept back from a caller's deadline, so that it hears what the matter was.
+_ANSWER_MARGIN_S = 0.05
+# What the server warns with when a commit stops waiting for standbys: after a cancel request, and when it shuts down
+# (PostgreSQL's syncrep.c). The first is the code of all warnings; none other is known that a write here could meet.
+_WAIT_CUT_SHORT = {"01000", "57P01"}
 
 
 class Database:
     """Connections to the shard's database, with the two kinds of use that fail differently: reads and writes.
 
     Writes may not take all connections: one that waits for a fence, its caller long gone, must not keep readers out.
+    With a `primary` all connections are to that, and while there is none callers wait `primary_wait_s` for one.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, primary: Primary | None = None, *, primary_wait_s: float = 0.0) -> None:
         self._pool = pool
+        self._primary = primary
+        self._primary_wait_s = primary_wait_s
         self._writes = asyncio.Semaphore(max(1, pool.get_max_size() * 3 // 4))
+        self._lent: set[PoolConnectionProxy[asyncpg.Record]] = set()
+        if primary is not None:
+            primary.on_change(self._leave_outdated)
 
     @asynccontextmanager
     async def reading(self, deadline: Deadline) -> AsyncIterator[Connection]:
@@ -58,56 +72,92 @@ class Database:
             raise
         return WriteConnection(connection, self._give_back)
 
-    async def _give_back(self, connection: "PoolConnectionProxy[asyncpg.Record]") -> None:
+    async def _give_back(self, connection: "PoolConnectionProxy[asyncpg.Record]", *, read_only: bool) -> None:
         try:
+            if read_only:
+                await self._pool.expire_connections()
+                if self._primary is not None:
+                    self._primary.doubt()
             await self._release(connection)
         finally:
             self._writes.release()
 
     async def _acquire(self, deadline: Deadline) -> "PoolConnectionProxy[asyncpg.Record]":
-        try:
-            return await self._pool.acquire(timeout=deadline.remaining_s())
-        except (*CONNECTION_LOST, *CANNOT_NOW) as error:
-            raise _unavailable() from error
+        patience = Deadline.after(min(self._primary_wait_s, deadline.less(_ANSWER_MARGIN_S).remaining_s()))
+        while True:
+            try:
+                if self._primary is not None and not self._primary.is_available:
+                    await self._primary.available(patience.remaining_s())
+                connection = await self._pool.acquire(timeout=deadline.remaining_s())
+            except (*CONNECTION_LOST, *CANNOT_NOW) as error:
+                if not patience.remaining_s():
+                    raise _unavailable() from error
+                await asyncio.sleep(_CONNECT_PAUSE_S)
+                continue
+            self._lent.add(connection)
+            if not self._is_outdated(connection):
+                return connection
+            await self._pool.expire_connections()
+            await self._release(connection)
 
     async def _release(self, connection: "PoolConnectionProxy[asyncpg.Record]") -> None:
+        self._lent.discard(connection)
         # A connection that died cannot be tidied up. The pool replaces it, and its complaint must not take the place
         # of the error that the caller is about to see.
         with suppress(*CONNECTION_LOST):
             await self._pool.release(connection)
 
+    def _is_outdated(self, connection: Connection) -> bool:
+        """Whether the server at the other end has a successor."""
+        return self._primary is not None and timeline_of(connection) < self._primary.timeline
+
+    def _leave_outdated(self) -> None:
+        """Ends what is under way on a server that has a successor: a commit there may wait for ever."""
+        for connection in [lent for lent in self._lent if self._is_outdated(lent)]:
+            connection.terminate()
+
 
 class WriteConnection:
-    """`async with` it: a write that commits by itself. A connection lost meanwhile is OutcomeUnknown."""
+    """`async with` it: a write that commits by itself. One whose fate is not known is OutcomeUnknown."""
 
-    def __init__(
-        self,
-        connection: "PoolConnectionProxy[asyncpg.Record]",
-        give_back: "Callable[[PoolConnectionProxy[asyncpg.Record]], Awaitable[None]]",
-    ) -> None:
+    def __init__(self, connection: "PoolConnectionProxy[asyncpg.Record]", give_back: "_GiveBack") -> None:
         self._connection = connection
         self._give_back = give_back
 
     @asynccontextmanager
     async def entered(self) -> AsyncIterator[Connection]:
         """The connection, given back at the end."""
+        warnings: list[Any] = []
+        read_only = False
         try:
-            with _explained():
+            with _explained(), _listening(self._connection, warnings):
                 yield self._connection
+            if any(map(_leaves_in_doubt, warnings)):
+                raise _in_doubt("the wait for a standby was cut short")
         except CONNECTION_LOST as error:
-            raise OutcomeUnknown(
-                "the database went away during the write; the same request again settles whether it happened",
-                retry_after_s=_RETRY_AFTER_S,
-            ) from error
+            raise _in_doubt("the database went away during the write") from error
+        except Unavailable as error:
+            read_only = isinstance(error.__cause__, asyncpg.ReadOnlySQLTransactionError)
+            raise
         finally:
-            await self._give_back(self._connection)
+            await self._give_back(self._connection, read_only=read_only)
 
 
-async def open_pool(settings: ShardSettings | ReplicaSettings, application_name: str) -> Pool:
-    """The pool that serves requests, as the role that can only read and write rows."""
+class _GiveBack(Protocol):
+    async def __call__(self, connection: "PoolConnectionProxy[asyncpg.Record]", *, read_only: bool) -> None: ...
+
+
+async def open_pool(
+    settings: ShardSettings | ReplicaSettings, application_name: str, primary: Primary | None = None
+) -> Pool:
+    """The pool that serves requests, as the role that can only read and write rows: to the primary, if one is given."""
     lock_timeout_s = settings.lock_timeout_s if isinstance(settings, ShardSettings) else _STATEMENT_TIMEOUT_S
+    where: dict[str, Any] = {}
+    if primary is not None:
+        where = {"connect": partial(_to_primary, primary), "connection_class": PrimaryConnection}
     return await asyncpg.create_pool(
         settings.database_dsn.get_secret_value(),
+        **where,
         min_size=settings.pool_min_connections,
         max_size=settings.pool_max_connections,
         init=_prepare,
@@ -118,6 +168,8 @@ async def open_pool(settings: ShardSettings | ReplicaSettings, application_name:
             # What receipts promise, and what the statements rely on, whatever the database's own defaults are.
             "synchronous_commit": "on",
             "default_transaction_isolation": "read committed",
+            # How the server says that it gave up waiting for a standby.
+            "client_min_messages": "warning",
             # A write that waits for a fence gives up before its commit begins, and may be sent again.
             "lock_timeout": f"{lock_timeout_s:.3f}s",
             # No statement here takes a second. One that does not end must not keep its connection for ever.
@@ -135,29 +187,11 @@ async def close_pool(pool: Pool) -> None:
         pool.terminate()
 
 
-class Probe:
-    """Whether the database can be written to, asked on a connection of its own: a busy pool is no bad health."""
-
-    def __init__(self, dsn: str) -> None:
-        self._dsn = dsn
-        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
-
-    async def is_writable(self) -> bool:
-        """Whether the database answers within two seconds, and is a primary."""
-        try:
-            async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                if self._connection is None:
-                    self._connection = await asyncpg.connect(self._dsn)
-                return not await self._connection.fetchval("SELECT pg_is_in_recovery()")
-        except CONNECT_ERRORS:
-            self.close()
-            return False
-
-    def close(self) -> None:
-        """Drops the connection."""
-        if self._connection is not None:
-            self._connection.terminate()
-            self._connection = None
+async def _to_primary(
+    primary: Primary, dsn: str, *, connection_class: type[PrimaryConnection], **options: Any
+) -> PrimaryConnection:
+    """How the pool connects. The primary knows the URL, and makes connections of that class."""
+    return await primary.connect(**options)
 
 
 async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
@@ -166,6 +200,32 @@ async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
 
 async def _keep(connection: Connection) -> None:
     """Instead of asyncpg's reset, which costs a round trip: no statement here changes a session's state."""
+
+
+@contextmanager
+def _listening(connection: Connection, warnings: list[Any]) -> Iterator[None]:
+    """Collects what the server says besides its answers."""
+
+    def hear(_: object, message: object) -> None:
+        warnings.append(message)
+
+    connection.add_log_listener(hear)
+    try:
+        yield
+    finally:
+        # One that died meanwhile has nothing to be removed from.
+        with suppress(asyncpg.InterfaceError):
+            connection.remove_log_listener(hear)
+
+
+def _leaves_in_doubt(message: Any) -> bool:
+    """Whether the server says that a commit stopped waiting for its standbys: it is there, and may yet be lost."""
+    severity = message.severity_en or message.severity
+    return severity == "WARNING" and message.sqlstate in _WAIT_CUT_SHORT
+
+
+def _in_doubt(why: str) -> OutcomeUnknown:
+    return OutcomeUnknown(f"{why}; the same request again settles whether it happened", retry_after_s=_RETRY_AFTER_S)
 
 
 @contextmanager

@@ -57,11 +57,12 @@ _FIND_DONE = "SELECT memories, versions FROM erasures WHERE slot = $1 AND reques
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """How much went in all attempts with one request id, and the ids that went in this one."""
+    """How much went in all attempts with one request id, the ids that went in this one, whether it was over."""
 
     memories: int
     versions: int
     ids: frozenset[str]
+    repeated: bool
 
 
 async def erase(
@@ -73,12 +74,13 @@ async def erase(
     """
     eraser = _Eraser(connection, ranges, slot_count, user_id, request_id)
     finished = await eraser.finished()
+    repeated = finished is not None
     while finished is None:
         removed = [await eraser.remove(number) for number in range(len(_TABLES))]
         # Whoever wrote meanwhile may have left more behind; a round that finds nothing is the end.
         if not any(removed):
             finished = await eraser.finish()
-    return Erased(finished["memories"], finished["versions"], frozenset(eraser.ids))
+    return Erased(finished["memories"], finished["versions"], frozenset(eraser.ids), repeated)
 
 
 class _Eraser:

@@ -8,13 +8,16 @@ import json
 from dataclasses import dataclass
 
 import asyncpg
+from pydantic import SecretStr
 
 from common import catalog, logs, migrations, postgres
 from common.config import ShardSettings
+from common.dsn import location
 from common.lifecycle import StartError
-from common.postgres import Connection
+from common.postgres import CONNECT_ERRORS, Connection, explain
 from common.slots import as_ranges
 from shard import schema
+from shard.primary import Primary, PrimaryConnection
 
 _log = logs.get_logger("identity")
 
@@ -60,16 +63,13 @@ _MIGRATION_LOCK_TIMEOUT = "SET lock_timeout = '30s'"
 _HAS_IDENTITY = "SELECT to_regclass('public.identity') IS NOT NULL"
 
 
-async def settle(settings: ShardSettings) -> Identity:
+async def settle(settings: ShardSettings, owner: Primary, serving: Primary) -> Identity:
     """Brings the schema up to date, and makes this database the shard's if it is new.
 
+    `owner` and `serving` connect as the two roles. Waits for a server that takes writes, for a bounded time.
     Raises StartError: database or catalog out of reach when needed, or this is another shard's database.
     """
-    owner_dsn = (settings.migration_dsn or settings.database_dsn).get_secret_value()
-    try:
-        connection = await postgres.connect(owner_dsn, what="the shard's database")
-    except postgres.DatabaseUnreachableError as error:
-        raise StartError(f"{error}. Check database_dsn and migration_dsn") from error
+    connection = await _connect(owner, settings.migration_dsn or settings.database_dsn, settings.primary_wait_s)
     try:
         await connection.execute(_MIGRATION_LOCK_TIMEOUT)
         known = await read(connection)
@@ -77,7 +77,7 @@ async def settle(settings: ShardSettings) -> Identity:
             known = await _join(connection, settings)
         else:
             await _migrate(connection, known)
-        await _grant(connection, settings, owner_dsn)
+        await _grant(connection, settings, serving)
     except migrations.NewerSchemaError as error:
         raise StartError(str(error)) from error
     except asyncpg.PostgresError as error:
@@ -174,15 +174,22 @@ async def _join(connection: Connection, settings: ShardSettings) -> Identity:
     return identity
 
 
-async def _grant(connection: Connection, settings: ShardSettings, owner_dsn: str) -> None:
-    """Lets the serving role, when it is another than the owner, at the rows of the tables and at nothing else."""
-    serving = settings.database_dsn.get_secret_value()
-    if serving == owner_dsn:
-        return
+async def _connect(primary: Primary, dsn: SecretStr, timeout_s: float) -> PrimaryConnection:
     try:
-        other = await postgres.connect(serving, what="the shard's database")
-    except postgres.DatabaseUnreachableError as error:
-        raise StartError(f"{error}. Check database_dsn") from error
+        await primary.find(timeout_s)
+        return await primary.connect()
+    except CONNECT_ERRORS as error:
+        raise StartError(
+            f"the shard's database at {location(dsn.get_secret_value())} cannot be reached: {explain(error)}. "
+            "Check database_dsn and migration_dsn"
+        ) from error
+
+
+async def _grant(connection: Connection, settings: ShardSettings, serving: Primary) -> None:
+    """Lets the serving role, when it is another than the owner, at the rows of the tables and at nothing else."""
+    if settings.migration_dsn in (None, settings.database_dsn):
+        return
+    other = await _connect(serving, settings.database_dsn, settings.primary_wait_s)
     try:
         role = await other.fetchval("SELECT current_user")
     finally:

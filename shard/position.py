@@ -1,8 +1,8 @@
 """Where the write-ahead log is: what consistency tokens are made of."""
 
+from dataclasses import dataclass
+
 from common.postgres import Connection
-from memshard.internal.v1 import shard_pb2
-from memshard.v1 import memory_pb2 as pb
 
 # The timeline that a primary writes. pg_walfile_name begins with it, in hex; pg_control_checkpoint still has the old
 # one after a promotion.
@@ -11,12 +11,22 @@ TIMELINE = "('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::in
 # Flushed and not merely written: a commit that has returned is flushed, and a token that asked for more would make its
 # bearer wait for what others have only begun.
 _POSITION = f"""
-SELECT {TIMELINE} AS timeline, (pg_current_wal_flush_lsn() - '0/0')::bigint AS lsn
-"""  # A constant.
+SELECT {TIMELINE} AS timeline, (pg_current_wal_flush_lsn() - '0/0')::bigint AS lsn,
+       current_setting('synchronous_standby_names') <> '' AS waits
+"""
 
 
-async def read_position(connection: Connection) -> shard_pb2.Commit:
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in a primary's log, and whether the primary's setting makes commits wait for standbys."""
+
+    timeline: int
+    lsn: int
+    waits: bool
+
+
+async def read_position(connection: Connection) -> Position:
     """How far the write-ahead log has come; asked after a commit, it covers that commit."""
     row = await connection.fetchrow(_POSITION)
     assert row is not None
-    return shard_pb2.Commit(timeline=row["timeline"], lsn=row["lsn"], durability=pb.DURABILITY_LOCAL)
+    return Position(row["timeline"], row["lsn"], row["waits"])

@@ -1,13 +1,13 @@
 """ShardService: each method checks where the request was meant to go, then reads or writes."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 from google.rpc import status_pb2
 
 from common.config import ShardSettings
 from common.deadline import Deadline
-from common.errors import MemshardError
+from common.errors import MemshardError, Unavailable
 from common.postgres import Connection
 from common.status import to_status
 from memshard.internal.v1 import shard_pb2
@@ -15,37 +15,52 @@ from memshard.v1 import memory_pb2 as pb
 from shard import changes, claims, erase, identity, reads, store
 from shard.commits import Commits
 from shard.database import Database
+from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
 from shard.identity import Identity
 from shard.ownership import NotOwnedError
 from shard.position import read_position
+from shard.primary import timeline_of
 from shard.read_service import Read, ReadServicer
+from shard.replayed import wait_for_standbys
+from shard.writes import Write, Writes
 
 T = TypeVar("T")
+
+_RETRY_AFTER_S = 0.5
 
 
 class ShardServicer(ReadServicer):
     """The shard's side of memshard.internal.v1.ShardService."""
 
     def __init__(
-        self, settings: ShardSettings, known: Identity, database: Database, commits: Commits, queue: EmbeddingQueue
+        self,
+        settings: ShardSettings,
+        known: Identity,
+        database: Database,
+        commits: Commits,
+        durability: Durability,
+        queue: EmbeddingQueue,
     ) -> None:
         super().__init__(known, settings.page_bytes)
         self._database = database
-        self._commits = commits
+        self._durability = durability
+        self._writes = Writes(database, commits, durability)
         self._queue = queue
 
     async def Store(self, request: shard_pb2.StoreRequest, deadline: Deadline) -> shard_pb2.StoreResponse:
         slot = self._slot(request.route)
         self._check_embedding(request.memory)
 
-        async def write(connection: Connection) -> shard_pb2.StoreResponse:
-            memory, deleted = await store.store(connection, self._identity, slot, request.memory, request.digest)
+        async def write(connection: Connection) -> tuple[shard_pb2.StoreResponse, bool]:
+            stored = await store.store(connection, self._identity, slot, request.memory, request.digest)
             if not request.memory.embedding:
                 self._queue.wake()
-            return shard_pb2.StoreResponse(memory=memory, commit=await read_position(connection), deleted=deleted)
+            return shard_pb2.StoreResponse(memory=stored.memory, deleted=stored.deleted), stored.repeated
 
-        return await self._write(write, deadline)
+        response, commit = await self._write(write, deadline)
+        response.commit.CopyFrom(commit)
+        return response
 
     async def StoreBatch(
         self, request: shard_pb2.StoreBatchRequest, deadline: Deadline
@@ -54,72 +69,82 @@ class ShardServicer(ReadServicer):
         for item in request.items:
             self._check_embedding(item.memory)
 
-        async def write(connection: Connection) -> shard_pb2.StoreBatchResponse:
-            outcomes = await store.store_many(connection, self._identity, request.items)
+        async def write(connection: Connection) -> tuple[shard_pb2.StoreBatchResponse, bool]:
+            outcomes, repeated = await store.store_many(connection, self._identity, request.items)
             epoch = await _epoch_if_needed(connection, outcomes)
             self._queue.wake()
-            return shard_pb2.StoreBatchResponse(
+            response = shard_pb2.StoreBatchResponse(
                 outcomes=[
                     shard_pb2.StoreOutcome(deleted=True)
                     if isinstance(outcome, store.Deleted)
                     else shard_pb2.StoreOutcome(error=self._item_error(outcome, epoch))
                     for outcome in outcomes
-                ],
-                commit=await read_position(connection),
+                ]
             )
+            return response, repeated
 
-        return await self._write(write, deadline)
+        response, commit = await self._write(write, deadline)
+        response.commit.CopyFrom(commit)
+        return response
 
     async def Claim(self, request: shard_pb2.ClaimRequest, deadline: Deadline) -> shard_pb2.ClaimResponse:
         self._check_route(request.route)
 
-        async def write(connection: Connection) -> shard_pb2.ClaimResponse:
-            outcomes = await claims.claim(connection, request.items)
+        async def write(connection: Connection) -> tuple[shard_pb2.ClaimResponse, bool]:
+            outcomes, repeated = await claims.claim(connection, request.items)
             epoch = await _epoch_if_needed(connection, outcomes)
-            return shard_pb2.ClaimResponse(
+            response = shard_pb2.ClaimResponse(
                 outcomes=[shard_pb2.ClaimOutcome(error=self._item_error(outcome, epoch)) for outcome in outcomes]
             )
+            return response, repeated
 
-        return await self._write(write, deadline)
+        response, _ = await self._write(write, deadline)
+        return response
 
     async def Update(self, request: shard_pb2.UpdateRequest, deadline: Deadline) -> shard_pb2.UpdateResponse:
         slot = self._slot(request.route)
         self._check_embedding(request.memory)
 
-        async def write(connection: Connection) -> shard_pb2.UpdateResponse:
-            memory = await changes.update(connection, self._identity, slot, request)
+        async def write(connection: Connection) -> tuple[shard_pb2.UpdateResponse, bool]:
+            memory, repeated = await changes.update(connection, self._identity, slot, request)
             if memory.embedding_state == pb.EMBEDDING_STATE_PENDING:
                 self._queue.wake()
-            return shard_pb2.UpdateResponse(memory=memory, commit=await read_position(connection))
+            return shard_pb2.UpdateResponse(memory=memory), repeated
 
-        return await self._write(write, deadline)
+        response, commit = await self._write(write, deadline)
+        response.commit.CopyFrom(commit)
+        return response
 
     async def Erase(self, request: shard_pb2.EraseRequest, deadline: Deadline) -> shard_pb2.EraseResponse:
         self._check_route(request.route)
         ranges = request.route.ranges
         bounds = [asked.first for asked in ranges], [asked.last for asked in ranges]
 
-        async def write(connection: Connection) -> shard_pb2.EraseResponse:
+        async def write(connection: Connection) -> tuple[shard_pb2.EraseResponse, bool]:
             erased = await erase.erase(
                 connection, bounds, reads.slot_count(ranges), request.user_id, request.request_id
             )
-            return shard_pb2.EraseResponse(
-                memories_erased=erased.memories,
-                versions_erased=erased.versions,
-                ids=sorted(erased.ids),
-                commit=await read_position(connection),
+            response = shard_pb2.EraseResponse(
+                memories_erased=erased.memories, versions_erased=erased.versions, ids=sorted(erased.ids)
             )
+            return response, erased.repeated
 
-        return await self._write(write, deadline)
+        response, commit = await self._write(write, deadline)
+        # A repeated request as well: the first may have ended before they had.
+        await wait_for_standbys(self._database, commit.lsn, deadline)
+        response.commit.CopyFrom(commit)
+        return response
 
     async def Delete(self, request: shard_pb2.DeleteRequest, deadline: Deadline) -> shard_pb2.DeleteResponse:
         slot = self._slot(request.route)
 
-        async def write(connection: Connection) -> shard_pb2.DeleteResponse:
-            deleted = await changes.delete(connection, slot, request.user_id, request.id, request.request_id)
-            return shard_pb2.DeleteResponse(deleted=deleted, commit=await read_position(connection))
+        async def write(connection: Connection) -> tuple[shard_pb2.DeleteResponse, bool]:
+            deleted, repeated = await changes.delete(connection, slot, request.user_id, request.id, request.request_id)
+            return shard_pb2.DeleteResponse(deleted=deleted), repeated
 
-        return await self._write(write, deadline)
+        response, commit = await self._write(write, deadline)
+        response.commit.CopyFrom(commit)
+        return response
 
     async def Describe(self, request: shard_pb2.DescribeRequest, deadline: Deadline) -> shard_pb2.DescribeResponse:
         async with self._database.reading(deadline) as connection:
@@ -129,26 +154,27 @@ class ShardServicer(ReadServicer):
         described.position.CopyFrom(
             shard_pb2.ShardPosition(shard_id=self._identity.shard_id, timeline=here.timeline, lsn=here.lsn)
         )
-        described.durability = here.durability
+        described.durability = self._durability.of_commit(self._durability.begin(), waits=here.waits)
+        described.sync_set.extend(sorted(self._durability.members))
         return described
 
     async def serve(self, read: Read[T], fresh: shard_pb2.Freshness | None, deadline: Deadline) -> T:
-        """The primary is as fresh as can be."""
+        """The primary is as fresh as can be, unless it has a successor that it does not know of."""
         async with self._database.reading(deadline) as connection:
+            if fresh is not None and fresh.position.timeline > timeline_of(connection):
+                raise Unavailable(
+                    "another server has taken the writes over", reason="REPLICA_BEHIND", retry_after_s=_RETRY_AFTER_S
+                )
             return await read(connection)
 
-    async def _write(self, write: Callable[[Connection], Awaitable[T]], deadline: Deadline) -> T:
-        acquired = await self._database.to_write(deadline)
+    async def _write(self, write: Write[T], deadline: Deadline) -> tuple[T, shard_pb2.Commit]:
+        async def checked(connection: Connection) -> tuple[T, bool]:
+            try:
+                return await write(connection)
+            except NotOwnedError:
+                raise self._wrong_shard(await identity.read_epoch(connection)) from None
 
-        async def commit() -> T:
-            async with acquired.entered() as connection:
-                try:
-                    return await write(connection)
-                except NotOwnedError:
-                    raise self._wrong_shard(await identity.read_epoch(connection)) from None
-
-        # From here on the caller may leave, and the write goes on. Nothing is awaited between the two.
-        return await self._commits.run(commit())
+        return await self._writes.run(checked, deadline)
 
     def _check_embedding(self, memory: pb.Memory) -> None:
         self._check_dimensions(len(memory.embedding))

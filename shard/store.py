@@ -8,7 +8,7 @@ from before the wait (docs/decisions/0003-ownership-in-the-statement.md).
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -73,16 +73,20 @@ _ATTEMPTS = 3
 _Key = tuple[int, str, str]
 
 
+class Stored(NamedTuple):
+    """A memory as stored, without its embedding; whether it has been deleted since; whether it was there before."""
+
+    memory: pb.Memory
+    deleted: bool
+    repeated: bool
+
+
 class Deleted:
     """The outcome of an item that was stored before and has been deleted since: no error, and no memory either."""
 
 
-async def store(
-    connection: Connection, identity: Identity, slot: int, memory: pb.Memory, digest: bytes
-) -> tuple[pb.Memory, bool]:
-    """Stores `memory` once; returns it as stored, without its embedding, and whether it has been deleted since.
-
-    The same digest again is the same success.
+async def store(connection: Connection, identity: Identity, slot: int, memory: pb.Memory, digest: bytes) -> Stored:
+    """Stores `memory` once. The same digest again is the same success.
 
     Raises NotOwnedError, AlreadyExists (the id has, or had within the tombstone's life, other content).
     """
@@ -91,7 +95,7 @@ async def store(
         if row is None or not row["owned"]:
             raise NotOwnedError
         if row["version"] is not None:
-            return _as_stored(memory, row), False
+            return Stored(_as_stored(memory, row), deleted=False, repeated=False)
         found = await connection.fetchrow(_FIND_STORED, slot, memory.user_id, memory.id)
         if found is not None:
             return _repeated(memory, digest, found)
@@ -102,13 +106,15 @@ async def store(
 
 async def store_many(
     connection: Connection, identity: Identity, items: Sequence[shard_pb2.StoreItem]
-) -> list[MemshardError | NotOwnedError | Deleted | None]:
-    """Stores every item that it can, each once; what became of each, in order: None for a success.
+) -> tuple[list[MemshardError | NotOwnedError | Deleted | None], bool]:
+    """Stores every item that it can, each once; what became of each, in order: None for a success. And whether any of
+    them was there before.
 
     The same item twice is stored once; the same id with other content is AlreadyExists for whoever comes later.
     """
     outcomes: dict[int, MemshardError | NotOwnedError | Deleted | None] = {}
     left = list(range(len(items)))
+    repeated = False
     for _ in range(_ATTEMPTS):
         columns = zip(*(_row(items[number], identity) for number in left), strict=True)
         statement = _STORE_MANY.format(vector=identity.vector_type)
@@ -135,10 +141,11 @@ async def store_many(
                 left.append(number)
             else:
                 outcomes[number] = _outcome(items[number], *found)
+                repeated = True
         if not left:
             break
     outcomes.update(dict.fromkeys(left, _being_purged()))
-    return [outcomes[number] for number in range(len(items))]
+    return [outcomes[number] for number in range(len(items))], repeated
 
 
 async def _digests(connection: Connection, keys: Sequence[_Key]) -> dict[_Key, tuple[bytes, datetime | None]]:
@@ -193,13 +200,13 @@ def _as_stored(memory: pb.Memory, row: asyncpg.Record) -> pb.Memory:
     return stored
 
 
-def _repeated(memory: pb.Memory, digest: bytes, found: asyncpg.Record) -> tuple[pb.Memory, bool]:
+def _repeated(memory: pb.Memory, digest: bytes, found: asyncpg.Record) -> Stored:
     if found["digest"] != digest:
         raise _taken(memory.id, found["deleted_at"])
     if found["deleted_at"]:
         # Its content is gone for good; a late retry hears what the first attempt would have.
-        return _as_stored(memory, found), True
-    return to_memory(found), False
+        return Stored(_as_stored(memory, found), deleted=True, repeated=True)
+    return Stored(to_memory(found), deleted=False, repeated=True)
 
 
 def _taken(memory_id: str, deleted_at: datetime | None) -> AlreadyExists:

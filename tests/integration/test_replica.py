@@ -4,22 +4,20 @@ import asyncio
 import signal
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
-import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
 from local.postgres import APP
 from memshard.internal.v1 import shard_pb2
-from memshard.v1 import memory_pb2 as pb
 from tests.support.eventually import eventually
+from tests.support.place import Place, at, refused
 from tests.support.replicated import DIMENSIONS, SHARD, Replicated, replicated
-from tests.support.wire import database, reason_of, route, user_slot
+from tests.support.wire import database, reason_of
 
 if TYPE_CHECKING:
     from memshard.internal.v1.shard_pb2_grpc import ShardServiceAsyncStub
@@ -37,48 +35,6 @@ SELECT pg_last_wal_replay_lsn() - '0/0' >= $1 FROM waited
 COUNT = "SELECT count(*) FROM memories WHERE user_id = $1"
 
 
-@dataclass
-class Place:
-    """One user of a shard that has a primary and a standby."""
-
-    servers: Replicated
-    shard: "ShardServiceAsyncStub"
-    replica: "ShardServiceAsyncStub"
-    user: str
-
-    def route(self, fresh: shard_pb2.Freshness | None = None) -> shard_pb2.Route:
-        shard = self.servers.topology.shards[0]
-        found = route(self.servers.topology, shard, user_slot(self.user))
-        if fresh is not None:
-            found.fresh.CopyFrom(fresh)
-        return found
-
-    async def store(self, content: str = "tea") -> shard_pb2.ShardPosition:
-        """Stores a memory, and returns the position that its token would have."""
-        memory = pb.Memory(
-            id=str(uuid.uuid4()),
-            user_id=self.user,
-            content=content,
-            type=pb.MEMORY_TYPE_EPISODIC,
-            embedding=[0.1] * DIMENSIONS,
-        )
-        answer = await self.shard.Store(shard_pb2.StoreRequest(route=self.route(), memory=memory, digest=b"\0" * 32))
-        return shard_pb2.ShardPosition(shard_id=SHARD, timeline=answer.commit.timeline, lsn=answer.commit.lsn)
-
-    async def contents(
-        self, fresh: shard_pb2.Freshness | None, stub: "ShardServiceAsyncStub | None" = None
-    ) -> list[str]:
-        """The user's memories by the replica, or by another."""
-        request = shard_pb2.ListRequest(route=self.route(fresh), user_id=self.user, page_size=10)
-        page = await (stub or self.replica).List(request, timeout=10)
-        return [memory.content for memory in page.memories]
-
-    async def health(self, name: str = "replica-b") -> int:
-        async with grpc.aio.insecure_channel(self.servers.addresses[name]) as channel:
-            health: Any = health_pb2_grpc.HealthStub(channel)  # Its published stubs lack the methods.
-            return int((await health.Check(health_pb2.HealthCheckRequest())).status)
-
-
 @pytest_asyncio.fixture(scope="module")
 async def servers() -> AsyncIterator[Replicated]:
     async with replicated("b") as running:
@@ -94,18 +50,8 @@ async def stubs(servers: Replicated) -> "tuple[ShardServiceAsyncStub, ShardServi
 async def place(
     servers: Replicated, stubs: "tuple[ShardServiceAsyncStub, ShardServiceAsyncStub]", user: str
 ) -> AsyncIterator[Place]:
-    yield Place(servers, *stubs, user)
+    yield Place(servers, stubs[0], user, stubs[1])
     await servers.standby.resume_replay()
-
-
-def _position(position: shard_pb2.ShardPosition, wait_ms: int = 0) -> shard_pb2.Freshness:
-    return shard_pb2.Freshness(position=position, wait_ms=wait_ms)
-
-
-async def _refused(call: Any) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await call
-    return refused.value
 
 
 def _retry_after_s(error: grpc.aio.AioRpcError) -> float:
@@ -119,13 +65,13 @@ def _retry_after_s(error: grpc.aio.AioRpcError) -> float:
 async def test_what_was_written_is_read_on_the_replica_by_its_position(place: Place) -> None:
     for number in range(5):
         position = await place.store(f"tea {number}")
-        assert f"tea {number}" in await place.contents(_position(position, wait_ms=5000))
+        assert f"tea {number}" in await place.contents(at(position, wait_ms=5000))
 
 
 async def test_a_replica_that_is_behind_says_so_and_says_when_to_try_again(place: Place) -> None:
     await place.servers.standby.pause_replay()
     position = await place.store()
-    error = await _refused(place.contents(_position(position, wait_ms=30)))
+    error = await refused(place.contents(at(position, wait_ms=30)))
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "REPLICA_BEHIND")
     assert 0 < _retry_after_s(error) < 5
     # Whatever it has is good enough for a read that does not ask for more.
@@ -135,7 +81,7 @@ async def test_a_replica_that_is_behind_says_so_and_says_when_to_try_again(place
 async def test_a_read_waits_while_replay_goes_on_and_then_sees_the_write(place: Place) -> None:
     await place.servers.standby.pause_replay()
     position = await place.store()
-    read = asyncio.ensure_future(place.contents(_position(position, wait_ms=9000)))
+    read = asyncio.ensure_future(place.contents(at(position, wait_ms=9000)))
     done, _ = await asyncio.wait([read], timeout=0.3)
     assert not done
     await place.servers.standby.resume_replay()
@@ -178,9 +124,9 @@ async def test_in_one_statement_the_check_passes_and_the_rows_are_old(place: Pla
 
 
 async def test_a_bound_on_staleness_is_kept(place: Place) -> None:
-    await place.store()
-    bounded = shard_pb2.Freshness(max_staleness_ms=3000, wait_ms=3000)
-    assert await place.contents(bounded) == ["tea"]
+    both = at(await place.store(), wait_ms=5000)
+    both.max_staleness_ms = 3000
+    assert await place.contents(both) == ["tea"]
     await place.servers.standby.pause_replay()
 
     async def too_old() -> bool:
@@ -192,10 +138,10 @@ async def test_a_bound_on_staleness_is_kept(place: Place) -> None:
 
     await eventually(too_old, within_s=5)
     await place.servers.standby.resume_replay()
-    assert await place.contents(bounded) == ["tea"]
+    assert await place.contents(both) == ["tea"]
 
 
-async def test_a_strong_read_and_every_write_are_refused(place: Place) -> None:
+async def test_a_strong_read_and_every_write_arerefused(place: Place) -> None:
     fresh = shard_pb2.Freshness()
     requests = {
         "List": shard_pb2.ListRequest(route=place.route(), user_id=place.user, page_size=1),
@@ -208,13 +154,13 @@ async def test_a_strong_read_and_every_write_are_refused(place: Place) -> None:
         "Erase": shard_pb2.EraseRequest(route=place.route(fresh), user_id=place.user),
     }
     for rpc, request in requests.items():
-        error = await _refused(getattr(place.replica, rpc)(request))
+        error = await refused(getattr(place.replica, rpc)(request))
         assert (rpc, error.code(), reason_of(error)) == (rpc, grpc.StatusCode.UNAVAILABLE, "NOT_PRIMARY")
 
 
 async def test_every_read_is_served(place: Place) -> None:
     position = await place.store("green tea")
-    here = place.route(_position(position, wait_ms=5000))
+    here = place.route(at(position, wait_ms=5000))
     search = shard_pb2.SearchRequest(route=here, user_id=place.user, k=5, embedding=[0.1] * DIMENSIONS)
     found = (await place.replica.Search(search)).results[0].memory
     assert found.content == "green tea"
@@ -226,13 +172,13 @@ async def test_every_read_is_served(place: Place) -> None:
     assert not claim.HasField("memory_slot")
 
 
-async def test_a_request_for_another_shard_is_refused(place: Place) -> None:
+async def test_a_request_for_another_shard_isrefused(place: Place) -> None:
     elsewhere = place.route(shard_pb2.Freshness())
     elsewhere.shard_id = "shard-77"
     request = shard_pb2.ListRequest(route=elsewhere, user_id=place.user, page_size=1)
-    assert reason_of(await _refused(place.replica.List(request))) == "WRONG_SHARD"
+    assert reason_of(await refused(place.replica.List(request))) == "WRONG_SHARD"
     foreign = shard_pb2.ShardPosition(shard_id="shard-77", timeline=1, lsn=1)
-    error = await _refused(place.contents(_position(foreign)))
+    error = await refused(place.contents(at(foreign)))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -277,12 +223,12 @@ async def test_health_is_not_serving_when_too_far_behind_and_serving_again_after
     # Away, and back.
     await place.servers.standby.kill()
     await eventually(not_serving, within_s=3)
-    error = await _refused(place.contents(shard_pb2.Freshness()))
+    error = await refused(place.contents(shard_pb2.Freshness()))
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
     await place.servers.standby.start()
     await eventually(serving, within_s=6)
     position = await place.store()
-    assert await place.contents(_position(position, wait_ms=5000)) == ["tea"]
+    assert await place.contents(at(position, wait_ms=5000)) == ["tea"]
 
 
 async def test_a_read_that_is_in_the_way_of_replay_may_be_sent_again(place: Place) -> None:
@@ -291,7 +237,7 @@ async def test_a_read_that_is_in_the_way_of_replay_may_be_sent_again(place: Plac
     await standby.execute("ALTER SYSTEM SET max_standby_streaming_delay = 0")
     await standby.execute("SELECT pg_reload_conf()")
     position = await place.store()
-    await place.contents(_position(position, wait_ms=5000))
+    await place.contents(at(position, wait_ms=5000))
     try:
         async with database(place.servers.primary.dsn()) as primary:
             failures: set[tuple[grpc.StatusCode, str]] = set()
@@ -323,9 +269,9 @@ async def test_a_read_that_is_in_the_way_of_replay_may_be_sent_again(place: Plac
 async def test_a_promoted_standby_is_no_replica_any_more() -> None:
     async with replicated("b") as servers:
         shard, replica = await servers.start_shard(), await servers.start_replica()
-        place = Place(servers, shard, replica, "alice")
+        place = Place(servers, shard, "alice", replica)
         position = await place.store()
-        assert await place.contents(_position(position, wait_ms=5000)) == ["tea"]
+        assert await place.contents(at(position, wait_ms=5000)) == ["tea"]
         servers.send("shard", signal.SIGKILL)
         await servers.primary.kill()
         await servers.standby.promote()
@@ -334,7 +280,7 @@ async def test_a_promoted_standby_is_no_replica_any_more() -> None:
             return await place.health() == health_pb2.HealthCheckResponse.NOT_SERVING
 
         await eventually(not_serving, within_s=2)
-        assert reason_of(await _refused(place.contents(_position(position)))) == "REPLICA_BEHIND"
+        assert reason_of(await refused(place.contents(at(position)))) == "REPLICA_BEHIND"
 
 
 async def test_a_replica_waits_for_a_shard_that_has_not_joined_yet() -> None:

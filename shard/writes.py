@@ -1,0 +1,57 @@
+"""A write's way: a connection to the primary, a commit that nobody cancels, and a receipt that is true."""
+
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias, TypeVar
+
+from common.deadline import Deadline
+from common.errors import Unavailable
+from common.postgres import Connection
+from memshard.internal.v1 import shard_pb2
+from shard.commits import Commits
+from shard.database import Database
+from shard.durability import Durability
+from shard.position import read_position
+
+T = TypeVar("T")
+
+# What a write answers, and whether that was there before it: then it has committed nothing of its own.
+Write: TypeAlias = Callable[[Connection], Awaitable[tuple[T, bool]]]
+
+_RETRY_AFTER_S = 1.0
+
+# A commit with a place in the log and no effect. It waits for the standbys like any other, and with it for all that was
+# committed before: what a repeated write found may be there from before a crash, and on no standby yet.
+_BARRIER = "SELECT pg_logical_emit_message(true, 'memshard', '')"
+
+
+class Writes:
+    """Runs the shard's writes."""
+
+    def __init__(self, database: Database, commits: Commits, durability: Durability) -> None:
+        self._database = database
+        self._commits = commits
+        self._durability = durability
+
+    async def run(self, write: Write[T], deadline: Deadline) -> tuple[T, shard_pb2.Commit]:
+        """What `write` answers, and the receipt. When the caller leaves, the write goes on without it.
+
+        Raises Unavailable, OutcomeUnknown, and what `write` does.
+        """
+        if self._durability.is_deposed:
+            raise Unavailable(
+                "another server is to take the writes", reason="NOT_PRIMARY", retry_after_s=_RETRY_AFTER_S
+            )
+        acquired = await self._database.to_write(deadline)
+
+        async def commit() -> tuple[T, shard_pb2.Commit]:
+            begun = self._durability.begin()
+            async with acquired.entered() as connection:
+                answer, repeated = await write(connection)
+                if repeated:
+                    await connection.execute(_BARRIER)
+                here = await read_position(connection)
+            durability = self._durability.of_commit(begun, waits=here.waits)
+            return answer, shard_pb2.Commit(timeline=here.timeline, lsn=here.lsn, durability=durability)
+
+        # From here on the caller may leave, and the write goes on. Nothing is awaited between the two.
+        return await self._commits.run(commit())
