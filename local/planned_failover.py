@@ -67,6 +67,7 @@ class PlannedFailover:
             if wanted == old.name:
                 raise RefusedError(f"{old.name} is the primary of {shard.shard_id} already")
             new = await self._candidate(old, wanted)
+            await self._require_answer(new)
             await replication.checkpoint(old, shard.secrets, within_s=_CHECKPOINT_TIMEOUT_S)
             self._done(Step.CHECKED, f"{new.name} may take over from {old.name}", old, new)
             process = shard.ties.process(old.name)
@@ -89,6 +90,13 @@ class PlannedFailover:
             if time.monotonic() >= deadline:
                 raise RefusedError(_why_not(wanted, sync_set, lag_bytes))
             await asyncio.sleep(_POLL_S)
+
+    async def _require_answer(self, new: Server) -> None:
+        """A frozen standby seems to stream for a while; found out later, it would have cost the writes that time."""
+        try:
+            await replication.look_at_standby(new, self._shard.secrets)
+        except LocalClusterError as error:
+            raise RefusedError(f"{new.name} does not answer: {error}") from error
 
     async def _hand_over(self, old: Server, new: Server, process: Process) -> None:
         """From the end of the old primary to the new one's promotion. Whatever happens, the old one is started again:

@@ -131,7 +131,8 @@ async def test_a_standby_whose_directory_is_gone_is_made_anew() -> None:
         async with servers_of(layout) as servers:
             await servers.execute(FIRST, "CREATE TABLE t AS SELECT 7 AS x")
             os.kill(servers.pid(SECOND), signal.SIGKILL)
-            shutil.rmtree(servers[SECOND].pgdata)
+            # It may be being started again at this moment.
+            shutil.rmtree(servers[SECOND].pgdata, ignore_errors=True)
             await eventually(lambda: _has(servers, SECOND, {7}), within_s=20)
             assert await eventually(servers.primary, within_s=20) == FIRST
 
