@@ -98,8 +98,8 @@ class _Reading(Generic[Q, R]):
                 return answer, "replica"
         if failed is None:
             try:
-                return await self._ask_primary(self._deadline), "primary"
-            except Unavailable as error:
+                return await self._ask_primary(self._deadline.less(self._reserve_s(going))), "primary"
+            except (Unavailable, DeadlineExceeded) as error:
                 failed = error
         answer = await self._outwait(going.last)
         if answer is not None:
@@ -135,7 +135,8 @@ class _Reading(Generic[Q, R]):
 
     async def _outwait(self, names: tuple[str, ...]) -> R | None:
         """The answer of a replica that catches up in time; None when none does."""
-        until = Deadline.after(min(_OUTWAIT_S, self._deadline.remaining_s()))
+        # Without the last of the caller's time, in which to say that there is no answer.
+        until = Deadline.after(min(_OUTWAIT_S, self._deadline.remaining_s() * 3 / 4))
         for number, name in enumerate(names):
             share_s = until.remaining_s() / (len(names) - number)
             # What is not waited is for the answer, or for hearing that there is none.
@@ -143,6 +144,10 @@ class _Reading(Generic[Q, R]):
             if answer is not None:
                 return answer
         return None
+
+    def _reserve_s(self, going: Order) -> float:
+        """What is kept back from the primary, so that a replica can stand in for one that hangs."""
+        return min(self._reads.timeout_s, self._deadline.remaining_s() / 4) if going.last else 0.0
 
     def _ask_for_freshness(self, wait_s: float) -> None:
         route: shard_pb2.Route = self._request.route  # type: ignore[attr-defined]  # Every request of a read has one.
@@ -156,7 +161,7 @@ class _Reading(Generic[Q, R]):
 
     def _explained(self, failed: Unavailable | DeadlineExceeded, going: Order) -> Unavailable | DeadlineExceeded:
         """Why there is no answer, for the caller."""
-        if isinstance(failed, DeadlineExceeded) or not (going.last or failed.reason == BEHIND):
+        if not going.last and failed.reason != BEHIND:
             return failed
         return Unavailable(
             f"the primary of {self._shard.shard_id} does not answer, and no replica is fresh enough",

@@ -146,6 +146,18 @@ async def test_with_the_primary_down_a_replica_that_catches_up_is_waited_for() -
         assert (await reading).startswith("replica")
 
 
+async def test_a_primary_that_hangs_is_stood_in_for_like_one_that_is_down() -> None:
+    async with servers(1) as (primary, replicas), router(primary, *replicas) as reader:
+        primary.freeze()
+        with pytest.raises(Unavailable) as caught:
+            await reader.get(session(1, 200), timeout_s=0.8)
+        assert (caught.value.reason, caught.value.retry_after_s is None) == ("NO_FRESH_SERVER", False)
+        reading = asyncio.create_task(reader.get(session(1, 200), timeout_s=1))
+        await eventually(lambda: len(primary.asked) == 2)
+        await replicas[0].move(Position(1, 200))
+        assert await reading == "replica-0"
+
+
 async def test_a_primary_that_is_behind_its_successor_never_answers() -> None:
     async with servers(0) as (primary, _), router(primary) as reader:
         with pytest.raises(Unavailable) as caught:
