@@ -37,6 +37,8 @@ class _Watched:
     replica: Replica
     standing: Standing | None = None
     suspected_at: float = 0.0
+    heard_at: float = 0.0
+    """When it last answered a read."""
     silent_looks: int = 0
 
 
@@ -70,17 +72,17 @@ class Replicas:
 
     def answered(self, shard: Shard, replica: Replica, wanted: Wanted) -> None:
         """A replica has answered a read that asked for this."""
-        if (watched := self._serving(shard, replica)) and watched.standing:
+        if (watched := self._heard(shard, replica)) and watched.standing:
             watched.standing = watched.standing.proved(wanted)
 
     def refused(self, shard: Shard, replica: Replica, wanted: Wanted) -> None:
         """A replica has said that it is behind this."""
-        if (watched := self._serving(shard, replica)) and watched.standing:
+        if (watched := self._heard(shard, replica)) and watched.standing:
             watched.standing = watched.standing.refusing(wanted)
 
     def failed(self, shard: Shard, replica: Replica) -> None:
         """A replica has not answered a read: nobody else should wait for it before it has been heard of again."""
-        if watched := self._serving(shard, replica):
+        if watched := self._watched.get((shard.shard_id, replica.replica_id)):
             self._suspect(watched)
 
     async def run(self) -> None:
@@ -99,6 +101,8 @@ class Replicas:
             async with asyncio.timeout(self._poll_s):
                 said = await self._ask(watched)
         except TimeoutError:
+            if watched.heard_at > began:
+                return  # It is busy, and so is this machine perhaps. What it answers it answers.
             watched.silent_looks += 1
             if watched.silent_looks >= _LOST_AFTER_LOOKS:
                 self._lost(watched, "silent")
@@ -168,8 +172,13 @@ class Replicas:
         keys = ((shard.shard_id, replica.replica_id) for replica in shard.replicas)
         return [watched for key in keys if (watched := self._watched.get(key)) is not None]
 
-    def _serving(self, shard: Shard, replica: Replica) -> _Watched | None:
-        return self._watched.get((shard.shard_id, replica.replica_id))
+    def _heard(self, shard: Shard, replica: Replica) -> _Watched | None:
+        """The replica that has just answered."""
+        watched = self._watched.get((shard.shard_id, replica.replica_id))
+        if watched is not None:
+            watched.heard_at = asyncio.get_running_loop().time()
+            watched.silent_looks = 0
+        return watched
 
 
 def _names(watched: _Watched) -> dict[str, str]:

@@ -50,6 +50,8 @@ class Server:
         self._moved = asyncio.Condition()
         self._thawed = asyncio.Event()
         self._thawed.set()
+        self._looked_at = asyncio.Event()
+        self._looked_at.set()
         self._server: grpc.aio.Server | None = None
         self.port = 0
 
@@ -61,6 +63,7 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.thaw()
+        self._looked_at.set()
         await self.stop()
 
     @property
@@ -94,6 +97,10 @@ class Server:
         """Answers again."""
         self._thawed.set()
 
+    def leave_looks_unanswered(self) -> None:
+        """Answers reads, but says no more of itself: too busy for that, perhaps."""
+        self._looked_at.clear()
+
     async def move(self, position: Position) -> None:
         """Replays up to here."""
         async with self._moved:
@@ -104,6 +111,7 @@ class Server:
         self, request: health_pb2.HealthCheckRequest, deadline: Deadline
     ) -> health_pb2.HealthCheckResponse:
         await self._thawed.wait()
+        await self._looked_at.wait()
         states = health_pb2.HealthCheckResponse
         return states(status=states.SERVING if self.serving else states.NOT_SERVING)
 

@@ -185,6 +185,16 @@ async def test_a_frozen_replica_costs_at_most_its_time_is_out_within_a_second_an
         assert {await reader.get(EVENTUAL) for _ in range(4)} == {"replica-0", "replica-1"}
 
 
+async def test_a_replica_that_answers_reads_is_not_given_up_for_being_too_busy_to_be_looked_at() -> None:
+    async with servers(1) as (primary, replicas), router(primary, *replicas, replica_poll_s=0.1) as reader:
+        replicas[0].leave_looks_unanswered()
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            assert await reader.get(EVENTUAL) == "replica-0"
+        # Once nobody asks it anything, nothing is heard of it either.
+        await reader.knows()
+
+
 async def test_calls_in_flight_at_a_replica_that_is_lost_go_elsewhere_at_once() -> None:
     async with servers(1) as (primary, replicas), router(primary, *replicas, replica_timeout_s=60) as reader:
         replicas[0].freeze()
