@@ -11,6 +11,7 @@ from memshard.ids import new_id
 
 # Shorter than a person would wait, and longer than any failover should take.
 _TIMEOUT_S = 5.0
+_EMBEDDING = [1.0, 0.0, 0.0]
 
 
 @dataclass
@@ -30,7 +31,10 @@ class Timeline:
 
 @dataclass
 class Load:
-    """Eight writers, each storing one memory after the other until it is acknowledged, and two readers."""
+    """Eight writers, each storing one memory after the other until it is acknowledged, and two readers.
+
+    For a cluster whose callers bring embeddings of three numbers.
+    """
 
     client: AsyncMemoryClient
     users: int = 8
@@ -79,7 +83,9 @@ class Load:
             # The last one is written until it is acknowledged too: whether it is there must not be a question.
             while True:
                 try:
-                    result = await self.client.store(user, content, id=memory_id, timeout_s=_TIMEOUT_S)
+                    result = await self.client.store(
+                        user, content, id=memory_id, embedding=_EMBEDDING, timeout_s=_TIMEOUT_S
+                    )
                     break
                 except (Unavailable, DeadlineExceeded) as error:
                     self.failures.append(error)
