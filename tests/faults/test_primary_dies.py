@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from local import leftovers
-from memshard import AsyncMemoryClient, Durability
+from memshard import Durability
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.load import Load
@@ -25,19 +25,18 @@ MAX_DEGRADE_S = 5.0
 @asynccontextmanager
 async def under_load(cluster: LocalCluster) -> AsyncIterator[Load]:
     """Writers and readers on a cluster whose commits wait for its standby; stopped at the end, and checked."""
-    async with AsyncMemoryClient(cluster.address) as client:
-        await eventually(lambda: durability(cluster, "QUORUM"), within_s=30)
-        load = Load(client)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(load.run())
-            try:
-                await eventually(lambda: load.total() > 50)
-                yield load
-            finally:
-                load.stop()
-        lost, doubled = await load.lost_and_doubled()
-        print(f"{load.total()} acknowledged, {lost} lost, {doubled} doubled; {len(load.failures)} calls failed")
-        assert (lost, doubled) == (0, 0)
+    await eventually(lambda: durability(cluster, "QUORUM"), within_s=30)
+    load = Load(cluster.address)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(load.run())
+        try:
+            await eventually(lambda: load.total() > 50)
+            yield load
+        finally:
+            load.stop()
+    lost, doubled = await load.lost_and_doubled()
+    print(f"{load.total()} acknowledged, {lost} lost, {doubled} doubled; {len(load.failures)} calls failed")
+    assert (lost, doubled) == (0, 0)
 
 
 async def durability(cluster: LocalCluster, expected: str) -> bool:

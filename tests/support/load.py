@@ -6,11 +6,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from memshard import AsyncMemoryClient, DeadlineExceeded, Durability, MemshardError, Unavailable
+from memshard import AsyncMemoryClient, DeadlineExceeded, Durability, MemshardError, StoreResult, Unavailable
 from memshard.ids import new_id
 
 # Shorter than a person would wait, and longer than any failover should take.
 _TIMEOUT_S = 5.0
+_BETWEEN_READS_S = 0.01
+_EMBEDDING = [1.0, 0.0, 0.0]
 
 
 @dataclass
@@ -30,9 +32,13 @@ class Timeline:
 
 @dataclass
 class Load:
-    """Eight writers, each storing one memory after the other until it is acknowledged, and two readers."""
+    """Eight writers, each storing one memory after the other until it is acknowledged, and two readers.
 
-    client: AsyncMemoryClient
+    Each has a client of its own, as agents do, which are processes on many machines. For a cluster whose callers bring
+    embeddings of three numbers.
+    """
+
+    address: str
     users: int = 8
     readers: int = 2
     acknowledged: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -65,35 +71,40 @@ class Load:
         of, or more than once.
         """
         lost = doubled = 0
-        for user, expected in self.acknowledged.items():
-            found = [memory async for memory in self.client.iter_memories(user)]
-            contents = {memory.id: memory.content for memory in found}
-            lost += sum(contents.get(memory_id) != content for memory_id, content in expected.items())
-            doubled += len(found) - len(contents) + len(contents.keys() - expected.keys())
+        async with AsyncMemoryClient(self.address) as client:
+            for user, expected in self.acknowledged.items():
+                found = [memory async for memory in client.iter_memories(user)]
+                contents = {memory.id: memory.content for memory in found}
+                lost += sum(contents.get(memory_id) != content for memory_id, content in expected.items())
+                doubled += len(found) - len(contents) + len(contents.keys() - expected.keys())
         return lost, doubled
 
     async def _write(self, user: str) -> None:
         mine = self.acknowledged.setdefault(user, {})
-        while not self._stop.is_set():
-            memory_id, content = new_id(), f"{user} remembers number {len(mine)}"
-            # The last one is written until it is acknowledged too: whether it is there must not be a question.
-            while True:
-                try:
-                    result = await self.client.store(user, content, id=memory_id, timeout_s=_TIMEOUT_S)
-                    break
-                except (Unavailable, DeadlineExceeded) as error:
-                    self.failures.append(error)
-            mine[memory_id] = content
-            self.durabilities[result.receipt.durability] += 1
-            self.last_durability = result.receipt.durability
-            self.writes.mark()
+        async with AsyncMemoryClient(self.address, timeout_s=_TIMEOUT_S) as client:
+            while not self._stop.is_set():
+                memory_id, content = new_id(), f"{user} remembers number {len(mine)}"
+                result = await self._stored(client, user, memory_id, content)
+                mine[memory_id] = content
+                self.durabilities[result.receipt.durability] += 1
+                self.last_durability = result.receipt.durability
+                self.writes.mark()
 
-    async def _read(self, user: str) -> None:
-        while not self._stop.is_set():
+    async def _stored(self, client: AsyncMemoryClient, user: str, memory_id: str, content: str) -> StoreResult:
+        """Until it is acknowledged, the last one too: whether it is there must not be a question."""
+        while True:
             try:
-                await self.client.list_memories(user, page_size=10, timeout_s=_TIMEOUT_S)
-                self.reads.mark()
+                return await client.store(user, content, id=memory_id, embedding=_EMBEDDING)
             except (Unavailable, DeadlineExceeded) as error:
                 self.failures.append(error)
-            # Readers are to notice an outage, not to use up the machine.
-            await asyncio.sleep(0.01)
+
+    async def _read(self, user: str) -> None:
+        async with AsyncMemoryClient(self.address, timeout_s=_TIMEOUT_S) as client:
+            while not self._stop.is_set():
+                try:
+                    await client.list_memories(user, page_size=10)
+                    self.reads.mark()
+                except (Unavailable, DeadlineExceeded) as error:
+                    self.failures.append(error)
+                # Readers are to notice an outage, not to use up the machine.
+                await asyncio.sleep(_BETWEEN_READS_S)
