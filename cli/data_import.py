@@ -75,7 +75,7 @@ def import_(
             gave_up = stopped.error
         except OSError as error:
             fail(f"{file}: {error.strerror or error}")
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, asyncio.CancelledError):  # asyncio.run says either, by what else was ending.
             progress.stop()
             typer.echo(f"Interrupted. {_stored(tally)} Run it again to go on.", err=True)
             raise typer.Exit(130) from None

@@ -140,7 +140,8 @@ class RouterSettings(EmbedderSettings):
     """TCP port of the public API; gRPC's customary one."""
 
     redis_url: RedisUrl | None = None
-    """URL of the shared location cache. None: each router remembers for itself; slower, never wrong."""
+    """URL of the shared location cache, and of the channel on which routers tell each other what to forget. None:
+    nothing is remembered; slower, never wrong."""
 
     redis_timeout_s: Seconds = 0.05
     """Seconds to wait for Redis before going on without it. Asking all shards takes a few milliseconds, so waiting
@@ -162,7 +163,8 @@ class RouterSettings(EmbedderSettings):
     """Memory locations that this router remembers; about 200 bytes each."""
 
     location_cache_ttl_s: Seconds = 10.0
-    """Seconds that this router remembers a location. Short, because other routers do not tell it what they learn."""
+    """Seconds that this router remembers a location. Short, because other routers tell it what to forget, and not what
+    they learn."""
 
     location_redis_ttl_s: Annotated[int, Field(ge=1, le=30 * 86400)] = 86400
     """Seconds that Redis remembers a location (the design's 24 h)."""

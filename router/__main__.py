@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import asyncpg
@@ -15,9 +16,11 @@ from memshard.v1 import memory_pb2
 from router.dispatch import Dispatch
 from router.embed import Embedding
 from router.fanout import Fanout
+from router.invalidation import Invalidations
 from router.location import LocationCache
 from router.parts import Parts
 from router.place import Placement
+from router.request_ids import RequestIds
 from router.scatter import Scatter
 from router.service import MemoryServicer
 from router.shards import Shards
@@ -37,22 +40,27 @@ async def main(settings: RouterSettings) -> None:
             raise lifecycle.StartError(str(error)) from error
         if embeds is not None:
             stack.push_async_callback(embeds.close)
-        locations = LocationCache(settings)
+        invalidations = Invalidations(settings, cluster.cluster_id)
+        stack.push_async_callback(invalidations.close)
+        locations = LocationCache(settings, invalidations.alive)
         stack.push_async_callback(locations.close)
         shards = Shards(settings)
         stack.push_async_callback(shards.close)
         watch = TopologyWatch(
             settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=shards.follow
         )
+        placement, dispatch = Placement(cluster.placement), Dispatch(watch, shards)
         servicer = MemoryServicer(
             Parts(
                 cluster=cluster,
-                placement=Placement(cluster.placement),
+                placement=placement,
                 embedding=Embedding(embeds),
-                dispatch=Dispatch(watch, shards),
+                dispatch=dispatch,
+                request_ids=RequestIds(placement, dispatch),
                 scatter=Scatter(watch, shards),
                 fanout=Fanout(watch, shards, concurrency=settings.fanout_concurrency),
                 locations=locations,
+                invalidations=invalidations,
                 tokens=Tokens(cluster.token_key),
             )
         )
@@ -63,7 +71,8 @@ async def main(settings: RouterSettings) -> None:
         )
         await server.start()
         await server.set_serving(True)
-        await server.run_until_stopped([watch.run])
+        listening = [partial(invalidations.run, locations)] if settings.redis_url else []
+        await server.run_until_stopped([watch.run, *listening])
 
 
 async def _read_catalog(settings: RouterSettings) -> tuple[Cluster, Topology]:

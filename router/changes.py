@@ -4,7 +4,6 @@ import hashlib
 import uuid
 
 from common.deadline import Deadline
-from common.errors import NotFound
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import validate
@@ -22,12 +21,9 @@ async def update(parts: Parts, request: pb.UpdateMemoryRequest, deadline: Deadli
     digest = _digest_of_change(change)
     if "content" in fields and "embedding" not in fields:
         # The old embedding is of the old content. LATER is an empty one, which the shard makes up for.
-        memory.embedding.extend(await parts.embedding.of_memory(memory))
+        memory.embedding.extend(await parts.embedding.of_memory(memory, deadline))
         memory.embedding_model = parts.cluster.embedding_model
         fields.append("embedding")
-    slot = await slot_of_memory(parts.placement, parts.dispatch, memory.user_id, memory.id, deadline)
-    if slot is None:
-        raise NotFound(f"this user has no memory {memory.id}")
     question = shard_pb2.UpdateRequest(
         memory=memory,
         fields=fields,
@@ -35,23 +31,22 @@ async def update(parts: Parts, request: pb.UpdateMemoryRequest, deadline: Deadli
         request_id=change.request_id or str(uuid.uuid4()),
         digest=digest,
     )
-    shard, answer = await parts.dispatch.to_owner(slot, UPDATE, question, deadline)
+    slot = await _slot_to_change(parts, memory.user_id, memory.id, deadline)
+    async with parts.request_ids.taken(memory.user_id, change.request_id, digest, slot, deadline) as where:
+        shard, answer = await parts.dispatch.to_owner(where, UPDATE, question, deadline)
     return pb.UpdateMemoryResponse(memory=answer.memory, receipt=parts.tokens.receipt((shard.shard_id, answer.commit)))
 
 
 async def delete(parts: Parts, request: pb.DeleteMemoryRequest, deadline: Deadline) -> pb.DeleteMemoryResponse:
-    """Finds the memory's slot and has its owner delete it. What was never there is deleted in its home slot, in vain:
-    the request id is kept all the same."""
+    """Finds the memory's slot and has its owner delete it."""
     memory_id = validate.memory_id(request.id, "id")
     user_id = validate.user_id(request.user_id, "user_id")
-    request_id = validate.request_id(request.request_id) or str(uuid.uuid4())
-    slot = await slot_of_memory(parts.placement, parts.dispatch, user_id, memory_id, deadline)
-    shard, answer = await parts.dispatch.to_owner(
-        home_slot(user_id, memory_id) if slot is None else slot,
-        DELETE,
-        shard_pb2.DeleteRequest(id=memory_id, user_id=user_id, request_id=request_id),
-        deadline,
-    )
+    request_id = validate.request_id(request.request_id)
+    question = shard_pb2.DeleteRequest(id=memory_id, user_id=user_id, request_id=request_id or str(uuid.uuid4()))
+    digest = hashlib.sha256(f"memshard delete 1\0{memory_id}".encode()).digest()
+    slot = await _slot_to_change(parts, user_id, memory_id, deadline)
+    async with parts.request_ids.taken(user_id, request_id, digest, slot, deadline) as where:
+        shard, answer = await parts.dispatch.to_owner(where, DELETE, question, deadline)
     if answer.deleted:
         await parts.locations.forget(memory_id)
     return pb.DeleteMemoryResponse(
@@ -60,7 +55,10 @@ async def delete(parts: Parts, request: pb.DeleteMemoryRequest, deadline: Deadli
 
 
 async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) -> pb.EraseUserResponse:
-    """Has every shard that may hold anything of the user remove it. All of them, or it is to be asked again."""
+    """Has every shard that may hold anything of the user remove it, and every router forget where it was.
+
+    All of them, or it is to be asked again.
+    """
     user_id = validate.user_id(request.user_id, "user_id")
     request_id = validate.request_id(request.request_id) or str(uuid.uuid4())
     question = shard_pb2.EraseRequest(user_id=user_id, request_id=request_id)
@@ -71,12 +69,19 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
         gathered = await parts.fanout.ask_all(ERASE, question, deadline)
         gathered.require_all()
         answers = list(gathered.answers)
-    await parts.locations.forget_many([memory_id for _, answer in answers for memory_id in answer.ids])
+    ids = [memory_id for _, answer in answers for memory_id in answer.ids]
+    await parts.invalidations.forget_everywhere(parts.locations, ids, deadline)
     return pb.EraseUserResponse(
         memories_erased=sum(answer.memories_erased for _, answer in answers),
         versions_erased=sum(answer.versions_erased for _, answer in answers),
         receipt=parts.tokens.receipt(*((shard.shard_id, answer.commit) for shard, answer in answers)),
     )
+
+
+async def _slot_to_change(parts: Parts, user_id: str, memory_id: str, deadline: Deadline) -> int:
+    """The memory's slot. What was never there is changed in the id's home slot, in vain: the answer is kept there."""
+    slot = await slot_of_memory(parts.placement, parts.dispatch, user_id, memory_id, deadline)
+    return home_slot(user_id, memory_id) if slot is None else slot
 
 
 def _digest_of_change(change: pb.UpdateMemoryRequest) -> bytes:

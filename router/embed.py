@@ -1,8 +1,10 @@
 """Embeddings for what comes as text: at once, or, for a memory whose embedder is away, later."""
 
+import asyncio
 from collections.abc import Sequence
 
 from common import logs
+from common.deadline import Deadline
 from common.embedder import Embedder
 from common.errors import InvalidArgument, Unavailable
 from memshard.v1 import memory_pb2 as pb
@@ -30,24 +32,29 @@ class Embedding:
             raise _nothing_known("query")
         return vector
 
-    async def of_memories(self, memories: Sequence[pb.Memory], fields: Sequence[str]) -> list[Vector | InvalidArgument]:
+    async def of_memories(
+        self, memories: Sequence[pb.Memory], fields: Sequence[str], deadline: Deadline
+    ) -> list[Vector | InvalidArgument]:
         """The embedding of each memory's content, LATER for all while the embedder is away, or why there is none.
 
-        `fields` is where the request has each memory. Raises InvalidArgument when there is no embedder.
+        `fields` is where the request has each memory. Half of the time that is left is the embedder's; the text must be
+        stored in the other half. Raises InvalidArgument when there is no embedder.
         """
         try:
-            vectors = await self._embed([memory.content for memory in memories], f"{fields[0]}.embedding")
-        except Unavailable as error:
-            _log.warning("stored without an embedding, which will follow", reason=error.reason, memories=len(memories))
+            async with asyncio.timeout(deadline.remaining_s() / 2):
+                vectors = await self._embed([memory.content for memory in memories], f"{fields[0]}.embedding")
+        except (Unavailable, TimeoutError) as error:
+            reason = error.reason if isinstance(error, Unavailable) else "TOO_SLOW"
+            _log.warning("stored without an embedding, which will follow", reason=reason, memories=len(memories))
             return [LATER] * len(memories)
         return [
             vector if any(vector) else _nothing_known(f"{field}.content")
             for vector, field in zip(vectors, fields, strict=True)
         ]
 
-    async def of_memory(self, memory: pb.Memory) -> Vector:
+    async def of_memory(self, memory: pb.Memory, deadline: Deadline) -> Vector:
         """The same for the one memory of a request. Raises InvalidArgument."""
-        (vector,) = await self.of_memories([memory], ["memory"])
+        (vector,) = await self.of_memories([memory], ["memory"], deadline)
         if isinstance(vector, InvalidArgument):
             raise vector
         return vector

@@ -59,6 +59,7 @@ class Locator:
         return Located(_only(found, request.id), pb.ShardSummary(total=len(asked), succeeded=len(asked)))
 
     async def _everywhere(self, request: shard_pb2.GetRequest, deadline: Deadline) -> Located:
+        began = self._locations.moment()
         gathered = await self._fanout.ask_all(GET, request, deadline)
         found = [found for _, answer in gathered.answers for found in answer.found]
         if not found:
@@ -66,7 +67,7 @@ class Locator:
             await self._locations.forget(request.id)
             raise NotFound(f"there is no memory {request.id}")
         if not gathered.failed:
-            await self._locations.learn(request.id, frozenset(item.slot for item in found))
+            await self._locations.learn(request.id, frozenset(item.slot for item in found), since=began)
         return Located(_only(found, request.id), gathered.summary())
 
 

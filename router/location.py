@@ -37,10 +37,20 @@ _JUST_NOW_MS = 60_000
 _CLOCK_SKEW_MS = 5_000
 
 
-class LocationCache:
-    """Where memories are, as far as this router and Redis remember. No method raises for what Redis does."""
+def _always() -> bool:
+    return True
 
-    def __init__(self, settings: RouterSettings) -> None:
+
+class LocationCache:
+    """Where memories are, as far as this router and Redis remember. No method raises for what Redis does.
+
+    `believes` says whether this router has heard all that others told it to forget; while it has not, its own memory
+    counts for nothing.
+    """
+
+    def __init__(self, settings: RouterSettings, believes: Callable[[], bool] = _always) -> None:
+        self._believes = believes
+        self._forgettings = 0
         self._memory: TTLCache[str, Slots] = TTLCache(settings.location_cache_entries, settings.location_cache_ttl_s)
         self._ttl_s = settings.location_redis_ttl_s
         self._timeout_s = settings.redis_timeout_s
@@ -49,15 +59,22 @@ class LocationCache:
 
     async def find(self, memory_id: str) -> Slots:
         """The slots where a memory with this id was last known; empty when nothing is known."""
-        slots = self._memory.get(memory_id, NOWHERE)
+        slots = self._recall(memory_id)
         if not slots:
+            began = self.moment()
             slots = parse(await self._ask(lambda redis: redis.get(_key(memory_id))))
-            if slots:
+            if slots and self.moment() == began:
                 self._remember(memory_id, slots)
         return slots
 
-    async def learn(self, memory_id: str, slots: Slots) -> None:
-        """Remembers where a memory is, as all shards together just said."""
+    def moment(self) -> int:
+        """Changes whenever this router is told to forget something: what was read before may have been that."""
+        return self._forgettings
+
+    async def learn(self, memory_id: str, slots: Slots, *, since: int | None = None) -> None:
+        """Remembers where a memory is, as all shards together just said; not if there was a forgetting `since`."""
+        if since is not None and self.moment() != since:
+            return
         self._remember(memory_id, slots)
         await self._ask(lambda redis: redis.set(_key(memory_id), render(slots), ex=self._ttl_s))
 
@@ -72,7 +89,7 @@ class LocationCache:
             known = await self.find(memory_id)
             await (self.learn(memory_id, known | here) if known else self.forget(memory_id))
             return
-        self._remember(memory_id, self._memory.get(memory_id, NOWHERE) | here)
+        self._remember(memory_id, self._recall(memory_id) | here)
         before = parse(
             await self._ask(lambda redis: redis.set(_key(memory_id), render(here), ex=self._ttl_s, get=True))
         )
@@ -86,7 +103,7 @@ class LocationCache:
             if made_just_now(memory_id):
                 fresh[memory_id] = fresh.get(memory_id, NOWHERE) | {slot}
         for memory_id, here in fresh.items():
-            self._remember(memory_id, self._memory.get(memory_id, NOWHERE) | here)
+            self._remember(memory_id, self._recall(memory_id) | here)
 
         async def write(redis: Redis) -> list[object]:
             async with redis.pipeline(transaction=False) as pipeline:
@@ -100,13 +117,28 @@ class LocationCache:
                 await self.learn(memory_id, before | here)
         await self.forget_many([memory_id for memory_id, _ in stored if memory_id not in fresh])
 
+    def drop(self, memory_ids: Sequence[str]) -> None:
+        """Drops locations from this router's memory alone."""
+        self._forgettings += 1
+        for memory_id in memory_ids:
+            self._memory.pop(memory_id, None)
+
+    def clear(self) -> None:
+        """Drops everything from this router's memory."""
+        self._forgettings += 1
+        self._memory.clear()
+
     async def forget_many(self, memory_ids: Sequence[str]) -> None:
         """Drops what is known of many memories."""
         for memory_id in memory_ids:
             self._memory.pop(memory_id, None)
+        await self._ask(lambda redis: self.drop_from_redis(redis, memory_ids))
+
+    @staticmethod
+    async def drop_from_redis(redis: Redis, memory_ids: Sequence[str]) -> None:
+        """Drops locations from Redis. Raises what its client raises."""
         for start in range(0, len(memory_ids), _MAX_KEYS):
-            keys = [_key(memory_id) for memory_id in memory_ids[start : start + _MAX_KEYS]]
-            await self._ask(lambda redis, keys=keys: redis.delete(*keys))  # type: ignore[misc]
+            await redis.delete(*(_key(memory_id) for memory_id in memory_ids[start : start + _MAX_KEYS]))
 
     async def forget(self, memory_id: str) -> None:
         """Drops what is known of a memory."""
@@ -117,6 +149,9 @@ class LocationCache:
         """Closes the connections to Redis."""
         if self._redis is not None:
             await self._redis.aclose()
+
+    def _recall(self, memory_id: str) -> Slots:
+        return self._memory.get(memory_id, NOWHERE) if self._believes() else NOWHERE
 
     def _remember(self, memory_id: str, slots: Slots) -> None:
         if self._memory.maxsize:  # A cache of no entries refuses the first with an error.

@@ -2,10 +2,14 @@
 
 import uuid
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router.validate import Window
+
+# Where a merged page ends early: below the 4 MiB that gRPC clients take by default, as a shard's own pages do.
+PAGE_BYTES = 3 * 1024 * 1024
 
 
 def merge(answers: Iterable[Sequence[pb.ScoredMemory]], window: Window) -> list[pb.ScoredMemory]:
@@ -24,7 +28,7 @@ def merge(answers: Iterable[Sequence[pb.ScoredMemory]], window: Window) -> list[
 
 
 def merge_page(
-    answers: Sequence[shard_pb2.ListResponse], page_size: int
+    answers: Sequence[shard_pb2.ListResponse], page_size: int, page_bytes: int = PAGE_BYTES
 ) -> tuple[list[pb.Memory], shard_pb2.ListPosition | None]:
     """One page of a listing over several shards, newest first, and where the next begins; None when that was all.
 
@@ -35,10 +39,17 @@ def merge_page(
     memories = {memory.id: memory for answer in answers for memory in answer.memories}
     ordered = sorted(memories.values(), key=_place, reverse=True)
     page = [memory for memory in ordered if floor is None or _place(memory) >= floor][:page_size]
+    page = page[: _fitting(page, page_bytes)]
     if floor is None and len(page) == len(ordered):
         return page, None
     create_time_us, memory_id = _place(page[-1]) if page else floor or (0, b"")
     return page, shard_pb2.ListPosition(create_time_us=create_time_us, id=memory_id)
+
+
+def _fitting(page: Sequence[pb.Memory], page_bytes: int) -> int:
+    """How many memories from the start fit into `page_bytes`; at least one, or a listing would never end."""
+    totals = accumulate(memory.ByteSize() for memory in page)
+    return max(1, sum(1 for total in totals if total <= page_bytes))
 
 
 def _place(memory: pb.Memory) -> tuple[int, bytes]:

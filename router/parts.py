@@ -6,8 +6,10 @@ from common.catalog import Cluster
 from router.dispatch import Dispatch
 from router.embed import Embedding
 from router.fanout import Fanout
+from router.invalidation import Invalidations
 from router.location import LocationCache
 from router.place import Placement
+from router.request_ids import RequestIds
 from router.scatter import Scatter
 from router.tokens import Tokens
 
@@ -20,7 +22,9 @@ class Parts:
     placement: Placement
     embedding: Embedding
     dispatch: Dispatch
+    request_ids: RequestIds
     scatter: Scatter
     fanout: Fanout
     locations: LocationCache
+    invalidations: Invalidations
     tokens: Tokens

@@ -52,6 +52,12 @@ STORE: Rpc[shard_pb2.StoreRequest, shard_pb2.StoreResponse] = Rpc("Store", write
 DELETE: Rpc[shard_pb2.DeleteRequest, shard_pb2.DeleteResponse] = Rpc("Delete", writes=True)
 STORE_BATCH: Rpc[shard_pb2.StoreBatchRequest, shard_pb2.StoreBatchResponse] = Rpc("StoreBatch", writes=True)
 CLAIM: Rpc[shard_pb2.ClaimRequest, shard_pb2.ClaimResponse] = Rpc("Claim", writes=True)
+TAKE_REQUEST_ID: Rpc[shard_pb2.TakeRequestIdRequest, shard_pb2.TakeRequestIdResponse] = Rpc(
+    "TakeRequestId", writes=True
+)
+RELEASE_REQUEST_ID: Rpc[shard_pb2.ReleaseRequestIdRequest, shard_pb2.ReleaseRequestIdResponse] = Rpc(
+    "ReleaseRequestId", writes=True
+)
 UPDATE: Rpc[shard_pb2.UpdateRequest, shard_pb2.UpdateResponse] = Rpc("Update", writes=True)
 ERASE: Rpc[shard_pb2.EraseRequest, shard_pb2.EraseResponse] = Rpc("Erase", writes=True)
 FIND_CLAIM: Rpc[shard_pb2.FindClaimRequest, shard_pb2.FindClaimResponse] = Rpc("FindClaim")

@@ -12,6 +12,7 @@ from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import validate
 from router.digest import digest_of
+from router.location import made_just_now
 from router.parts import Parts
 from router.place import home_slot
 from router.scatter import Sending
@@ -27,7 +28,7 @@ async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline
     memory = validate.new_memory(request.memory, parts.cluster)
     digest = digest_of(memory)
     if not memory.embedding:
-        memory.embedding.extend(await parts.embedding.of_memory(memory))
+        memory.embedding.extend(await parts.embedding.of_memory(memory, deadline))
     item = shard_pb2.StoreItem(slot=parts.placement.new_slot(memory), memory=memory, digest=digest)
     if parts.placement.claims:
         (error,) = await _claim(parts, [item], deadline)
@@ -37,6 +38,7 @@ async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline
         item.slot, STORE, shard_pb2.StoreRequest(memory=memory, digest=digest), deadline
     )
     await parts.locations.add(memory.id, item.slot)
+    await _tell_others(parts, [memory.id])
     if answer.deleted:
         add_trailer(DELETED_TRAILER, "0")
     return pb.StoreMemoryResponse(memory=answer.memory, receipt=parts.tokens.receipt((shard.shard_id, answer.commit)))
@@ -48,7 +50,7 @@ async def store_batch(
     """The same for each item; what is wrong with one is its own outcome."""
     validate.batch(request)
     batch = _Batch(request, parts)
-    await batch.embed()
+    await batch.embed(deadline)
     if parts.placement.claims:
         batch.refuse(await _claim(parts, batch.items(), deadline))
     items = batch.items()
@@ -58,10 +60,18 @@ async def store_batch(
         add_trailer(DELETED_TRAILER, ",".join(str(numbers[n]) for n in sorted(sent.marked)))
     batch.refuse(sent.outcomes)
     await parts.locations.add_many([(item.memory.id, item.slot) for item in batch.items()])
+    await _tell_others(parts, [item.memory.id for item in batch.items()])
     return pb.BatchStoreMemoriesResponse(
         results=batch.results(),
         receipt=parts.tokens.receipt(*((shard.shard_id, answer.commit) for shard, answer in sent.answers)),
     )
+
+
+async def _tell_others(parts: Parts, memory_ids: Sequence[str]) -> None:
+    """Other routers may remember one of these ids as another user's alone. An id that was made just now they cannot."""
+    older = [memory_id for memory_id in memory_ids if not made_just_now(memory_id)]
+    if older:
+        await parts.invalidations.tell(older)
 
 
 class _Batch:
@@ -81,14 +91,14 @@ class _Batch:
                 slot=parts.placement.new_slot(memory), memory=memory, digest=digest_of(memory)
             )
 
-    async def embed(self) -> None:
+    async def embed(self, deadline: Deadline) -> None:
         """Embeds those that come as text, all at once."""
         numbers = [number for number, item in self._items.items() if not item.memory.embedding]
         if not numbers:
             return
         memories = [self._items[number].memory for number in numbers]
         try:
-            vectors = await self._parts.embedding.of_memories(memories, [f"memories[{n}]" for n in numbers])
+            vectors = await self._parts.embedding.of_memories(memories, [f"memories[{n}]" for n in numbers], deadline)
         except InvalidArgument:
             # There is no embedder; each item hears it with its own field.
             vectors = [

@@ -41,6 +41,7 @@ _TABLES = (
     ("memories", "id, deleted_at IS NULL AS counts"),
     ("memory_versions", "id, true AS counts"),
     ("applied_requests", "NULL::uuid AS id, false AS counts"),
+    ("request_claims", "NULL::uuid AS id, false AS counts"),
     ("claims", "id, false AS counts"),
 )
 _MEMORIES = 0

@@ -64,6 +64,7 @@ WITH removed AS (
 SELECT count(*) FROM removed
 """
 _REMOVE_REQUESTS = _REMOVE.format(table="applied_requests", since="applied_at")
+_REMOVE_REQUEST_CLAIMS = _REMOVE.format(table="request_claims", since="taken_at")
 _REMOVE_ERASURES = _REMOVE.format(table="erasures", since="applied_at")
 _REMOVE_VERSIONS = _REMOVE.format(table="memory_versions", since="replaced_at")
 
@@ -97,6 +98,7 @@ async def purge(database: Database, retention: Retention, *, batch: int = _BATCH
         (_EMPTY_VERSIONS, ()),
         (_REMOVE_TOMBSTONES, (retention.tombstone_s,)),
         (_REMOVE_REQUESTS, (retention.tombstone_s,)),
+        (_REMOVE_REQUEST_CLAIMS, (retention.tombstone_s,)),
         (_REMOVE_ERASURES, (retention.tombstone_s,)),
         (_REMOVE_VERSIONS, (retention.version_s,)),
     ):

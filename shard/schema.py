@@ -32,6 +32,40 @@ def words_of(text: str) -> str:
     return f"regexp_replace({text}, '[^[:alnum:]]+', ' ', 'g')"
 
 
+# A request id belongs to its user; under placements that spread users, its effect may be in any slot (decision 0009).
+_REQUEST_CLAIMS = Migration(
+    3,
+    "request ids of users in many slots",
+    """
+    CREATE TABLE request_claims (
+        slot int NOT NULL,
+        user_id text COLLATE "C" NOT NULL,
+        request_id text COLLATE "C" NOT NULL,
+        digest bytea NOT NULL,
+        memory_slot int NOT NULL,
+        taken_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (slot, user_id, request_id)
+    );
+    CREATE INDEX request_claims_by_age ON request_claims (taken_at);
+    """,
+)
+
+
+# One row, written by the primary twice a second. A standby that has replayed it has all that was committed before it;
+# its timeline is that of the primary that wrote it.
+_HEARTBEATS = Migration(
+    4,
+    "heartbeats",
+    """
+    CREATE TABLE heartbeats (
+        singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
+        timeline int NOT NULL,
+        at timestamptz NOT NULL
+    );
+    """,
+)
+
+
 class Shape(Protocol):
     """What of a shard's identity its tables depend on."""
 
@@ -50,7 +84,7 @@ def migrations(shape: Shape) -> tuple[Migration, ...]:
 
     Numbers and names of this module and the shape go into these statements; nothing from outside does.
     """
-    return _memories(shape), _whole_api(shape), _replicas()
+    return _memories(shape), _whole_api(shape), _REQUEST_CLAIMS, _HEARTBEATS
 
 
 def _memories(shape: Shape) -> Migration:
@@ -190,20 +224,4 @@ def _whole_api(shape: Shape) -> Migration:
         );
         CREATE INDEX erasures_by_age ON erasures (applied_at);
         """,  # noqa: S608  # The names from above.
-    )
-
-
-def _replicas() -> Migration:
-    return Migration(
-        4,
-        "heartbeats",
-        """
-        -- One row, written by the primary twice a second. A standby that has replayed it has all that was committed
-        -- before it; its timeline is that of the primary that wrote it.
-        CREATE TABLE heartbeats (
-            singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
-            timeline int NOT NULL,
-            at timestamptz NOT NULL
-        );
-        """,
     )

@@ -12,7 +12,7 @@ from common.postgres import Connection
 from common.status import to_status
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
-from shard import changes, claims, erase, identity, reads, store
+from shard import changes, claims, erase, identity, reads, request_claims, store
 from shard.commits import Commits
 from shard.database import Database
 from shard.durability import Durability
@@ -97,6 +97,34 @@ class ShardServicer(ReadServicer):
                 outcomes=[shard_pb2.ClaimOutcome(error=self._item_error(outcome, epoch)) for outcome in outcomes]
             )
             return response, repeated
+
+        response, _ = await self._write(write, deadline)
+        return response
+
+    async def TakeRequestId(
+        self, request: shard_pb2.TakeRequestIdRequest, deadline: Deadline
+    ) -> shard_pb2.TakeRequestIdResponse:
+        slot = self._slot(request.route)
+
+        async def write(connection: Connection) -> tuple[shard_pb2.TakeRequestIdResponse, bool]:
+            memory_slot, repeated = await request_claims.take(
+                connection, slot, request.user_id, request.request_id, request.digest, request.memory_slot
+            )
+            return shard_pb2.TakeRequestIdResponse(memory_slot=memory_slot), repeated
+
+        response, _ = await self._write(write, deadline)
+        return response
+
+    async def ReleaseRequestId(
+        self, request: shard_pb2.ReleaseRequestIdRequest, deadline: Deadline
+    ) -> shard_pb2.ReleaseRequestIdResponse:
+        slot = self._slot(request.route)
+
+        async def write(connection: Connection) -> tuple[shard_pb2.ReleaseRequestIdResponse, bool]:
+            released = await request_claims.release(
+                connection, slot, request.user_id, request.request_id, request.digest
+            )
+            return shard_pb2.ReleaseRequestIdResponse(), not released
 
         response, _ = await self._write(write, deadline)
         return response

@@ -19,7 +19,7 @@ from common.postgres import CONNECT_ERRORS, Connection
 from common.sync_set import SyncSet, setting
 from shard.durability import Durability
 from shard.primary import Primary
-from shard.sync_plan import Losses, Settling, Standby, View, target
+from shard.sync_plan import Seen, Settling, Standby, View, Watch, target
 
 if TYPE_CHECKING:
     from shard.primary import PrimaryConnection
@@ -95,19 +95,18 @@ class SyncKeeper:
 
     async def _keep(self, server: "PrimaryConnection") -> None:
         """Looks and acts, as long as this is the primary."""
-        losses = Losses(self._loss_s, 2 * _INTERVAL_S)
+        watch = Watch(self._loss_s, self._loss_s / 2)
         loop = asyncio.get_running_loop()
         self._recorded, self._settling, self._read_at = None, None, float("-inf")
         while server.timeline >= self._owner.timeline:
             async with asyncio.timeout(_TIMEOUT_S):
                 view = await _look(server)
             now = loop.time()
-            lost: frozenset[str] = frozenset()
-            if (known := self._recorded) is not None:
-                lost = losses.look(known.members | (known.following or frozenset()), view, now)
-                if view.setting not in (setting(known.members), setting(known.following or known.members)):
-                    # Somebody else has changed it.
-                    self._durability.set_local()
+            known = self._recorded
+            seen = watch.look(known.members | (known.following or frozenset()) if known else frozenset(), view, now)
+            if known is not None and view.setting not in (setting(known.members), setting(known.following or ())):
+                # Somebody else has changed it.
+                self._durability.set_local()
             # Without news from the catalog nothing changes: whoever was waited for is waited for.
             if await self._read_catalog(now):
                 recorded = self._recorded
@@ -115,7 +114,7 @@ class SyncKeeper:
                     self._durability.set_local()
                     await asyncio.sleep(_IDLE_INTERVAL_S)
                 elif self._is_ours(recorded, view):
-                    await self._act(server, recorded, view, lost, now)
+                    await self._act(server, recorded, view, seen, now)
             await asyncio.sleep(_INTERVAL_S)
 
     def _is_ours(self, recorded: SyncSet, view: View) -> bool:
@@ -130,9 +129,9 @@ class SyncKeeper:
         self._tell_trouble(f"the primary is {view.server or 'without a cluster_name'}, and by the catalog another")
         return False
 
-    async def _act(self, server: Connection, recorded: SyncSet, view: View, lost: frozenset[str], now: float) -> None:
+    async def _act(self, server: Connection, recorded: SyncSet, view: View, seen: Seen, now: float) -> None:
         """One step towards the set that should be in force, and what may be said of it meanwhile."""
-        wanted = target(recorded, view, lost, may_degrade=self._may_degrade)
+        wanted = target(recorded, seen, may_degrade=self._may_degrade)
         if wanted != (recorded.members if recorded.following is None else recorded.following):
             changed = await self._change(recorded, members=recorded.members, following=wanted)
             if changed is None:

@@ -36,7 +36,15 @@ class View:
     standbys: Mapping[str, Standby]
 
 
-class Losses:
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Of the standbys: those that nobody should wait for any more, and those that may be waited for."""
+
+    lost: frozenset[str]
+    ready: frozenset[str]
+
+
+class Watch:
     """How long each standby has flushed nothing, though there was something to flush, or was not there at all."""
 
     def __init__(self, loss_s: float, longest_gap_s: float) -> None:
@@ -47,37 +55,41 @@ class Losses:
         self._flushed: dict[str, int] = {}
         self._idle_s: dict[str, float] = {}
 
-    def look(self, names: frozenset[str], view: View, now: float) -> frozenset[str]:
-        """Takes note of a look at the primary; returns those of `names` that are lost."""
+    def look(self, names: frozenset[str], view: View, now: float) -> Seen:
+        """Takes note of a look at the primary, for those of `names` and those that are connected."""
         passed_s = 0.0 if self._looked_at is None else min(now - self._looked_at, self._longest_gap_s)
         self._looked_at = now
-        for name in names:
+        watched = names | view.standbys.keys()
+        for name in watched:
             standby = view.standbys.get(name)
             if standby is not None and (standby.flushed != self._flushed.get(name) or standby.flushed >= view.lsn):
                 self._flushed[name], self._idle_s[name] = standby.flushed, 0.0
             else:
                 self._idle_s[name] = self._idle_s.get(name, 0.0) + passed_s
-        for gone in self._idle_s.keys() - names:
+        for gone in self._idle_s.keys() - watched:
             del self._idle_s[gone]
             self._flushed.pop(gone, None)
-        return frozenset(name for name in names if self._idle_s[name] >= self._loss_s)
+        return Seen(
+            lost=frozenset(name for name in watched if self._idle_s[name] >= self._loss_s),
+            # One that has stopped flushing is connected still, and close for a while.
+            ready=frozenset(
+                name
+                for name, standby in view.standbys.items()
+                if standby.is_streaming and not self._idle_s[name] and view.lsn - standby.flushed <= _CLOSE_BYTES
+            ),
+        )
 
 
-def target(recorded: SyncSet, view: View, lost: frozenset[str], *, may_degrade: bool) -> frozenset[str]:
+def target(recorded: SyncSet, seen: Seen, *, may_degrade: bool) -> frozenset[str]:
     """The set that should be in force, given what the catalog has.
 
     A change that has begun is finished first: what was acknowledged meanwhile may be on the following set only. When
     that set has lost its quorum, there is one way that needs nobody: to nobody, from where no standby may be promoted.
     """
     if (following := recorded.following) is not None:
-        can_finish = len(following - lost) >= required(len(following))
+        can_finish = len(following - seen.lost) >= required(len(following))
         return following if can_finish or not may_degrade else frozenset()
-    ready = {
-        name
-        for name, standby in view.standbys.items()
-        if standby.is_streaming and view.lsn - standby.flushed <= _CLOSE_BYTES
-    }
-    wanted = (recorded.members - lost) | ready
+    wanted = (recorded.members - seen.lost) | seen.ready
     return wanted if wanted or may_degrade else recorded.members
 
 

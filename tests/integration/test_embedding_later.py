@@ -40,6 +40,7 @@ async def remote(server: EmbeddingServer) -> "AsyncIterator[MemoryServiceAsyncSt
 def up_again(server: EmbeddingServer) -> Iterator[None]:
     yield
     server.down = False
+    server.at_work.set()
 
 
 async def state(api: "MemoryServiceAsyncStub", memory: pb.Memory) -> int:
@@ -81,6 +82,19 @@ async def test_a_text_stored_while_it_is_down_is_found_by_words_and_embedded_whe
     assert (await found).results[0].memory.id == stored.id
     assert (await found).score_kind == pb.SCORE_KIND_COSINE
     assert "memshard-unembedded" not in dict(await found.trailing_metadata())
+
+
+async def test_a_slow_embedder_does_not_cost_a_store_its_deadline(
+    remote: "MemoryServiceAsyncStub", server: EmbeddingServer, user: str
+) -> None:
+    """It has half of the caller's time; the text is stored in the other half."""
+    server.at_work.clear()
+    stored = (await remote.StoreMemory(store_request(user, "in good time"), timeout=2)).memory
+    batch = pb.BatchStoreMemoriesRequest(memories=[pb.Memory(user_id=user, content="in good time too")])
+    assert (await remote.BatchStoreMemories(batch, timeout=2)).results[0].id
+    assert stored.embedding_state == PENDING
+    server.at_work.set()
+    await eventually(lambda: is_ready(remote, stored), within_s=20)
 
 
 async def test_what_waits_for_its_embedding_is_neither_resurrected_nor_given_that_of_an_older_text(

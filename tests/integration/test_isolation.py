@@ -315,8 +315,6 @@ async def test_retried_adds_make_no_duplicates_mem0_6515(everywhere: Somewhere, 
 
 async def test_a_request_id_answers_the_same_whatever_was_stored_since(everywhere: Somewhere, user: str) -> None:
     """A late retry of a delete that found nothing must not delete what came after it."""
-    if everywhere.placement in ("content_hash", "memory_type"):
-        pytest.skip("request ids are kept in the memory's slot: docs/decisions/0009-request-ids-by-slot.md")
     memory_id = new_id()
     delete = pb.DeleteMemoryRequest(id=memory_id, user_id=user, request_id="delete")
     assert not (await everywhere.api.DeleteMemory(delete)).deleted
@@ -341,8 +339,6 @@ async def test_a_refused_store_does_not_take_its_id(everywhere: Somewhere, user:
 
 async def test_a_request_id_used_for_one_memory_is_refused_for_another(everywhere: Somewhere, user: str) -> None:
     """By this user, wherever the two memories are."""
-    if everywhere.placement != "user_based":
-        pytest.skip("request ids are kept in the memory's slot: docs/decisions/0009-request-ids-by-slot.md")
     stored = [
         (await everywhere.api.StoreMemory(store_request(user, f"memory {n}", new_id(), type=TYPES[n % 4]))).memory
         for n in range(8)
@@ -356,3 +352,19 @@ async def test_a_request_id_used_for_one_memory_is_refused_for_another(everywher
             await everywhere.api.DeleteMemory(delete)
         assert reason_of(reused.value) == "REQUEST_ID_REUSED"
     assert len(await contents(everywhere, user)) == len(stored)
+
+
+async def test_a_refused_request_does_not_take_its_request_id(everywhere: Somewhere, user: str) -> None:
+    """It had no effect, so its id is free for the request with the fault mended."""
+    memory = (await everywhere.api.StoreMemory(store_request(user, "memory", new_id()))).memory
+    stale = update_request(memory, "agent_id", agent_id="agent")
+    stale.request_id, stale.expected_version = "r", 7
+    absent = pb.UpdateMemoryRequest(memory=pb.Memory(id=new_id(), user_id=user, agent_id="x"), request_id="r")
+    absent.update_mask.paths.append("agent_id")
+    for refused_request, reason in ((stale, "VERSION_MISMATCH"), (absent, "MEMORY_NOT_FOUND")):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await everywhere.api.UpdateMemory(refused_request)
+        assert reason_of(refused.value) == reason
+    stale.expected_version = 1
+    assert (await everywhere.api.UpdateMemory(stale)).memory.version == 2
+    assert (await everywhere.api.UpdateMemory(stale)).memory.version == 2

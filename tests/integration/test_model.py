@@ -645,8 +645,4 @@ def test_the_cluster_does_as_the_model_does(placed_by_user: MemoryServiceStub, p
 def test_the_cluster_does_as_the_model_does_with_memories_placed_by_content(
     placed_by_content: MemoryServiceStub, plan: Plan
 ) -> None:
-    # What does not hold of request ids there yet: docs/decisions/0009-request-ids-by-slot.md.
-    for step in plan.steps:
-        if isinstance(step.request, pb.UpdateMemoryRequest | pb.DeleteMemoryRequest):
-            step.request.ClearField("request_id")
     carry_out(placed_by_content, plan)

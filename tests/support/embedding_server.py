@@ -16,6 +16,9 @@ class EmbeddingServer:
     def __init__(self) -> None:
         self.down = False
         self.calls = 0
+        self.at_work = threading.Event()
+        """Cleared: it thinks about every request, and answers none."""
+        self.at_work.set()
         self.refused = ""
         """A word that makes it answer 400, as models do to texts beyond their length."""
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -28,6 +31,7 @@ class EmbeddingServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.at_work.set()
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
@@ -52,6 +56,7 @@ def _handler(server: EmbeddingServer) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:  # http.server's name.
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.calls += 1
+            server.at_work.wait()
             if server.down:
                 self.send_error(503)
                 return

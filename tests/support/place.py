@@ -31,9 +31,13 @@ class Place:
         assert self._replica is not None
         return self._replica
 
+    @property
+    def slot(self) -> int:
+        return user_slot(self.user)
+
     def route(self, fresh: shard_pb2.Freshness | None = None) -> shard_pb2.Route:
         shard = self.servers.topology.shards[0]
-        found = route(self.servers.topology, shard, user_slot(self.user))
+        found = route(self.servers.topology, shard, self.slot)
         if fresh is not None:
             found.fresh.CopyFrom(fresh)
         return found

@@ -309,9 +309,8 @@ async def replicated(*standbys: str) -> AsyncIterator[Replicated]:
             await standby.start()
         try:
             yield made
-        except BaseException:
-            sys.stderr.write(made.logs())
-            raise
+        finally:
+            sys.stderr.write(made.logs())  # pytest shows it with a failure.
 
 
 async def copy(primary: Node, standby: Node) -> None:

@@ -1,13 +1,15 @@
 """Merging the shards' answers: the same results as if one shard had held everything."""
 
 import itertools
+import uuid
 from typing import TypeAlias
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
-from router.merge import merge
+from router.merge import merge, merge_page
 from router.validate import Window
 
 Row: TypeAlias = tuple[float, str, str]
@@ -78,3 +80,55 @@ def test_nothing_found_is_nothing() -> None:
     assert merge([], Window(10, 0)) == []
     assert merge([[], []], Window(10, 0)) == []
     assert merge([[_result((1.0, "a", "u"))]], Window(10, 1)) == []
+
+
+_PAGE_SIZE, _PAGE_BYTES = 4, 600
+# When a memory was made (few moments, so that there are ties), the length of its content, and its shard.
+_listed = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 900), st.integers(0, 2)), max_size=30)
+
+
+def _fits(page: list[pb.Memory]) -> bool:
+    return len(page) <= _PAGE_SIZE and (len(page) == 1 or sum(memory.ByteSize() for memory in page) <= _PAGE_BYTES)
+
+
+def _shards_page(memories: list[pb.Memory], after: shard_pb2.ListPosition | None) -> shard_pb2.ListResponse:
+    """As a shard answers: newest first, and ended early by size."""
+    older = [memory for memory in memories if after is None or _place(memory) < (after.create_time_us, after.id)]
+    page = older[:1]
+    while len(page) < len(older) and _fits(older[: len(page) + 1]):
+        page = older[: len(page) + 1]
+    if len(page) == len(older):
+        return shard_pb2.ListResponse(memories=page)
+    create_time_us, memory_id = _place(page[-1])
+    return shard_pb2.ListResponse(
+        memories=page, next=shard_pb2.ListPosition(create_time_us=create_time_us, id=memory_id)
+    )
+
+
+def _place(memory: pb.Memory) -> tuple[int, bytes]:
+    return memory.create_time.ToMicroseconds(), uuid.UUID(memory.id).bytes
+
+
+@given(_listed)
+def test_pages_of_a_listing_over_shards_are_bounded_and_together_everything_once(
+    given_rows: list[tuple[int, int, int]],
+) -> None:
+    shards: list[list[pb.Memory]] = [[], [], []]
+    for number, (moment, length, shard) in enumerate(given_rows):
+        memory = pb.Memory(id=str(uuid.UUID(int=number)), content="x" * length)
+        memory.create_time.FromMicroseconds(moment)
+        shards[shard].append(memory)
+    for memories in shards:
+        memories.sort(key=_place, reverse=True)
+    listed: list[pb.Memory] = []
+    after: shard_pb2.ListPosition | None = None
+    for _ in range(len(given_rows) + 1):
+        page, after = merge_page([_shards_page(memories, after) for memories in shards], _PAGE_SIZE, _PAGE_BYTES)
+        assert _fits(page) or not page
+        listed += page
+        if after is None:
+            break
+    assert after is None
+    assert [memory.id for memory in listed] == [
+        memory.id for memory in sorted(itertools.chain(*shards), key=_place, reverse=True)
+    ]

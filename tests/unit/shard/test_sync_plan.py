@@ -8,7 +8,7 @@ import pytest
 from common.sync_set import Progress, SyncSet, promotable, required, setting
 from memshard.v1 import memory_pb2 as pb
 from shard.durability import Durability
-from shard.sync_plan import Losses, Settling, Standby, View, target
+from shard.sync_plan import Seen, Settling, Standby, View, Watch, target
 
 B, C, D = "b", "c", "d"
 NOBODY: frozenset[str] = frozenset()
@@ -29,63 +29,79 @@ def _recorded(members: frozenset[str], following: frozenset[str] | None = None) 
 
 
 def test_a_standby_that_flushes_nothing_while_there_is_something_to_flush_is_lost_after_a_while() -> None:
-    losses = Losses(2.0, 0.5)
+    watch = Watch(2.0, 0.5)
     for now in range(4):
-        assert losses.look(_set(B), _view({B: 50}, lsn=100 + now), now / 2) == NOBODY
-    assert losses.look(_set(B), _view({B: 50}, lsn=200), 2.0) == _set(B)
-    assert losses.look(_set(B), _view({B: 51}, lsn=300), 3.0) == NOBODY
+        assert watch.look(_set(B), _view({B: 50}, lsn=100 + now), now / 2).lost == NOBODY
+    assert watch.look(_set(B), _view({B: 50}, lsn=200), 2.0).lost == _set(B)
+    assert watch.look(_set(B), _view({B: 51}, lsn=300), 3.0).lost == NOBODY
 
 
 def test_one_that_is_away_is_lost_and_one_with_nothing_to_flush_is_not() -> None:
-    losses = Losses(2.0, 0.5)
+    watch = Watch(2.0, 0.5)
     for now in range(20):
-        lost = losses.look(_set(B, C), _view({C: 100}, lsn=100), now / 2)
-    assert lost == _set(B)
+        seen = watch.look(_set(B, C), _view({C: 100}, lsn=100), now / 2)
+    assert seen == Seen(lost=_set(B), ready=_set(C))
+
+
+def test_one_that_hangs_is_not_taken_back_for_being_connected_and_close() -> None:
+    watch = Watch(2.0, 0.5)
+    for now in range(20):
+        seen = watch.look(NOBODY, _view({B: 50}, lsn=100 + now), now / 2)
+        assert seen.ready == (_set(B) if now == 0 else NOBODY)
+    assert seen.lost == _set(B)
+
+
+def test_one_that_is_far_behind_or_catching_up_is_not_ready() -> None:
+    assert Watch(2.0, 0.5).look(NOBODY, _view({B: 100 - FAR_BEHIND}), 0.0).ready == NOBODY
+    catching_up = View("a", "", 100, {B: Standby(False, 100, False)})
+    assert Watch(2.0, 0.5).look(NOBODY, catching_up, 0.0).ready == NOBODY
 
 
 def test_time_in_which_nobody_looked_does_not_count() -> None:
     """A service that was frozen for a minute cannot say who flushed what meanwhile."""
-    losses = Losses(2.0, 0.5)
-    losses.look(_set(B), _view({B: 50}), 0.0)
-    assert losses.look(_set(B), _view({B: 50}), 60.0) == NOBODY
+    watch = Watch(2.0, 0.5)
+    watch.look(_set(B), _view({B: 50}), 0.0)
+    assert watch.look(_set(B), _view({B: 50}), 60.0).lost == NOBODY
 
 
 def test_one_that_was_made_again_and_begins_further_back_is_not_lost() -> None:
-    losses = Losses(2.0, 0.5)
-    for now in range(20):
-        assert losses.look(_set(B), _view({B: 90 if now < 10 else now}, lsn=100 + now), now / 2) == NOBODY or now < 10
+    watch = Watch(2.0, 0.5)
+    for now in range(10):
+        seen = watch.look(_set(B), _view({B: 90}, lsn=100 + now), now / 2)
+    assert seen.lost == _set(B)
+    for now in range(10, 20):
+        assert watch.look(_set(B), _view({B: now}, lsn=100 + now), now / 2).lost == NOBODY
 
 
 @pytest.mark.parametrize(
-    ("members", "following", "connected", "lost", "may_degrade", "expected"),
+    ("members", "following", "ready", "lost", "may_degrade", "expected"),
     [
-        (NOBODY, None, {}, NOBODY, True, NOBODY),
-        (NOBODY, None, {B: 100}, NOBODY, True, _set(B)),
-        (NOBODY, None, {B: -FAR_BEHIND}, NOBODY, True, NOBODY),  # Not caught up yet.
-        (_set(B), None, {B: 100, C: 100}, NOBODY, True, _set(B, C)),
-        (_set(B, C), None, {B: 100}, _set(C), True, _set(B)),
-        (_set(B, C), None, {B: 100}, NOBODY, True, _set(B, C)),  # Away, and not for long enough.
-        (_set(B), None, {}, _set(B), True, NOBODY),
-        (_set(B), None, {}, _set(B), False, _set(B)),  # Refuse: wait for it.
-        (_set(B, C), None, {}, _set(B, C), False, _set(B, C)),
-        (_set(B), None, {C: 100}, _set(B), False, _set(C)),  # Another is there instead.
+        (NOBODY, None, NOBODY, NOBODY, True, NOBODY),
+        (NOBODY, None, _set(B), NOBODY, True, _set(B)),
+        (_set(B), None, _set(B, C), NOBODY, True, _set(B, C)),
+        (_set(B, C), None, _set(B), _set(C), True, _set(B)),
+        (_set(B, C), None, _set(B), NOBODY, True, _set(B, C)),  # Away, and not for long enough.
+        (_set(B), None, NOBODY, _set(B), True, NOBODY),
+        (_set(B), None, NOBODY, _set(B), False, _set(B)),  # Refuse: wait for it.
+        (_set(B, C), None, NOBODY, _set(B, C), False, _set(B, C)),
+        (_set(B), None, _set(C), _set(B), False, _set(C)),  # Another is there instead.
         # A change under way is finished before the next one.
-        (_set(B), _set(B, C), {B: 100, C: 100, D: 100}, NOBODY, True, _set(B, C)),
-        (_set(B), _set(B, C), {B: 100}, _set(C), True, _set(B, C)),  # A quorum of it is there.
-        (_set(B), _set(C), {B: 100}, _set(C), True, NOBODY),
-        (_set(B), _set(C), {B: 100}, _set(C), False, _set(C)),
-        (_set(B), NOBODY, {B: 100}, NOBODY, True, NOBODY),
+        (_set(B), _set(B, C), _set(B, C, D), NOBODY, True, _set(B, C)),
+        (_set(B), _set(B, C), _set(B), _set(C), True, _set(B, C)),  # A quorum of it is there.
+        (_set(B), _set(C), _set(B), _set(C), True, NOBODY),
+        (_set(B), _set(C), _set(B), _set(C), False, _set(C)),
+        (_set(B), NOBODY, _set(B), NOBODY, True, NOBODY),
     ],
 )
 def test_the_set_that_should_be(
     members: frozenset[str],
     following: frozenset[str] | None,
-    connected: dict[str, int],
+    ready: frozenset[str],
     lost: frozenset[str],
     may_degrade: bool,
     expected: frozenset[str],
 ) -> None:
-    assert target(_recorded(members, following), _view(connected), lost, may_degrade=may_degrade) == expected
+    assert target(_recorded(members, following), Seen(lost, ready), may_degrade=may_degrade) == expected
 
 
 def test_a_set_is_in_force_once_it_counts_has_settled_and_its_quorum_has_all_from_before() -> None:
@@ -169,7 +185,7 @@ class _Cluster:
         """One step of the keeper, as shard/sync_keeper.py takes them."""
         self.now += 2.0
         view, recorded = self.view(), self.recorded
-        wanted = target(recorded, view, lost, may_degrade=True)
+        wanted = target(recorded, Seen(lost, frozenset(self.connected)), may_degrade=True)
         if wanted != (recorded.members if recorded.following is None else recorded.following):
             self.recorded = SyncSet("a", recorded.members, wanted)
             return

@@ -813,6 +813,114 @@ class FindClaimResponse(_message.Message):
 Global___FindClaimResponse: _TypeAlias = FindClaimResponse  # noqa: Y015
 
 @_typing.final
+class TakeRequestIdRequest(_message.Message):
+    """Which request id is taken, and for what."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTE_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    MEMORY_SLOT_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    request_id: _builtins.str
+    digest: _builtins.bytes
+    """Of the request, 32 bytes."""
+    memory_slot: _builtins.int
+    """Where the request is about to have its effect."""
+    @_builtins.property
+    def route(self) -> Global___Route:
+        """One slot: the user's."""
+
+    def __init__(
+        self,
+        *,
+        route: Global___Route | None = ...,
+        user_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        digest: _builtins.bytes = ...,
+        memory_slot: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "memory_slot", b"memory_slot", "request_id", b"request_id", "route", b"route", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeRequestIdRequest: _TypeAlias = TakeRequestIdRequest  # noqa: Y015
+
+@_typing.final
+class TakeRequestIdResponse(_message.Message):
+    """The id is this request's. INVALID_ARGUMENT / REQUEST_ID_REUSED: it is another's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_SLOT_FIELD_NUMBER: _builtins.int
+    memory_slot: _builtins.int
+    """Where the request has its effect: as its first attempt said."""
+    def __init__(
+        self,
+        *,
+        memory_slot: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_slot", b"memory_slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeRequestIdResponse: _TypeAlias = TakeRequestIdResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseRequestIdRequest(_message.Message):
+    """Which request id is given back. Nothing happens when it is another request's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTE_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    request_id: _builtins.str
+    digest: _builtins.bytes
+    @_builtins.property
+    def route(self) -> Global___Route: ...
+    def __init__(
+        self,
+        *,
+        route: Global___Route | None = ...,
+        user_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "request_id", b"request_id", "route", b"route", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseRequestIdRequest: _TypeAlias = ReleaseRequestIdRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseRequestIdResponse(_message.Message):
+    """It is free."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseRequestIdResponse: _TypeAlias = ReleaseRequestIdResponse  # noqa: Y015
+
+@_typing.final
 class UpdateRequest(_message.Message):
     """How to change a memory."""
 

@@ -55,6 +55,16 @@ class ShardServiceStub:
                 request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.FindClaimRequest.SerializeToString,
                 response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.FindClaimResponse.FromString,
                 _registered_method=True)
+        self.TakeRequestId = channel.unary_unary(
+                '/memshard.internal.v1.ShardService/TakeRequestId',
+                request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.TakeRequestIdRequest.SerializeToString,
+                response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.TakeRequestIdResponse.FromString,
+                _registered_method=True)
+        self.ReleaseRequestId = channel.unary_unary(
+                '/memshard.internal.v1.ShardService/ReleaseRequestId',
+                request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ReleaseRequestIdRequest.SerializeToString,
+                response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ReleaseRequestIdResponse.FromString,
+                _registered_method=True)
         self.Update = channel.unary_unary(
                 '/memshard.internal.v1.ShardService/Update',
                 request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.UpdateRequest.SerializeToString,
@@ -124,6 +134,20 @@ class ShardServiceServicer:
 
     def FindClaim(self, request, context):
         """Where a memory with an id is, when its slot does not follow from user and id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeRequestId(self, request, context):
+        """Takes a request id for one request, where a user's memories are in many slots; tells where its effect belongs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseRequestId(self, request, context):
+        """Gives a request id back whose request was refused and had no effect.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -207,6 +231,16 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.FindClaim,
                     request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.FindClaimRequest.FromString,
                     response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.FindClaimResponse.SerializeToString,
+            ),
+            'TakeRequestId': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeRequestId,
+                    request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.TakeRequestIdRequest.FromString,
+                    response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.TakeRequestIdResponse.SerializeToString,
+            ),
+            'ReleaseRequestId': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseRequestId,
+                    request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ReleaseRequestIdRequest.FromString,
+                    response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.ReleaseRequestIdResponse.SerializeToString,
             ),
             'Update': grpc.unary_unary_rpc_method_handler(
                     servicer.Update,
@@ -358,6 +392,60 @@ class ShardService:
             '/memshard.internal.v1.ShardService/FindClaim',
             memshard_dot_internal_dot_v1_dot_shard__pb2.FindClaimRequest.SerializeToString,
             memshard_dot_internal_dot_v1_dot_shard__pb2.FindClaimResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeRequestId(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.internal.v1.ShardService/TakeRequestId',
+            memshard_dot_internal_dot_v1_dot_shard__pb2.TakeRequestIdRequest.SerializeToString,
+            memshard_dot_internal_dot_v1_dot_shard__pb2.TakeRequestIdResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseRequestId(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.internal.v1.ShardService/ReleaseRequestId',
+            memshard_dot_internal_dot_v1_dot_shard__pb2.ReleaseRequestIdRequest.SerializeToString,
+            memshard_dot_internal_dot_v1_dot_shard__pb2.ReleaseRequestIdResponse.FromString,
             options,
             channel_credentials,
             insecure,

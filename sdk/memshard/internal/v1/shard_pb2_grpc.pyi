@@ -46,6 +46,10 @@ class ShardServiceStub:
     """Takes ids for memories whose slot does not follow from user and id, or tells where they are."""
     FindClaim: _grpc.UnaryUnaryMultiCallable[_shard_pb2.FindClaimRequest, _shard_pb2.FindClaimResponse]
     """Where a memory with an id is, when its slot does not follow from user and id."""
+    TakeRequestId: _grpc.UnaryUnaryMultiCallable[_shard_pb2.TakeRequestIdRequest, _shard_pb2.TakeRequestIdResponse]
+    """Takes a request id for one request, where a user's memories are in many slots; tells where its effect belongs."""
+    ReleaseRequestId: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ReleaseRequestIdRequest, _shard_pb2.ReleaseRequestIdResponse]
+    """Gives a request id back whose request was refused and had no effect."""
     Update: _grpc.UnaryUnaryMultiCallable[_shard_pb2.UpdateRequest, _shard_pb2.UpdateResponse]
     """Changes one memory, once, and keeps the version from before."""
     Get: _grpc.UnaryUnaryMultiCallable[_shard_pb2.GetRequest, _shard_pb2.GetResponse]
@@ -76,6 +80,10 @@ class ShardServiceAsyncStub(ShardServiceStub):
     """Takes ids for memories whose slot does not follow from user and id, or tells where they are."""
     FindClaim: _aio.UnaryUnaryMultiCallable[_shard_pb2.FindClaimRequest, _shard_pb2.FindClaimResponse]  # type: ignore[assignment]
     """Where a memory with an id is, when its slot does not follow from user and id."""
+    TakeRequestId: _aio.UnaryUnaryMultiCallable[_shard_pb2.TakeRequestIdRequest, _shard_pb2.TakeRequestIdResponse]  # type: ignore[assignment]
+    """Takes a request id for one request, where a user's memories are in many slots; tells where its effect belongs."""
+    ReleaseRequestId: _aio.UnaryUnaryMultiCallable[_shard_pb2.ReleaseRequestIdRequest, _shard_pb2.ReleaseRequestIdResponse]  # type: ignore[assignment]
+    """Gives a request id back whose request was refused and had no effect."""
     Update: _aio.UnaryUnaryMultiCallable[_shard_pb2.UpdateRequest, _shard_pb2.UpdateResponse]  # type: ignore[assignment]
     """Changes one memory, once, and keeps the version from before."""
     Get: _aio.UnaryUnaryMultiCallable[_shard_pb2.GetRequest, _shard_pb2.GetResponse]  # type: ignore[assignment]
@@ -127,6 +135,22 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_shard_pb2.FindClaimResponse, _abc.Awaitable[_shard_pb2.FindClaimResponse]]:
         """Where a memory with an id is, when its slot does not follow from user and id."""
+
+    @_abc_1.abstractmethod
+    def TakeRequestId(
+        self,
+        request: _shard_pb2.TakeRequestIdRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.TakeRequestIdResponse, _abc.Awaitable[_shard_pb2.TakeRequestIdResponse]]:
+        """Takes a request id for one request, where a user's memories are in many slots; tells where its effect belongs."""
+
+    @_abc_1.abstractmethod
+    def ReleaseRequestId(
+        self,
+        request: _shard_pb2.ReleaseRequestIdRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.ReleaseRequestIdResponse, _abc.Awaitable[_shard_pb2.ReleaseRequestIdResponse]]:
+        """Gives a request id back whose request was refused and had no effect."""
 
     @_abc_1.abstractmethod
     def Update(

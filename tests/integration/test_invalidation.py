@@ -1,0 +1,180 @@
+"""Routers that tell each other what to forget, through a Redis of the tests' own that can be cut off and killed."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Self
+
+import grpc
+import pytest
+import pytest_asyncio
+from redis.asyncio import Redis
+
+from common.config import RouterSettings
+from common.deadline import Deadline
+from common.errors import Unavailable
+from local import probes
+from local.binaries import redis_server
+from memshard.v1 import memory_pb2 as pb
+from router.invalidation import LEASE_S, Invalidations
+from router.location import NOWHERE, LocationCache
+from tests.support.cluster import LocalCluster, free_port
+from tests.support.eventually import eventually
+from tests.support.proxy import Proxy
+from tests.support.wire import memory_service, reason_of, store_request
+
+IDS = [str(uuid.uuid4()) for _ in range(2500)]
+HERE = frozenset({7})
+
+
+class OwnRedis:
+    """A redis-server that can be killed and started again, empty, on the same port."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> Self:
+        options = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "")
+        self._process = await asyncio.create_subprocess_exec(
+            str(redis_server()), *options, stdout=asyncio.subprocess.DEVNULL
+        )
+        await eventually(lambda: probes.answers_ping(self.url))
+        return self
+
+    async def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            await self._process.wait()
+            self._process = None
+
+
+@pytest_asyncio.fixture
+async def own_redis() -> AsyncIterator[OwnRedis]:
+    server = OwnRedis()
+    await server.start()
+    yield server
+    await server.kill()
+
+
+@dataclass
+class Router:
+    """What a router has of all this."""
+
+    locations: LocationCache
+    invalidations: Invalidations
+
+    async def remembers(self, memory_id: str) -> bool:
+        """Whether it finds the id without Redis, which has been emptied."""
+        return await self.locations.find(memory_id) != NOWHERE
+
+
+@asynccontextmanager
+async def router(url: str) -> AsyncIterator[Router]:
+    settings = RouterSettings(catalog_dsn="postgresql://unused", redis_url=url)  # type: ignore[arg-type]
+    invalidations = Invalidations(settings, "cluster")
+    locations = LocationCache(settings, invalidations.alive)
+    listening = asyncio.create_task(invalidations.run(locations))
+    try:
+        await eventually(invalidations.alive)
+        yield Router(locations, invalidations)
+    finally:
+        listening.cancel()
+        with suppress(asyncio.CancelledError):
+            await listening
+        await locations.close()
+        await invalidations.close()
+
+
+async def empty(url: str) -> None:
+    client = Redis.from_url(url)
+    await client.flushall()
+    await client.aclose()
+
+
+async def test_what_one_router_forgets_all_have_forgotten_when_it_returns(own_redis: OwnRedis) -> None:
+    async with router(own_redis.url) as one, router(own_redis.url) as other:
+        for memory_id in (*IDS, "kept"):
+            await other.locations.learn(memory_id, HERE)
+        await one.invalidations.forget_everywhere(one.locations, IDS, Deadline.after(10))
+        for memory_id in IDS:
+            assert await other.locations.find(memory_id) == NOWHERE
+        await empty(own_redis.url)
+        assert await other.remembers("kept")
+
+
+async def test_a_router_that_hears_nothing_stops_believing_its_memory(own_redis: OwnRedis) -> None:
+    """The erasure does not wait for it for longer than the lease."""
+    async with (
+        Proxy("127.0.0.1", own_redis.port) as link,
+        router(own_redis.url) as one,
+        router(f"redis://{link.address}") as other,
+    ):
+        await other.locations.learn(IDS[0], HERE)
+        await empty(own_redis.url)
+        assert await other.remembers(IDS[0])
+        link.hold_answers()
+        deadline = Deadline.after(LEASE_S * 4)
+        await one.invalidations.forget_everywhere(one.locations, IDS[:1], deadline)
+        assert deadline.remaining_s() > 0
+        assert not await other.remembers(IDS[0])
+        link.cut()
+        await eventually(other.invalidations.alive)
+        assert not await other.remembers(IDS[0])
+
+
+async def test_without_redis_nothing_is_remembered_and_an_erasure_is_not_confirmed_until_it_is_back(
+    own_redis: OwnRedis,
+) -> None:
+    async with router(own_redis.url) as one:
+        await one.locations.learn(IDS[0], HERE)
+        await own_redis.kill()
+        await eventually(lambda: not one.invalidations.alive())
+        assert not await one.remembers(IDS[0])
+        with pytest.raises(Unavailable) as unconfirmed:
+            await one.invalidations.forget_everywhere(one.locations, IDS[:1], Deadline.after(5))
+        assert unconfirmed.value.reason == "ERASE_UNCONFIRMED"
+        # The same request again finds nothing more in the shards; what is owed is remembered here.
+        with pytest.raises(Unavailable):
+            await one.invalidations.forget_everywhere(one.locations, [], Deadline.after(5))
+        await own_redis.start()
+        client = Redis.from_url(own_redis.url)
+        await client.set(f"loc:{IDS[0]}", "7")
+        await eventually(one.invalidations.alive)
+        await eventually(lambda: _gone(client, IDS[0]))
+        await client.aclose()
+        await one.invalidations.forget_everywhere(one.locations, [], Deadline.after(5))
+
+
+async def _gone(client: Redis, memory_id: str) -> bool:
+    return await client.get(f"loc:{memory_id}") is None
+
+
+async def test_an_answer_from_before_a_forgetting_is_not_remembered_after_it(own_redis: OwnRedis) -> None:
+    async with router(own_redis.url) as one:
+        began = one.locations.moment()
+        await one.invalidations.forget_everywhere(one.locations, IDS[:1], Deadline.after(5))
+        await one.locations.learn(IDS[0], HERE, since=began)
+        assert await one.locations.find(IDS[0]) == NOWHERE
+
+
+async def test_a_second_user_of_an_id_is_heard_of_by_every_router() -> None:
+    """One router knows the id as the first user's; the second user stores it through the other router."""
+    async with LocalCluster(shards=2, routers=2) as cluster:
+        host, port = cluster.address.split(":")
+        async with memory_service(cluster.address) as one, memory_service(f"{host}:{int(port) + 1}") as other:
+            memory_id = "01900000-0000-7000-8000-000000000001"  # A UUIDv7 of 2024.
+            await one.StoreMemory(store_request("first", "mine", memory_id))
+            await one.GetMemory(pb.GetMemoryRequest(id=memory_id))
+            await one.GetMemory(pb.GetMemoryRequest(id=memory_id))
+            await other.StoreMemory(store_request("second", "mine too", memory_id))
+
+            async def is_ambiguous() -> bool:
+                with pytest.raises(grpc.aio.AioRpcError) as ambiguous:
+                    await one.GetMemory(pb.GetMemoryRequest(id=memory_id))
+                return reason_of(ambiguous.value) == "AMBIGUOUS"
+
+            await eventually(is_ambiguous, within_s=2)
