@@ -1,15 +1,22 @@
 """What is done between the processes while a cluster starts: its databases when it is new, its catalog always."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 
+from common import catalog
 from local import bootstrap
 from local.cluster import Plan
+from local.errors import LocalClusterError
 from local.postgres import Server
+from local.sessions import as_owner
 from local.shard_servers import ShardServers
 from local.state import TopologyState
 from local.supervisor import Step
 
 CATALOG_STEP = "catalog"
+
+_TOPOLOGY_INTERVAL_S = 5.0
+_TOPOLOGY_TIMEOUT_S = 2.0
 
 
 def primary_step(shard_id: str) -> str:
@@ -23,6 +30,8 @@ class Steps:
     def __init__(self, plan: Plan, shards: Mapping[str, ShardServers]) -> None:
         self.topology: TopologyState | None = None
         """The topology, once the catalog was read."""
+        self.changed: Callable[[], None] = lambda: None
+        """To be told when it is another one."""
         self._plan = plan
         self._shards = shards
 
@@ -36,9 +45,23 @@ class Steps:
             self._make_shard_database(shard_id, server)
             for shard_id, server in zip(self._shards, first_servers, strict=True)
         ]
-        catalog = Step("catalog database", self._make_catalog, (catalog_server.name,))
-        names = tuple(step.name for step in (*databases, catalog))
-        return [*databases, catalog, Step(CATALOG_STEP, self._complete, names), *primaries]
+        databases.append(Step("catalog database", self._make_catalog, (catalog_server.name,)))
+        names = tuple(step.name for step in databases)
+        return [*databases, Step(CATALOG_STEP, self._complete, names), *primaries]
+
+    async def follow_topology(self) -> None:
+        """Keeps what is last known of the topology up to date. Never returns."""
+        while True:
+            await asyncio.sleep(_TOPOLOGY_INTERVAL_S)
+            plan = self._plan
+            try:
+                async with as_owner(plan.catalog_server(), plan.secrets, _TOPOLOGY_TIMEOUT_S) as connection:
+                    topology = TopologyState.of(await catalog.read_topology(connection))
+            except LocalClusterError:  # It is away, or being made. What was known stays.
+                continue
+            if topology != self.topology:
+                self.topology = topology
+                self.changed()
 
     def _make_shard_database(self, shard_id: str, server: Server) -> Step:
         async def make() -> None:

@@ -204,12 +204,13 @@ def supervise(
         plan.layout,
         [*specs.databases(), *(specs.services() if services else [])],
         steps.all(),
-        [ShardWatch(shard).run for shard in shards.values()],
+        [*(ShardWatch(shard).run for shard in shards.values()), steps.follow_topology],
         addresses=plan.addresses(),
         topology=lambda: steps.topology,
         hooks=hooks,
         log=log,
     )
+    steps.changed = supervisor.save_state
     for shard in shards.values():
         shard.ties = Ties(supervisor.process, supervisor.save_state)
     return supervisor

@@ -68,7 +68,7 @@ class ReplicaServicer(ReadServicer):
     async def Store(self, request: Message, deadline: Deadline) -> NoReturn:
         raise _not_primary("a replica takes no writes")
 
-    StoreBatch = Claim = Update = Delete = Erase = Store
+    StoreBatch = Claim = TakeRequestId = ReleaseRequestId = Update = Delete = Erase = Store
 
 
 def _asks(fresh: shard_pb2.Freshness) -> bool:

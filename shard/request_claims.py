@@ -19,8 +19,9 @@ WITH own AS MATERIALIZED (
 ), taken AS (
     INSERT INTO request_claims (slot, user_id, request_id, digest, memory_slot) SELECT slot, $2, $3, $4, $5 FROM own
     ON CONFLICT DO NOTHING
+    RETURNING 1
 )
-SELECT EXISTS (SELECT FROM own)
+SELECT EXISTS (SELECT FROM own) AS owned, EXISTS (SELECT FROM taken) AS taken
 """
 # A statement of its own: it sees what the first one waited for.
 _FIND = "SELECT digest, memory_slot FROM request_claims WHERE slot = $1 AND user_id = $2 AND request_id = $3"
@@ -30,32 +31,37 @@ WITH own AS MATERIALIZED (
 ), released AS (
     DELETE FROM request_claims USING own
     WHERE request_claims.slot = own.slot AND user_id = $2 AND request_id = $3 AND digest = $4
+    RETURNING 1
 )
-SELECT EXISTS (SELECT FROM own)
+SELECT EXISTS (SELECT FROM own) AS owned, EXISTS (SELECT FROM released) AS released
 """
 
 
 async def take(
     connection: Connection, slot: int, user_id: str, request_id: str, digest: bytes, memory_slot: int
-) -> int:
+) -> tuple[int, bool]:
     """The slot where this request has its effect: `memory_slot`, or the one that an earlier attempt took the id with.
+
+    And whether there was an earlier one.
 
     Raises NotOwnedError, InvalidArgument (the id was taken by another request).
     """
     for _ in range(_ATTEMPTS):
-        if not await connection.fetchval(_TAKE, slot, user_id, request_id, digest, memory_slot):
+        attempt = await connection.fetchrow(_TAKE, slot, user_id, request_id, digest, memory_slot)
+        if attempt is None or not attempt["owned"]:
             raise NotOwnedError
         row = await connection.fetchrow(_FIND, slot, user_id, request_id)
         if row is None:
             continue
         if row["digest"] != digest:
             raise requests.reused()
-        found: int = row["memory_slot"]
-        return found
+        return row["memory_slot"], not attempt["taken"]
     raise Unavailable("the request id keeps being given back; try again", retry_after_s=1.0)
 
 
-async def release(connection: Connection, slot: int, user_id: str, request_id: str, digest: bytes) -> None:
-    """Gives the id back, if it is this request's. Raises NotOwnedError."""
-    if not await connection.fetchval(_RELEASE, slot, user_id, request_id, digest):
+async def release(connection: Connection, slot: int, user_id: str, request_id: str, digest: bytes) -> bool:
+    """Gives the id back, if it is this request's; whether it was. Raises NotOwnedError."""
+    row = await connection.fetchrow(_RELEASE, slot, user_id, request_id, digest)
+    if row is None or not row["owned"]:
         raise NotOwnedError
+    return bool(row["released"])

@@ -51,6 +51,21 @@ _REQUEST_CLAIMS = Migration(
 )
 
 
+# One row, written by the primary twice a second. A standby that has replayed it has all that was committed before it;
+# its timeline is that of the primary that wrote it.
+_HEARTBEATS = Migration(
+    4,
+    "heartbeats",
+    """
+    CREATE TABLE heartbeats (
+        singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
+        timeline int NOT NULL,
+        at timestamptz NOT NULL
+    );
+    """,
+)
+
+
 class Shape(Protocol):
     """What of a shard's identity its tables depend on."""
 
@@ -69,7 +84,7 @@ def migrations(shape: Shape) -> tuple[Migration, ...]:
 
     Numbers and names of this module and the shape go into these statements; nothing from outside does.
     """
-    return _memories(shape), _whole_api(shape), _REQUEST_CLAIMS, _replicas()
+    return _memories(shape), _whole_api(shape), _REQUEST_CLAIMS, _HEARTBEATS
 
 
 def _memories(shape: Shape) -> Migration:
@@ -209,20 +224,4 @@ def _whole_api(shape: Shape) -> Migration:
         );
         CREATE INDEX erasures_by_age ON erasures (applied_at);
         """,  # noqa: S608  # The names from above.
-    )
-
-
-def _replicas() -> Migration:
-    return Migration(
-        4,
-        "heartbeats",
-        """
-        -- One row, written by the primary twice a second. A standby that has replayed it has all that was committed
-        -- before it; its timeline is that of the primary that wrote it.
-        CREATE TABLE heartbeats (
-            singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
-            timeline int NOT NULL,
-            at timestamptz NOT NULL
-        );
-        """,
     )

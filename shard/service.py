@@ -107,10 +107,10 @@ class ShardServicer(ReadServicer):
         slot = self._slot(request.route)
 
         async def write(connection: Connection) -> tuple[shard_pb2.TakeRequestIdResponse, bool]:
-            memory_slot = await request_claims.take(
+            memory_slot, repeated = await request_claims.take(
                 connection, slot, request.user_id, request.request_id, request.digest, request.memory_slot
             )
-            return shard_pb2.TakeRequestIdResponse(memory_slot=memory_slot), True
+            return shard_pb2.TakeRequestIdResponse(memory_slot=memory_slot), repeated
 
         response, _ = await self._write(write, deadline)
         return response
@@ -121,8 +121,10 @@ class ShardServicer(ReadServicer):
         slot = self._slot(request.route)
 
         async def write(connection: Connection) -> tuple[shard_pb2.ReleaseRequestIdResponse, bool]:
-            await request_claims.release(connection, slot, request.user_id, request.request_id, request.digest)
-            return shard_pb2.ReleaseRequestIdResponse(), False
+            released = await request_claims.release(
+                connection, slot, request.user_id, request.request_id, request.digest
+            )
+            return shard_pb2.ReleaseRequestIdResponse(), not released
 
         response, _ = await self._write(write, deadline)
         return response

@@ -1,5 +1,6 @@
 """`memshard up` with its standbys and replicas, as people see them."""
 
+import json
 import os
 import re
 import shutil
@@ -39,6 +40,11 @@ async def running() -> AsyncIterator[LocalCluster]:
 
 async def is_quorum(cluster: LocalCluster) -> bool:
     return await cluster.healthy() and (await cluster.status())["shards"][0]["durability"] == "QUORUM"
+
+
+def known_epoch(cluster: LocalCluster) -> int:
+    """The epoch that status would tell if nothing ran."""
+    return int(json.loads(cluster.layout.state.read_text())["topology"]["epoch"])
 
 
 async def test_a_shard_has_a_standby_and_a_replica_by_default(running: LocalCluster) -> None:
@@ -94,6 +100,7 @@ async def test_a_failover_moves_the_roles_and_they_stay_when_all_is_started_agai
             roles = {process["name"]: process["role"] for process in status["processes"]}
             assert (roles[old], roles[new]) == ("postgres-standby", "postgres-primary")
             if number == 0:
+                await eventually(lambda expected=epoch + 1: known_epoch(running) == expected)  # type: ignore[misc]
                 await running.down()
                 running.options = []
                 await running.up()

@@ -14,11 +14,11 @@ import pytest
 
 from common import catalog
 from common.postgres import CONNECT_ERRORS
-from local import leftovers, replication
+from local import leftovers, replication, standby
 from local.errors import LocalClusterError
 from local.layout import Layout
 from local.postgres import SUPERUSER
-from local.record import Options
+from local.record import Options, load_record, load_secrets
 from local.sessions import as_owner
 from local.standby_settings import slot_name
 from tests.support.databases import fresh_layout, in_a_process, running
@@ -135,6 +135,54 @@ async def test_a_standby_whose_directory_is_gone_is_made_anew() -> None:
             shutil.rmtree(servers[SECOND].pgdata, ignore_errors=True)
             await eventually(lambda: _has(servers, SECOND, {7}), within_s=20)
             assert await eventually(servers.primary, within_s=20) == FIRST
+
+
+async def test_a_large_old_primary_is_rewound_to_where_it_parted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(standby, "REWIND_FROM_BYTES", 0)
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            await servers.execute(FIRST, "CREATE TABLE t AS SELECT 7 AS x")
+            await servers.arm()
+            # What it alone has: the others get no more of its log, and it waits for nobody.
+            os.kill(servers.pid(SECOND), signal.SIGSTOP)
+            await servers.execute(FIRST, "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_replication")
+            await servers.execute(FIRST, "INSERT INTO t VALUES (8)", waits=False)
+            mark = (servers[FIRST].pgdata / "global").stat().st_ino
+            os.kill(servers.pid(FIRST), signal.SIGKILL)
+            os.kill(servers.pid(SECOND), signal.SIGCONT)
+            assert await eventually(servers.primary, within_s=30) == SECOND
+            assert await rows(servers, SECOND) == await rows(servers, FIRST) == {7}
+            assert (servers[FIRST].pgdata / "global").stat().st_ino == mark  # It was not copied.
+    assert "could not be rewound" not in caplog.text
+
+
+async def test_a_cluster_from_before_there_were_standbys_gets_what_it_lacks() -> None:
+    with fresh_layout() as layout:
+        async with running(layout) as plan:
+            servers = Servers(plan)
+            for statement in (
+                "DROP ROLE memshard_replication",
+                "REVOKE pg_monitor FROM memshard_app, memshard_owner",
+                "REVOKE ALTER SYSTEM ON PARAMETER synchronous_standby_names FROM memshard_owner",
+            ):
+                await servers.execute(FIRST, statement)
+            async with as_owner(plan.catalog_server(), plan.secrets) as connection:
+                await connection.execute(
+                    "DROP TABLE sync_sets, replicas; DELETE FROM schema_migrations WHERE number = 3"
+                )
+        record, secrets = load_record(layout), load_secrets(layout)
+        layout.record.write_text(record.model_dump_json(exclude={"replicas": True}))
+        layout.secrets.write_text(secrets.model_dump_json(exclude={"memshard_replication": True}))
+        async with running(layout) as plan:
+            servers = Servers(plan)
+            assert (await servers.sync_set()).primary == FIRST
+            assert await servers.execute(FIRST, "SELECT FROM pg_roles WHERE rolname = 'memshard_replication'")
+            (may,) = await servers.execute(
+                FIRST, "SELECT has_parameter_privilege('memshard_owner', 'synchronous_standby_names', 'ALTER SYSTEM')"
+            )
+            assert may[0]
 
 
 async def test_a_standby_that_somebody_promoted_is_made_anew() -> None:

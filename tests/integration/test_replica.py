@@ -4,7 +4,7 @@ import asyncio
 import signal
 import uuid
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest_asyncio
@@ -143,7 +143,7 @@ async def test_a_bound_on_staleness_is_kept(place: Place) -> None:
 
 async def test_a_strong_read_and_every_write_arerefused(place: Place) -> None:
     fresh = shard_pb2.Freshness()
-    requests = {
+    requests: dict[str, Any] = {
         "List": shard_pb2.ListRequest(route=place.route(), user_id=place.user, page_size=1),
         "Get": shard_pb2.GetRequest(route=place.route(), user_id=place.user, id=str(uuid.uuid4())),
         "Store": shard_pb2.StoreRequest(route=place.route(fresh)),
@@ -152,7 +152,12 @@ async def test_a_strong_read_and_every_write_arerefused(place: Place) -> None:
         "Update": shard_pb2.UpdateRequest(route=place.route(fresh)),
         "Delete": shard_pb2.DeleteRequest(route=place.route(fresh), user_id=place.user, id=str(uuid.uuid4())),
         "Erase": shard_pb2.EraseRequest(route=place.route(fresh), user_id=place.user),
+        "TakeRequestId": shard_pb2.TakeRequestIdRequest(route=place.route(fresh), user_id=place.user),
+        "ReleaseRequestId": shard_pb2.ReleaseRequestIdRequest(route=place.route(fresh), user_id=place.user),
     }
+    served = {"List", "Get", "Search", "ListVersions", "FindClaim", "Describe"}
+    every = {method.name for method in shard_pb2.DESCRIPTOR.services_by_name["ShardService"].methods}
+    assert every - served == requests.keys() - served, "a new rpc: does it write?"
     for rpc, request in requests.items():
         error = await refused(getattr(place.replica, rpc)(request))
         assert (rpc, error.code(), reason_of(error)) == (rpc, grpc.StatusCode.UNAVAILABLE, "NOT_PRIMARY")

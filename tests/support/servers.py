@@ -69,10 +69,13 @@ class Servers:
         await replication.wait_for(self[primary], self.plan.secrets, members)
         return primary
 
-    async def execute(self, name: str, statement: str, *values: object) -> list[asyncpg.Record]:
-        """As the superuser in the shard's database of one server."""
+    async def execute(self, name: str, statement: str, *values: object, waits: bool = True) -> list[asyncpg.Record]:
+        """As the superuser in the shard's database of one server. `waits`: its commit does, for the standbys."""
         secrets = self.plan.secrets
-        connection = await asyncpg.connect(self[name].dsn(SUPERUSER, secrets.postgres), timeout=_TIMEOUT_S)
+        settings = {} if waits else {"synchronous_commit": "local"}
+        connection = await asyncpg.connect(
+            self[name].dsn(SUPERUSER, secrets.postgres), timeout=_TIMEOUT_S, server_settings=settings
+        )
         try:
             return await connection.fetch(statement, *values)
         finally:

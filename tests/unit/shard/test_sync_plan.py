@@ -66,10 +66,11 @@ def test_time_in_which_nobody_looked_does_not_count() -> None:
 
 def test_one_that_was_made_again_and_begins_further_back_is_not_lost() -> None:
     watch = Watch(2.0, 0.5)
-    for now in range(20):
-        assert (
-            watch.look(_set(B), _view({B: 90 if now < 10 else now}, lsn=100 + now), now / 2).lost == NOBODY or now < 10
-        )
+    for now in range(10):
+        seen = watch.look(_set(B), _view({B: 90}, lsn=100 + now), now / 2)
+    assert seen.lost == _set(B)
+    for now in range(10, 20):
+        assert watch.look(_set(B), _view({B: now}, lsn=100 + now), now / 2).lost == NOBODY
 
 
 @pytest.mark.parametrize(
