@@ -4,6 +4,7 @@ import hashlib
 import uuid
 
 from common.deadline import Deadline
+from common.errors import Unavailable
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import validate
@@ -12,6 +13,9 @@ from router.parts import Parts
 from router.place import home_slot
 from router.resolve import slot_of_memory
 from router.shards import DELETE, ERASE, UPDATE
+
+# Seconds after which a standby that was behind may have caught up.
+_RETRY_AFTER_S = 1.0
 
 
 async def update(parts: Parts, request: pb.UpdateMemoryRequest, deadline: Deadline) -> pb.UpdateMemoryResponse:
@@ -57,7 +61,7 @@ async def delete(parts: Parts, request: pb.DeleteMemoryRequest, deadline: Deadli
 async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) -> pb.EraseUserResponse:
     """Has every shard that may hold anything of the user remove it, and every router forget where it was.
 
-    All of them, or it is to be asked again.
+    All of them, and their standbys, or it is to be asked again.
     """
     user_id = validate.user_id(request.user_id, "user_id")
     request_id = validate.request_id(request.request_id) or str(uuid.uuid4())
@@ -71,6 +75,14 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
         answers = list(gathered.answers)
     ids = [memory_id for _, answer in answers for memory_id in answer.ids]
     await parts.invalidations.forget_everywhere(parts.locations, ids, deadline)
+    behind = [standby for _, answer in answers for standby in answer.unconfirmed]
+    if behind:
+        raise Unavailable(
+            f"erased, and not known to be on the standbys {', '.join(behind)}; the same request again settles it",
+            reason="ERASE_UNCONFIRMED",
+            retry_after_s=_RETRY_AFTER_S,
+            metadata={"standbys": ",".join(behind)},
+        )
     return pb.EraseUserResponse(
         memories_erased=sum(answer.memories_erased for _, answer in answers),
         versions_erased=sum(answer.versions_erased for _, answer in answers),

@@ -3,7 +3,6 @@
 import asyncio
 
 from common.deadline import Deadline
-from common.errors import Unavailable
 from shard.database import Database
 
 # As long as a caller waits at most for standbys to replay what usually takes them milliseconds.
@@ -11,7 +10,6 @@ _PATIENCE_S = 3.0
 # Kept back from the caller's deadline, so that it hears who has not.
 _ANSWER_MARGIN_S = 0.2
 _POLL_S = 0.02
-_RETRY_AFTER_S = 1.0
 
 # A standby that is away is known by its replication slot. Without the privilege to look (pg_monitor) those that are
 # there have no name and no position, and nothing can be said of them. Subscribers get rows, not pages: they are not
@@ -27,22 +25,15 @@ ORDER BY name
 """
 
 
-async def wait_for_standbys(database: Database, lsn: int, deadline: Deadline) -> None:
-    """Returns when every standby that the primary knows of has replayed its log up to `lsn`.
+async def standbys_behind(database: Database, lsn: int, deadline: Deadline) -> list[str]:
+    """Waits until every standby that the primary knows of has replayed its log up to `lsn`.
 
-    Raises Unavailable, naming those that have not, when the time is up.
+    Returns those that have not when the time is up. Raises Unavailable when the primary itself does not answer.
     """
     patience = Deadline.after(min(_PATIENCE_S, deadline.less(_ANSWER_MARGIN_S).remaining_s()))
     while True:
         async with database.reading(deadline) as connection:
             behind = [row["name"] for row in await connection.fetch(_BEHIND, lsn)]
-        if not behind:
-            return
-        if not patience.remaining_s():
-            raise Unavailable(
-                f"erased here, and not known to be on {', '.join(behind)}; the same request again settles it",
-                reason="ERASE_UNCONFIRMED",
-                retry_after_s=_RETRY_AFTER_S,
-                metadata={"standbys": ",".join(behind)},
-            )
+        if not behind or not patience.remaining_s():
+            return behind
         await asyncio.sleep(_POLL_S)

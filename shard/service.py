@@ -22,7 +22,7 @@ from shard.ownership import NotOwnedError
 from shard.position import read_position
 from shard.primary import timeline_of
 from shard.read_service import Read, ReadServicer
-from shard.replayed import wait_for_standbys
+from shard.replayed import standbys_behind
 from shard.writes import Write, Writes
 
 T = TypeVar("T")
@@ -158,9 +158,9 @@ class ShardServicer(ReadServicer):
             return response, erased.repeated
 
         response, commit = await self._write(write, deadline)
-        # A repeated request as well: the first may have ended before they had.
-        await wait_for_standbys(self._database, commit.lsn, deadline)
         response.commit.CopyFrom(commit)
+        # Of a repeated request as well: the first may have ended before they had.
+        response.unconfirmed.extend(await standbys_behind(self._database, commit.lsn, deadline))
         return response
 
     async def Delete(self, request: shard_pb2.DeleteRequest, deadline: Deadline) -> shard_pb2.DeleteResponse:

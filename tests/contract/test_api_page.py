@@ -12,7 +12,7 @@ import grpc
 _ROOT = Path(__file__).resolve().parents[2]
 _PAGE = _ROOT / "docs" / "api.md"
 # Reasons of the internal service; routers never hand them on. INTERNAL is a bug, which has no row.
-_INTERNAL = {"WRONG_SHARD", "BAD_ROUTE", "REPLICA_BEHIND", "NOT_PRIMARY", "INTERNAL"}
+_INTERNAL = {"WRONG_SHARD", "BAD_ROUTE", "REPLICA_BEHIND", "INTERNAL"}
 # What the general classes say when nothing more is known: "the code again".
 _GENERAL = {"INVALID_REQUEST", "FAILED_PRECONDITION", "ABORTED", "UNAVAILABLE"}
 

@@ -1096,6 +1096,7 @@ class EraseResponse(_message.Message):
     VERSIONS_ERASED_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     COMMIT_FIELD_NUMBER: _builtins.int
+    UNCONFIRMED_FIELD_NUMBER: _builtins.int
     memories_erased: _builtins.int
     versions_erased: _builtins.int
     @_builtins.property
@@ -1104,6 +1105,12 @@ class EraseResponse(_message.Message):
 
     @_builtins.property
     def commit(self) -> Global___Commit: ...
+    @_builtins.property
+    def unconfirmed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Standbys that are not known to have replayed it yet: what was erased may still be read there. It is to be asked for
+        again. No error, because the ids are told once.
+        """
+
     def __init__(
         self,
         *,
@@ -1111,10 +1118,11 @@ class EraseResponse(_message.Message):
         versions_erased: _builtins.int = ...,
         ids: _abc.Iterable[_builtins.str] | None = ...,
         commit: Global___Commit | None = ...,
+        unconfirmed: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "ids", b"ids", "memories_erased", b"memories_erased", "versions_erased", b"versions_erased"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "ids", b"ids", "memories_erased", b"memories_erased", "unconfirmed", b"unconfirmed", "versions_erased", b"versions_erased"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
