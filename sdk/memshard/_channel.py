@@ -31,9 +31,10 @@ _SERVICE_CONFIG: Final = {
             },
         }
     ],
-    # The token bucket: a failure costs 1 of 10 tokens, a success earns 0.1, and below half of them nothing is retried.
-    # So an outage is met with no more than a few retries, not with twice the load.
-    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+    # The token bucket: a failure costs 1 of 100 tokens, a success earns 0.1, and below half of them nothing is retried.
+    # So the fifty calls that a client may have under way when a primary dies are all tried again, and a long outage is
+    # met with few retries, not with twice the load.
+    "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
 }
 
 _OPTIONS: Final[tuple[tuple[str, str | int], ...]] = (
