@@ -15,7 +15,6 @@ from common.config import ShardSettings
 from common.dsn import location
 from common.lifecycle import StartError
 from common.postgres import CONNECT_ERRORS, Connection, explain
-from common.slots import as_ranges
 from shard import schema
 from shard.primary import Primary, PrimaryConnection
 
@@ -49,7 +48,13 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
 _HAS_LANGUAGE = "SELECT EXISTS (SELECT FROM pg_ts_config WHERE cfgname = $1)"
 _CREATE_OWNED = "INSERT INTO owned_slots (slot, state) SELECT generate_series($1::int, $2::int), 'own'"
 _READ_EPOCH = "SELECT epoch FROM identity"
-_READ_OWNED = "SELECT slot FROM owned_slots WHERE state IN ('own', 'fenced')"
+# Made into ranges by the server: routers ask often, and thousands of rows would keep the service from everything else.
+_READ_OWNED = """
+SELECT min(slot) AS first, max(slot) AS last
+FROM (SELECT slot, slot - row_number() OVER (ORDER BY slot) AS gaps FROM owned_slots WHERE state IN ('own', 'fenced'))
+     AS owned
+GROUP BY gaps ORDER BY first
+"""
 # format's %I quotes the role's name; the statements are made by the server from a parameter. Who owns which slot, and
 # what the schema is, the serving role can only read.
 _GRANTS = """
@@ -122,7 +127,7 @@ async def read_epoch(connection: Connection) -> int:
 
 async def read_owned(connection: Connection) -> list[tuple[int, int]]:
     """The slots that this shard serves, as (first, last) ranges."""
-    return as_ranges(row["slot"] for row in await connection.fetch(_READ_OWNED))
+    return [(row["first"], row["last"]) for row in await connection.fetch(_READ_OWNED)]
 
 
 async def _migrate(connection: Connection, known: Identity) -> None:

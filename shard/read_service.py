@@ -1,7 +1,7 @@
 """The rpcs of ShardService that read: the same on a shard and on its replicas, but for which connection serves them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from common.deadline import Deadline
@@ -78,9 +78,12 @@ class ReadServicer(ABC):
 
         return await self.serve(checked, route.fresh if route.HasField("fresh") else None, deadline)
 
-    async def _describe(self, connection: Connection) -> shard_pb2.DescribeResponse:
-        """What is the same on all servers of the shard."""
-        owned = await identity.read_owned(connection)
+    async def _describe(
+        self, connection: Connection, owned: Sequence[tuple[int, int]] | None = None
+    ) -> shard_pb2.DescribeResponse:
+        """What is the same on all servers of the shard. `owned` is read unless it is given."""
+        if owned is None:
+            owned = await identity.read_owned(connection)
         return shard_pb2.DescribeResponse(
             cluster_id=self._identity.cluster_id,
             shard_id=self._identity.shard_id,

@@ -33,6 +33,8 @@ _CATALOG_INTERVAL_S = 1.0
 _IDLE_INTERVAL_S = 2.0
 _TIMEOUT_S = 2.0
 _PAUSE_S = 0.2
+# Longer than a server that hangs takes to be given up: the others are chosen from after that.
+_FIND_TIMEOUT_S = 5.0
 
 _LOOK = """
 SELECT current_setting('cluster_name') AS server, current_setting('synchronous_standby_names') AS setting,
@@ -83,7 +85,7 @@ class SyncKeeper:
     @asynccontextmanager
     async def _server(self) -> "AsyncIterator[PrimaryConnection]":
         """A connection to the primary. Nothing is certain before one is had, and once it is lost."""
-        await self._owner.find(_TIMEOUT_S)
+        await self._owner.find(_FIND_TIMEOUT_S)
         async with asyncio.timeout(_TIMEOUT_S):
             connection = await self._owner.connect()
         try:
