@@ -43,7 +43,8 @@ _REQUEST_CLAIMS = Migration(
         request_id text COLLATE "C" NOT NULL,
         digest bytea NOT NULL,
         memory_slot int NOT NULL,
-        taken_at timestamptz NOT NULL DEFAULT now(),
+        attempts int NOT NULL DEFAULT 1,
+        taken_at timestamptz NOT NULL DEFAULT now(),  -- By the last attempt.
         PRIMARY KEY (slot, user_id, request_id)
     );
     CREATE INDEX request_claims_by_age ON request_claims (taken_at);
