@@ -52,7 +52,8 @@ _READ_OWNED = "SELECT slot FROM owned_slots WHERE state IN ('own', 'fenced')"
 _GRANTS = """
 SELECT format('GRANT SELECT ON identity, owned_slots TO %1$I; GRANT UPDATE (held) ON owned_slots TO %1$I;
                GRANT SELECT, INSERT, UPDATE, DELETE
-               ON memories, memory_versions, applied_requests, request_claims, claims, erasures TO %1$I', $1::text)
+               ON memories, memory_versions, applied_requests, request_claims, claims, erasures, erased_ids
+               TO %1$I', $1::text)
 """
 # A start waits this long for another one that changes the schema.
 _MIGRATION_LOCK_TIMEOUT = "SET lock_timeout = '30s'"

@@ -136,7 +136,12 @@ class ShardServicer:
 
         async def write(connection: Connection) -> shard_pb2.EraseResponse:
             erased = await erase.erase(
-                connection, bounds, reads.slot_count(ranges), request.user_id, request.request_id
+                connection,
+                bounds,
+                reads.slot_count(ranges),
+                request.user_id,
+                request.request_id,
+                forgotten=request.forgotten,
             )
             return shard_pb2.EraseResponse(
                 memories_erased=erased.memories,
