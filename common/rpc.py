@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _log = logs.get_logger("rpc")
 
+# The reason of a call that ended before its work did, so that a write may still happen.
+INTERRUPTED = "INTERRUPTED"
+
 _current: "ContextVar[Context]" = ContextVar("the call being handled")
 
 Handler = Callable[[Message, Deadline], Awaitable[Message]]
@@ -69,7 +72,7 @@ def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: fl
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
             # Something that the handler waited for was cancelled, not the call: the caller still waits for a status.
-            error = errors.Unavailable("the request was interrupted", reason="INTERRUPTED", retry_after_s=1.0)
+            error = errors.Unavailable("the request was interrupted", reason=INTERRUPTED, retry_after_s=1.0)
         except TimeoutError:
             error = errors.DeadlineExceeded("the deadline passed before the answer was there")
         except Exception as bug:  # The last resort: whatever is not a domain error is a bug, and says so.

@@ -44,7 +44,7 @@ async def main(settings: RouterSettings) -> None:
             stack.push_async_callback(embeds.close)
         invalidations = Invalidations(settings, cluster.cluster_id)
         stack.push_async_callback(invalidations.close)
-        locations = LocationCache(settings, invalidations.alive)
+        locations = LocationCache(settings, cluster.cluster_id, invalidations.alive)
         stack.push_async_callback(locations.close)
         shards = Shards(settings)
         stack.push_async_callback(shards.close)

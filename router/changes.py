@@ -5,6 +5,7 @@ import uuid
 
 from common.deadline import Deadline
 from common.errors import Unavailable
+from common.topology import Shard
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import validate
@@ -16,6 +17,8 @@ from router.shards import DELETE, ERASE, UPDATE
 
 # Seconds after which a standby that was behind may have caught up.
 _RETRY_AFTER_S = 1.0
+# Ids that the caches forget, and the shards hear of, at once: 2 MB.
+_MOST_FORGOTTEN = 50_000
 
 
 async def update(parts: Parts, request: pb.UpdateMemoryRequest, deadline: Deadline) -> pb.UpdateMemoryResponse:
@@ -66,15 +69,15 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
     user_id = validate.user_id(request.user_id, "user_id")
     request_id = validate.request_id(request.request_id) or str(uuid.uuid4())
     question = shard_pb2.EraseRequest(user_id=user_id, request_id=request_id)
-    slot = parts.placement.user_slot(user_id)
-    if slot is not None:
-        answers = [await parts.dispatch.to_owner(slot, ERASE, question, deadline)]
-    else:
-        gathered = await parts.fanout.ask_all(ERASE, question, deadline)
-        gathered.require_all()
-        answers = list(gathered.answers)
-    ids = [memory_id for _, answer in answers for memory_id in answer.ids]
-    await parts.invalidations.forget_everywhere(parts.locations, ids, deadline)
+    while True:
+        answers = await _erase_on_shards(parts, question, deadline)
+        # The shards name them, this attempt's and those of one before, until they hear that all caches forgot them.
+        ids = [memory_id for _, answer in answers for memory_id in answer.ids][:_MOST_FORGOTTEN]
+        if not ids:
+            break
+        await parts.invalidations.forget_everywhere(parts.locations, ids, deadline)
+        del question.forgotten[:]
+        question.forgotten.extend(ids)
     behind = [standby for _, answer in answers for standby in answer.unconfirmed]
     if behind:
         raise Unavailable(
@@ -88,6 +91,18 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
         versions_erased=sum(answer.versions_erased for _, answer in answers),
         receipt=parts.tokens.receipt(*((shard.shard_id, answer.commit) for shard, answer in answers)),
     )
+
+
+async def _erase_on_shards(
+    parts: Parts, question: shard_pb2.EraseRequest, deadline: Deadline
+) -> list[tuple[Shard, shard_pb2.EraseResponse]]:
+    """The answers of all shards that may hold anything of the user. Raises Unavailable when one is missing."""
+    slot = parts.placement.user_slot(question.user_id)
+    if slot is not None:
+        return [await parts.dispatch.to_owner(slot, ERASE, question, deadline)]
+    gathered = await parts.fanout.ask_all(ERASE, question, deadline)
+    gathered.require_all()
+    return list(gathered.answers)
 
 
 async def _slot_to_change(parts: Parts, user_id: str, memory_id: str, deadline: Deadline) -> int:

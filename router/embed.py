@@ -11,6 +11,8 @@ from memshard.v1 import memory_pb2 as pb
 
 _log = logs.get_logger("embed")
 
+_TOO_SLOW = "TOO_SLOW"
+
 Vector = Sequence[float]
 # An embedding that follows: the shard makes it when the embedder is back.
 LATER: Vector = ()
@@ -22,12 +24,17 @@ class Embedding:
     def __init__(self, embedder: Embedder | None) -> None:
         self._embedder = embedder
 
-    async def of_query(self, text: str) -> Vector:
+    async def of_query(self, text: str, deadline: Deadline) -> Vector:
         """The embedding of a search's text.
 
-        Raises InvalidArgument when there is no embedder or it knows nothing of the text, Unavailable.
+        Half of the time that is left is the embedder's; in the other half words must be found instead. Raises
+        InvalidArgument when there is no embedder or it knows nothing of the text, Unavailable.
         """
-        (vector,) = await self._embed([text], "embedding")
+        try:
+            async with asyncio.timeout(deadline.remaining_s() / 2):
+                (vector,) = await self._embed([text], "embedding")
+        except TimeoutError as error:
+            raise Unavailable("the embedder does not answer in time", reason=_TOO_SLOW) from error
         if not any(vector):
             raise _nothing_known("query")
         return vector
@@ -44,7 +51,7 @@ class Embedding:
             async with asyncio.timeout(deadline.remaining_s() / 2):
                 vectors = await self._embed([memory.content for memory in memories], f"{fields[0]}.embedding")
         except (Unavailable, TimeoutError) as error:
-            reason = error.reason if isinstance(error, Unavailable) else "TOO_SLOW"
+            reason = error.reason if isinstance(error, Unavailable) else _TOO_SLOW
             _log.warning("stored without an embedding, which will follow", reason=reason, memories=len(memories))
             return [LATER] * len(memories)
         return [

@@ -1,102 +1,76 @@
 """Forgetting everywhere: routers tell each other, through Redis, which locations to drop from their memories.
 
-Each router listens on one channel. It believes its memory only while that link is alive: for LEASE_S after it sent the
-last ping that was answered on it. Redis keeps the order of what it sends on a connection, so whoever got the answer to
-a ping has heard everything that was said before that ping arrived. Hence all routers have forgotten what was announced
-when all that listen have confirmed it, or else once LEASE_S have passed: who has not heard it by then does not believe
-its memory (leases: Gray & Cheriton, SOSP 1989).
+An erasure begins a new *era* in Redis, so that what was learnt before it is not written there any more
+(`router.location`), deletes the entries, announces the ids, and waits until every router that may believe its memory
+has confirmed them, or does not believe it any more (`router.listening`).
 """
 
 import asyncio
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from common import logs
+from common.cancellation import raise_if_cancelled
 from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import Unavailable
+from router.listening import LEASE_S, Listener, Names
 from router.location import LocationCache
 
 _log = logs.get_logger("invalidation")
 
-# Seconds that a router believes its memory after it last asked whether the link is there.
-LEASE_S = 1.5
-_PING_INTERVAL_S = 0.4
-_RECONNECT_S = 0.5
 _TIMEOUT_S = 1.0
 _RETRY_AFTER_S = 1.0
+# Kept back of an erasure's time for saying that it could not be confirmed.
+_MARGIN_S = 0.1
 
 # Ids in one message: 37 KB.
 _CHUNK = 1000
-# Ids of which Redis could not be told yet; more than that are left to their time to live.
-_MAX_OWED = 200_000
-_CONFIRMATIONS_TTL_S = 60
 
 
 class Invalidations:
-    """One router's end of the channel. `run` listens; `alive` says whether it has heard everything."""
+    """What this router tells the others, and hears from them."""
 
     def __init__(self, settings: RouterSettings, cluster_id: str) -> None:
-        self._channel = f"memshard:forget:{cluster_id}"
+        self._names = Names.of(cluster_id)
+        self._timeout_s = settings.redis_timeout_s
         self._redis = _connect(settings)
-        self._lease_until = 0.0
-        self._owed: dict[str, None] = {}
+        self._listener = Listener(self._redis, self._names) if self._redis is not None else None
 
     def alive(self) -> bool:
         """Whether nothing can have been announced that this router has not heard. Never, without Redis."""
-        return asyncio.get_running_loop().time() < self._lease_until
+        return self._listener is not None and self._listener.alive()
 
     async def run(self, locations: LocationCache) -> None:
         """Listens until cancelled, and makes `locations` forget. After a break it forgets everything. Needs Redis."""
-        assert self._redis is not None
-        while True:
-            pubsub = self._redis.pubsub()
-            try:
-                await pubsub.subscribe(self._channel)
-                locations.clear()
-                if self._owed:
-                    await self._settle(locations, Deadline.after(LEASE_S * 2))
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._listen(pubsub, locations))
-                    tasks.create_task(_ping(pubsub))
-            except* Exception as errors:
-                # Whatever Redis does, and whatever its client makes of it: the link is gone, and with it the memory.
-                kinds = sorted({type(error).__name__ for error in errors.exceptions})
-                _log.warning("what other routers forget is not heard; remembering nothing", errors=kinds)
-            finally:
-                self._lease_until = 0.0
-                locations.clear()
-                await pubsub.aclose()  # type: ignore[no-untyped-call]
-            await asyncio.sleep(_RECONNECT_S)
+        assert self._listener is not None
+        await self._listener.run(locations)
 
     async def tell(self, memory_ids: Sequence[str]) -> None:
-        """Has the other routers forget locations, soon; says nothing when that fails."""
-        if self._redis is None:
+        """Has the other routers forget locations, soon; does nothing when Redis is not there, and waits for nobody."""
+        if self._redis is None or not self.alive():
             return
         try:
-            await self._publish(self._redis, memory_ids, "")
+            async with asyncio.timeout(self._timeout_s):
+                await self._publish(self._redis, memory_ids)
         except Exception as error:  # As everywhere with Redis: it may fail no call.
             _log.warning("other routers were not told to forget", error=type(error).__name__)
 
     async def forget_everywhere(self, locations: LocationCache, memory_ids: Sequence[str], deadline: Deadline) -> None:
-        """Returns when no router and no Redis has the locations any more.
+        """Returns when no router and no Redis has the locations any more, nor will from what anybody knew before.
 
-        Raises Unavailable / ERASE_UNCONFIRMED when that could not be made sure of. They are not lost: the same again
-        asks for them too, and so does the next connection to Redis.
+        Raises Unavailable / ERASE_UNCONFIRMED when that could not be made sure of.
         """
         locations.drop(memory_ids)
-        if self._redis is None:
+        if self._redis is None or self._listener is None:
             return
-        for memory_id in memory_ids:
-            if len(self._owed) < _MAX_OWED:
-                self._owed[memory_id] = None
         try:
-            await self._settle(locations, deadline)
+            await self._forget(self._redis, self._listener, locations, memory_ids, deadline.less(_MARGIN_S))
         except Exception as error:
             _log.warning("an erasure was not confirmed", error=type(error).__name__)
             raise Unavailable(
@@ -111,71 +85,42 @@ class Invalidations:
         if self._redis is not None:
             await self._redis.aclose()
 
-    async def _settle(self, locations: LocationCache, deadline: Deadline) -> None:
-        """Has Redis and all routers forget what is owed. Raises whatever keeps it from that."""
-        assert self._redis is not None
-        owed = list(self._owed)
-        if not owed:
-            return
+    async def _forget(
+        self, redis: Redis, listener: Listener, locations: LocationCache, memory_ids: Sequence[str], deadline: Deadline
+    ) -> None:
         async with deadline.bound():
-            await locations.drop_from_redis(self._redis, owed)
-            confirmations = f"memshard:forgotten:{uuid.uuid4()}"
-            listeners = await self._publish(self._redis, owed, confirmations)
-            try:
-                async with asyncio.timeout(LEASE_S):
-                    while listeners:
-                        if await self._redis.blpop([confirmations], timeout=_TIMEOUT_S) is not None:
-                            listeners -= 1
-            except TimeoutError:
-                """Who has not confirmed by now does not believe its memory."""
-        for memory_id in owed:
-            self._owed.pop(memory_id, None)
+            era = str(uuid.uuid4())
+            await redis.set(self._names.era, era)
+            await locations.drop_from_redis(redis, memory_ids)
+            # Once more: of what this router has read there meanwhile.
+            locations.drop(memory_ids)
+            await self._announce(redis, listener, memory_ids, era)
+        if deadline.remaining_s() <= 0:
+            # Redis' client can have swallowed it.
+            raise TimeoutError
 
-    async def _publish(self, redis: Redis, memory_ids: Sequence[str], confirmations: str) -> int:
-        """Announces ids; who hears the last message confirms all, if asked to. Returns how many listen."""
-        listeners = 0
-        for start in range(0, len(memory_ids), _CHUNK):
-            last = start + _CHUNK >= len(memory_ids)
-            lines = [confirmations if last else "", *memory_ids[start : start + _CHUNK]]
-            listeners = await redis.publish(self._channel, "\n".join(lines))
-        return listeners
-
-    async def _listen(self, pubsub: PubSub, locations: LocationCache) -> None:
+    async def _announce(self, redis: Redis, listener: Listener, memory_ids: Sequence[str], era: str) -> None:
+        """Returns when every router that could believe otherwise has dropped the ids."""
+        confirmations = f"memshard:forgotten:{uuid.uuid4()}"
+        await self._publish(redis, memory_ids, confirmations, era)
+        # Not those that PUBLISH counts: a router whose connection Redis has dropped may still believe, for its lease.
+        waited_for = await listener.others()
         loop = asyncio.get_running_loop()
-        subscribed = False
-        while True:
-            message = await pubsub.get_message(timeout=_TIMEOUT_S)
-            if message is None:
-                if not self.alive():
-                    raise TimeoutError
-            elif message["type"] == "subscribe":
-                if subscribed:
-                    # The client has connected again by itself, and what was said in between is lost.
-                    raise ConnectionError
-                subscribed = True
-            elif message["type"] == "pong":
-                # The ping says when it was sent, by this process's clock.
-                sent_at = float(message["data"])
-                self._lease_until = max(self._lease_until, min(sent_at, loop.time()) + LEASE_S)
-            elif message["type"] == "message":
-                confirmations, *memory_ids = message["data"].decode().split("\n")
-                locations.drop(memory_ids)
-                if confirmations:
-                    await self._confirm(confirmations)
+        until = loop.time() + LEASE_S
+        while waited_for and loop.time() < until:
+            raise_if_cancelled()
+            left_s = max(0.01, until - loop.time())  # Zero would be for ever.
+            reply: Any = await redis.blpop([confirmations], timeout=min(_TIMEOUT_S, left_s))
+            if reply is not None:
+                waited_for.discard(reply[1].decode())
 
-    async def _confirm(self, key: str) -> None:
-        assert self._redis is not None
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            pipeline.rpush(key, "1")
-            pipeline.expire(key, _CONFIRMATIONS_TTL_S)
-            await pipeline.execute()
-
-
-async def _ping(pubsub: PubSub) -> None:
-    loop = asyncio.get_running_loop()
-    while True:
-        await pubsub.ping(str(loop.time()))
-        await asyncio.sleep(_PING_INTERVAL_S)
+    async def _publish(self, redis: Redis, memory_ids: Sequence[str], confirmations: str = "", era: str = "") -> None:
+        """Announces ids; who hears the last message confirms all, if asked to."""
+        for start in range(0, len(memory_ids), _CHUNK):
+            raise_if_cancelled()
+            last = start + _CHUNK >= len(memory_ids)
+            lines = [confirmations if last else "", era, *memory_ids[start : start + _CHUNK]]
+            await redis.publish(self._names.channel, "\n".join(lines))
 
 
 def _connect(settings: RouterSettings) -> Redis | None:

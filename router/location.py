@@ -3,11 +3,17 @@
 It maps to slots, never to shards: slots move, a memory's slot does not. Usually an id has one slot; ids are unique per
 user only, so it may have several. What is found here is only where to look first, so a wrong entry costs a second
 look, and a Redis that is slow or dead costs at most its timeout, then nothing for a while.
+
+What is erased is to be gone from here too, whatever is under way meanwhile. So nothing is written that was learnt
+before an erasure of which this router has heard since (`Moment.forgettings`), nor, in Redis, before one of which it has
+not (`Moment.era`, which each erasure changes there).
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 from cachetools import TTLCache
@@ -36,6 +42,34 @@ _MAX_KEYS = 1000
 _JUST_NOW_MS = 60_000
 _CLOCK_SKEW_MS = 5_000
 
+# Entries (KEYS 2 and following) in one era (KEYS 1); answers what they were before. In another era they are dropped:
+# what is there may lack what could not be written.
+_WRITE = """
+local current = redis.call('GET', KEYS[1]) == ARGV[1]
+local before = {}
+for number = 2, #KEYS do
+    before[number - 1] = redis.call('GET', KEYS[number])
+    if current then
+        redis.call('SET', KEYS[number], ARGV[number + 1], 'EX', ARGV[2])
+    else
+        redis.call('DEL', KEYS[number])
+    end
+end
+return before
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """How far this router had heard of what is to be forgotten, when something began."""
+
+    forgettings: int
+    era: bytes
+
+
+# The era of a router that does not hear the others, which is none of Redis'.
+_UNKNOWN = b""
+
 
 def _always() -> bool:
     return True
@@ -48,13 +82,16 @@ class LocationCache:
     counts for nothing.
     """
 
-    def __init__(self, settings: RouterSettings, believes: Callable[[], bool] = _always) -> None:
+    def __init__(self, settings: RouterSettings, cluster_id: str = "", believes: Callable[[], bool] = _always) -> None:
         self._believes = believes
         self._forgettings = 0
+        self._era = _UNKNOWN
+        self._era_key = era_key(cluster_id)
         self._memory: TTLCache[str, Slots] = TTLCache(settings.location_cache_entries, settings.location_cache_ttl_s)
         self._ttl_s = settings.location_redis_ttl_s
         self._timeout_s = settings.redis_timeout_s
         self._redis = _connect(settings)
+        self._write = self._redis.register_script(_WRITE) if self._redis is not None else None
         self._resting_until = 0.0
 
     async def find(self, memory_id: str) -> Slots:
@@ -63,59 +100,57 @@ class LocationCache:
         if not slots:
             began = self.moment()
             slots = parse(await self._ask(lambda redis: redis.get(_key(memory_id))))
-            if slots and self.moment() == began:
-                self._remember(memory_id, slots)
+            if slots:
+                self._remember(memory_id, slots, began)
         return slots
 
-    def moment(self) -> int:
-        """Changes whenever this router is told to forget something: what was read before may have been that."""
-        return self._forgettings
+    def moment(self) -> Moment:
+        """To be taken before something is read or written whose place is to be remembered."""
+        return Moment(self._forgettings, self._era)
 
-    async def learn(self, memory_id: str, slots: Slots, *, since: int | None = None) -> None:
+    def hear_era(self, era: bytes) -> None:
+        """What era it is in Redis."""
+        self._era = era
+
+    async def learn(self, memory_id: str, slots: Slots, *, since: Moment) -> None:
         """Remembers where a memory is, as all shards together just said; not if there was a forgetting `since`."""
-        if since is not None and self.moment() != since:
-            return
-        self._remember(memory_id, slots)
-        await self._ask(lambda redis: redis.set(_key(memory_id), render(slots), ex=self._ttl_s))
+        if since.forgettings == self._forgettings:
+            self._remember(memory_id, slots, since)
+            await self._keep({memory_id: slots}, since)
 
-    async def add(self, memory_id: str, slot: int) -> None:
+    async def add(self, memory_id: str, slot: int, *, since: Moment) -> bool:
         """Remembers where a memory was just stored, besides wherever another user has one with the same id.
 
         An id that was made just now is nobody else's, so this is all there is to know of it. An older one may be
         others' too, without anything being known of that here: then what is known is added to, and nothing is made up.
+        `since` is a moment before the store. Returns whether other routers may know the id, as another user's alone.
         """
-        here = frozenset((slot,))
-        if not made_just_now(memory_id):
-            known = await self.find(memory_id)
-            await (self.learn(memory_id, known | here) if known else self.forget(memory_id))
-            return
-        self._remember(memory_id, self._recall(memory_id) | here)
-        before = parse(
-            await self._ask(lambda redis: redis.set(_key(memory_id), render(here), ex=self._ttl_s, get=True))
-        )
-        if before - here:
-            await self.learn(memory_id, before | here)
+        if made_just_now(memory_id):
+            return bool(await self.add_many([(memory_id, slot)], since=since))
+        known = await self.find(memory_id)
+        await (self.learn(memory_id, known | {slot}, since=since) if known else self.forget(memory_id))
+        return True
 
-    async def add_many(self, stored: Sequence[tuple[str, int]]) -> None:
-        """The same for the memories of a batch, in one exchange with Redis. Of older ids nothing is kept at all."""
+    async def add_many(self, stored: Sequence[tuple[str, int]], *, since: Moment) -> list[str]:
+        """The same for the memories of a batch, in one exchange with Redis. Of older ids nothing is kept at all.
+
+        Returns the ids that other routers may know as another user's alone.
+        """
         fresh: dict[str, Slots] = {}
         for memory_id, slot in stored:
             if made_just_now(memory_id):
                 fresh[memory_id] = fresh.get(memory_id, NOWHERE) | {slot}
         for memory_id, here in fresh.items():
-            self._remember(memory_id, self._recall(memory_id) | here)
-
-        async def write(redis: Redis) -> list[object]:
-            async with redis.pipeline(transaction=False) as pipeline:
-                for memory_id, here in fresh.items():
-                    pipeline.set(_key(memory_id), render(here), ex=self._ttl_s, get=True)
-                return await pipeline.execute()
-
-        replies = await self._ask(write) if fresh else None
-        for (memory_id, here), reply in zip(fresh.items(), replies if isinstance(replies, list) else [], strict=False):
-            if (before := parse(reply)) - here:
-                await self.learn(memory_id, before | here)
-        await self.forget_many([memory_id for memory_id, _ in stored if memory_id not in fresh])
+            self._remember(memory_id, self._recall(memory_id) | here, since)
+        others: dict[str, None] = {}
+        for memory_id, before in (await self._keep(fresh, since)).items():
+            if before - fresh[memory_id]:
+                await self.learn(memory_id, before | fresh[memory_id], since=since)
+                others[memory_id] = None
+        older = [memory_id for memory_id, _ in stored if memory_id not in fresh]
+        if older:
+            await self.forget_many(older)
+        return [*others, *older]
 
     def drop(self, memory_ids: Sequence[str]) -> None:
         """Drops locations from this router's memory alone."""
@@ -126,6 +161,7 @@ class LocationCache:
     def clear(self) -> None:
         """Drops everything from this router's memory."""
         self._forgettings += 1
+        self._era = _UNKNOWN
         self._memory.clear()
 
     async def forget_many(self, memory_ids: Sequence[str]) -> None:
@@ -153,9 +189,20 @@ class LocationCache:
     def _recall(self, memory_id: str) -> Slots:
         return self._memory.get(memory_id, NOWHERE) if self._believes() else NOWHERE
 
-    def _remember(self, memory_id: str, slots: Slots) -> None:
-        if self._memory.maxsize:  # A cache of no entries refuses the first with an error.
+    def _remember(self, memory_id: str, slots: Slots, since: Moment) -> None:
+        # A cache of no entries refuses the first with an error.
+        if self._memory.maxsize and self._believes() and since.forgettings == self._forgettings:
             self._memory[memory_id] = slots
+
+    async def _keep(self, entries: Mapping[str, Slots], since: Moment) -> dict[str, Slots]:
+        """Writes entries to Redis, if nothing was erased `since`; what each was before, as far as Redis says."""
+        if not entries or self._write is None:
+            return {}
+        keys = [self._era_key, *map(_key, entries)]
+        arguments: list[Any] = [since.era, self._ttl_s, *map(render, entries.values())]
+        write = self._write
+        replies = await self._ask(lambda _: write(keys=keys, args=arguments))
+        return dict(zip(entries, map(parse, replies), strict=True)) if isinstance(replies, list) else {}
 
     async def _ask(self, command: Callable[[Redis], Awaitable[object]]) -> object:
         """Redis' reply, or None when there is no Redis, or it failed or rests."""
@@ -196,6 +243,11 @@ def parse(reply: object) -> Slots:
 def render(slots: Iterable[int]) -> str:
     """An entry: slots in decimal, ascending, with commas between them."""
     return ",".join(map(str, sorted(slots)))
+
+
+def era_key(cluster_id: str) -> str:
+    """Where Redis has the era, which each erasure changes."""
+    return f"memshard:era:{cluster_id}"
 
 
 def _key(memory_id: str) -> str:

@@ -5,7 +5,8 @@ from contextlib import asynccontextmanager
 
 from common import logs
 from common.deadline import Deadline
-from common.errors import InvalidArgument, MemshardError, NotFound, VersionMismatch
+from common.errors import DeadlineExceeded, Internal, MemshardError, OutcomeUnknown
+from common.rpc import INTERRUPTED
 from common.slots import slot_of
 from memshard.internal.v1 import shard_pb2
 from router.dispatch import Dispatch
@@ -14,8 +15,8 @@ from router.shards import RELEASE_REQUEST_ID, TAKE_REQUEST_ID
 
 _log = logs.get_logger("request_ids")
 
-# A request that ends like this has had no effect, and its id may be used for another.
-_NO_EFFECT = (NotFound, VersionMismatch, InvalidArgument)
+# A request that ends like this may have had its effect. Ended by any other error it has had none.
+_IN_DOUBT = (OutcomeUnknown, DeadlineExceeded, Internal)
 
 
 class RequestIds:
@@ -42,11 +43,16 @@ class RequestIds:
         _, answer = await self._dispatch.to_owner(home, TAKE_REQUEST_ID, take, deadline)
         try:
             yield answer.memory_slot
-        except _NO_EFFECT:
-            release = shard_pb2.ReleaseRequestIdRequest(user_id=user_id, request_id=request_id, digest=digest)
-            try:
-                await self._dispatch.to_owner(home, RELEASE_REQUEST_ID, release, deadline)
-            except MemshardError as error:
-                # The id stays with a request that came to nothing, until it is purged.
-                _log.warning("a request id was not given back", reason=error.reason)
+        except MemshardError as error:
+            if not isinstance(error, _IN_DOUBT) and error.reason != INTERRUPTED:
+                await self._give_back(home, user_id, request_id, digest, deadline)
             raise
+
+    async def _give_back(self, home: int, user_id: str, request_id: str, digest: bytes, deadline: Deadline) -> None:
+        """May it be used for another request. The shard keeps it if it knows of another attempt of this one."""
+        release = shard_pb2.ReleaseRequestIdRequest(user_id=user_id, request_id=request_id, digest=digest)
+        try:
+            await self._dispatch.to_owner(home, RELEASE_REQUEST_ID, release, deadline)
+        except MemshardError as error:
+            # The id stays with a request that came to nothing, until it is purged.
+            _log.warning("a request id was not given back", reason=error.reason)

@@ -37,7 +37,7 @@ async def search(
     min_score = validate.min_score(request)
     if request.HasField("filter"):
         filters.check(request.filter)
-    query = await _query(parts, request)
+    query = await _query(parts, request, deadline)
     question = shard_pb2.SearchRequest(
         user_id=user_id,
         embedding=query.embedding,
@@ -68,7 +68,7 @@ async def search(
     )
 
 
-async def _query(parts: Parts, request: pb.SearchMemoriesRequest) -> _Query:
+async def _query(parts: Parts, request: pb.SearchMemoriesRequest, deadline: Deadline) -> _Query:
     text = validate.query_text(request.query)
     if request.embedding:
         validate.embedding(request.embedding, parts.cluster, "embedding")
@@ -78,20 +78,20 @@ async def _query(parts: Parts, request: pb.SearchMemoriesRequest) -> _Query:
                 raise InvalidArgument.field("query", "EMPTY_QUERY", "a keyword search needs words")
             return _Query(words=text)
         case pb.SEARCH_MODE_UNSPECIFIED | pb.SEARCH_MODE_SEMANTIC:
-            return await _semantic(parts, request, text)
+            return await _semantic(parts, request, text, deadline)
         case pb.SEARCH_MODE_HYBRID:
             raise Unimplemented("hybrid search is not offered yet", reason="MODE_NOT_IMPLEMENTED")
         case unknown:
             raise InvalidArgument.field("mode", "INVALID_ENUM", f"{unknown} is no search mode")
 
 
-async def _semantic(parts: Parts, request: pb.SearchMemoriesRequest, text: str) -> _Query:
+async def _semantic(parts: Parts, request: pb.SearchMemoriesRequest, text: str, deadline: Deadline) -> _Query:
     if request.embedding:
         return _Query(embedding=request.embedding)
     if not text:
         raise InvalidArgument.field("query", "EMPTY_QUERY", "give a query, an embedding, or both")
     try:
-        return _Query(embedding=await parts.embedding.of_query(text))
+        return _Query(embedding=await parts.embedding.of_query(text, deadline))
     except Unavailable:
         # Words find something of what was meant, which the answer says; nothing at all would help nobody.
         return _Query(words=text, fallback=True)

@@ -12,7 +12,6 @@ from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import validate
 from router.digest import digest_of
-from router.location import made_just_now
 from router.parts import Parts
 from router.place import home_slot
 from router.scatter import Sending
@@ -30,6 +29,7 @@ async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline
     if not memory.embedding:
         memory.embedding.extend(await parts.embedding.of_memory(memory, deadline))
     item = shard_pb2.StoreItem(slot=parts.placement.new_slot(memory), memory=memory, digest=digest)
+    began = parts.locations.moment()
     if parts.placement.claims:
         (error,) = await _claim(parts, [item], deadline)
         if error is not None:
@@ -37,8 +37,8 @@ async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline
     shard, answer = await parts.dispatch.to_owner(
         item.slot, STORE, shard_pb2.StoreRequest(memory=memory, digest=digest), deadline
     )
-    await parts.locations.add(memory.id, item.slot)
-    await _tell_others(parts, [memory.id])
+    if await parts.locations.add(memory.id, item.slot, since=began):
+        await parts.invalidations.tell([memory.id])
     if answer.deleted:
         add_trailer(DELETED_TRAILER, "0")
     return pb.StoreMemoryResponse(memory=answer.memory, receipt=parts.tokens.receipt((shard.shard_id, answer.commit)))
@@ -51,6 +51,7 @@ async def store_batch(
     validate.batch(request)
     batch = _Batch(request, parts)
     await batch.embed(deadline)
+    began = parts.locations.moment()
     if parts.placement.claims:
         batch.refuse(await _claim(parts, batch.items(), deadline))
     items = batch.items()
@@ -59,19 +60,13 @@ async def store_batch(
         numbers = batch.numbers()
         add_trailer(DELETED_TRAILER, ",".join(str(numbers[n]) for n in sorted(sent.marked)))
     batch.refuse(sent.outcomes)
-    await parts.locations.add_many([(item.memory.id, item.slot) for item in batch.items()])
-    await _tell_others(parts, [item.memory.id for item in batch.items()])
+    others = await parts.locations.add_many([(item.memory.id, item.slot) for item in batch.items()], since=began)
+    if others:
+        await parts.invalidations.tell(others)
     return pb.BatchStoreMemoriesResponse(
         results=batch.results(),
         receipt=parts.tokens.receipt(*((shard.shard_id, answer.commit) for shard, answer in sent.answers)),
     )
-
-
-async def _tell_others(parts: Parts, memory_ids: Sequence[str]) -> None:
-    """Other routers may remember one of these ids as another user's alone. An id that was made just now they cannot."""
-    older = [memory_id for memory_id in memory_ids if not made_just_now(memory_id)]
-    if older:
-        await parts.invalidations.tell(older)
 
 
 class _Batch:

@@ -15,12 +15,18 @@ from shard.rows import COLUMNS, KEPT_COLUMNS, from_microseconds, to_json, to_mem
 # How often a request id can vanish between the attempt to use it and the look at who did.
 _ATTEMPTS = 3
 
+# A version of this number can only be left over from another memory, which was erased before this one had its id.
+_ON_LEFTOVER = """ON CONFLICT (slot, user_id, id, version) DO UPDATE SET
+    agent_id = EXCLUDED.agent_id, session_id = EXCLUDED.session_id, type = EXCLUDED.type,
+    importance = EXCLUDED.importance, content = EXCLUDED.content, metadata = EXCLUDED.metadata,
+    embedding_model = EXCLUDED.embedding_model, pending = EXCLUDED.pending, create_time = EXCLUDED.create_time,
+    update_time = EXCLUDED.update_time, expire_time = EXCLUDED.expire_time, replaced_at = EXCLUDED.replaced_at"""
 # One statement: owning, emptying, keeping the number of the last version, and the request id.
-_DELETE = """
+_DELETE = f"""
 WITH own AS MATERIALIZED (
     SELECT slot FROM owned_slots WHERE slot = $1 AND state = 'own' FOR SHARE
 ), emptied AS (
-    UPDATE memories SET deleted_at = now(), content = '', metadata = '{}', embedding = NULL, agent_id = '',
+    UPDATE memories SET deleted_at = now(), content = '', metadata = '{{}}', embedding = NULL, agent_id = '',
                         session_id = ''
     FROM own
     WHERE memories.slot = own.slot AND user_id = $2 AND id = $3 AND deleted_at IS NULL
@@ -29,9 +35,10 @@ WITH own AS MATERIALIZED (
 ), kept AS (
     INSERT INTO memory_versions (slot, user_id, id, version, agent_id, session_id, type, importance, content, metadata,
                                  embedding_model, pending, create_time, update_time, expire_time)
-    SELECT slot, user_id, id, version, '', '', type, importance, '', '{}', embedding_model, false, create_time,
+    SELECT slot, user_id, id, version, '', '', type, importance, '', '{{}}', embedding_model, false, create_time,
            update_time, expire_time
     FROM emptied
+    {_ON_LEFTOVER}
 ), applied AS (
     INSERT INTO applied_requests (slot, user_id, request_id, digest, answer)
     SELECT own.slot, $2, $4, $5, jsonb_build_object('deleted', EXISTS (SELECT FROM emptied)) FROM own
@@ -39,7 +46,7 @@ WITH own AS MATERIALIZED (
 )
 SELECT EXISTS (SELECT FROM own) AS owned, applied.deleted
 FROM (VALUES (1)) AS one LEFT JOIN applied ON true
-"""
+"""  # noqa: S608  # A constant, here as below.
 # A statement of its own: it sees the version that an update kept which the one above had to wait for.
 _FORGET_VERSIONS = """
 UPDATE memory_versions SET content = '', metadata = '{}', agent_id = '', session_id = ''
@@ -49,13 +56,14 @@ _LOCK = """
 SELECT version, deleted_at IS NOT NULL OR (expire_time IS NOT NULL AND expire_time <= now()) AS gone
 FROM memories WHERE slot = $1 AND user_id = $2 AND id = $3 FOR UPDATE
 """
-_KEEP_VERSION = """
+_KEEP_VERSION = f"""
 INSERT INTO memory_versions (slot, user_id, id, version, agent_id, session_id, type, importance, content, metadata,
                              embedding_model, pending, create_time, update_time, expire_time)
 SELECT slot, user_id, id, version, agent_id, session_id, type, importance, content, metadata, embedding_model,
        embedding IS NULL, create_time, update_time, expire_time
 FROM memories WHERE slot = $1 AND user_id = $2 AND id = $3
-"""
+{_ON_LEFTOVER}
+"""  # noqa: S608
 _UPDATE = f"""
 UPDATE memories SET
     content = CASE WHEN 'content' = ANY ($4) THEN $5 ELSE content END,
@@ -71,7 +79,7 @@ UPDATE memories SET
     update_time = now()
 WHERE slot = $1 AND user_id = $2 AND id = $3
 RETURNING {COLUMNS}
-"""  # noqa: S608  # COLUMNS is a constant.
+"""  # noqa: S608
 _FIND_VERSION = f"""
 SELECT {COLUMNS} FROM memories WHERE slot = $1 AND user_id = $2 AND id = $3 AND version = $4 AND deleted_at IS NULL
 UNION ALL

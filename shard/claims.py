@@ -7,11 +7,14 @@ the slot that user and id give, for one digest and one memory slot; the claim al
 
 from collections.abc import Sequence
 
-from common.errors import AlreadyExists, InvalidArgument
+from common.errors import AlreadyExists, InvalidArgument, Unavailable
 from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
 from shard.expiry import is_past, too_late
 from shard.ownership import NotOwnedError
+
+# How often an erasure can take a claim away between the attempt to make it and the look at whose it is.
+_ATTEMPTS = 3
 
 _CLAIM = """
 WITH items AS (
@@ -43,37 +46,50 @@ WHERE owned_slots.slot = $1 AND state IN ('own', 'fenced')
 
 async def claim(
     connection: Connection, items: Sequence[shard_pb2.ClaimItem]
-) -> tuple[list[AlreadyExists | InvalidArgument | NotOwnedError | None], bool]:
+) -> tuple[list[AlreadyExists | InvalidArgument | NotOwnedError | Unavailable | None], bool]:
     """Takes every id that is free; what became of each, in order: None when it is taken for this digest.
 
     And whether any of them was taken before.
     """
+    outcomes: dict[int, AlreadyExists | InvalidArgument | NotOwnedError | Unavailable | None] = {}
+    left = list(range(len(items)))
+    claimed = 0
+    for _ in range(_ATTEMPTS):
+        found, newly = await _claim_once(connection, [items[number] for number in left])
+        claimed += newly
+        outcomes.update(zip(left, found, strict=True))
+        left = [number for number in left if isinstance(outcomes[number], Unavailable)]
+        if not left:
+            break
+    repeated = sum(outcome is None for outcome in outcomes.values()) > claimed
+    return [outcomes[number] for number in range(len(items))], repeated
+
+
+async def _claim_once(
+    connection: Connection, items: Sequence[shard_pb2.ClaimItem]
+) -> tuple[list[AlreadyExists | InvalidArgument | NotOwnedError | Unavailable | None], int]:
     keys = [(item.home_slot, item.user_id, item.id) for item in items]
+    late = [is_past(item) for item in items]
     slots, users, ids = (list(column) for column in zip(*keys, strict=True))
-    row = await connection.fetchrow(
-        _CLAIM,
-        slots,
-        users,
-        ids,
-        [item.digest for item in items],
-        [item.memory_slot for item in items],
-        [is_past(item) for item in items],
-    )
+    digests, memory_slots = [item.digest for item in items], [item.memory_slot for item in items]
+    row = await connection.fetchrow(_CLAIM, slots, users, ids, digests, memory_slots, late)
     assert row is not None
     owned = set(row["owned"])
     rows = await connection.fetch(_FIND_DIGESTS, slots, users, ids)
-    digests = {(row["slot"], row["user_id"], str(row["id"])): row["digest"] for row in rows}
-    outcomes: list[AlreadyExists | InvalidArgument | NotOwnedError | None] = []
-    for key, item in zip(keys, items, strict=True):
+    taken = {(row["slot"], row["user_id"], str(row["id"])): row["digest"] for row in rows}
+    outcomes: list[AlreadyExists | InvalidArgument | NotOwnedError | Unavailable | None] = []
+    for key, item, too_old in zip(keys, items, late, strict=True):
         if item.home_slot not in owned:
             outcomes.append(NotOwnedError())
-        elif digests.get(key) == item.digest:
-            outcomes.append(None)
-        elif key not in digests:
+        elif key in taken:
+            same = taken[key] == item.digest
+            outcomes.append(None if same else AlreadyExists(f"the id {item.id} is taken by other content"))
+        elif too_old:
             outcomes.append(too_late())
         else:
-            outcomes.append(AlreadyExists(f"the id {item.id} is taken by other content"))
-    return outcomes, outcomes.count(None) > row["claimed"]
+            # It was there a moment ago, the new one or another's, and has been erased since.
+            outcomes.append(Unavailable("the user is being erased; try again", retry_after_s=1.0))
+    return outcomes, row["claimed"]
 
 
 async def find(connection: Connection, slot: int, user_id: str, memory_id: str) -> int | None:

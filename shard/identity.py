@@ -60,7 +60,7 @@ GROUP BY gaps ORDER BY first
 _GRANTS = """
 SELECT format('GRANT SELECT ON identity, owned_slots TO %1$I; GRANT UPDATE (held) ON owned_slots TO %1$I;
                GRANT SELECT, INSERT, UPDATE, DELETE
-               ON memories, memory_versions, applied_requests, request_claims, claims, erasures TO %1$I;
+               ON memories, memory_versions, applied_requests, request_claims, claims, erasures, erased_ids TO %1$I;
                GRANT SELECT, INSERT, UPDATE ON heartbeats TO %1$I', $1::text)
 """
 # A start waits this long for another one that changes the schema.

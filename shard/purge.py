@@ -35,6 +35,7 @@ WITH emptied AS (
     WHERE ctid = ANY (ARRAY(
         SELECT memory_versions.ctid FROM memories JOIN memory_versions USING (slot, user_id, id)
         WHERE deleted_at IS NOT NULL AND memory_versions.content <> '' LIMIT $1
+        FOR UPDATE OF memory_versions SKIP LOCKED
     ))
     RETURNING 1
 )
@@ -66,6 +67,7 @@ SELECT count(*) FROM removed
 _REMOVE_REQUESTS = _REMOVE.format(table="applied_requests", since="applied_at")
 _REMOVE_REQUEST_CLAIMS = _REMOVE.format(table="request_claims", since="taken_at")
 _REMOVE_ERASURES = _REMOVE.format(table="erasures", since="applied_at")
+_REMOVE_ERASED_IDS = _REMOVE.format(table="erased_ids", since="erased_at")
 _REMOVE_VERSIONS = _REMOVE.format(table="memory_versions", since="replaced_at")
 
 
@@ -100,6 +102,7 @@ async def purge(database: Database, retention: Retention, *, batch: int = _BATCH
         (_REMOVE_REQUESTS, (retention.tombstone_s,)),
         (_REMOVE_REQUEST_CLAIMS, (retention.tombstone_s,)),
         (_REMOVE_ERASURES, (retention.tombstone_s,)),
+        (_REMOVE_ERASED_IDS, (retention.tombstone_s,)),
         (_REMOVE_VERSIONS, (retention.version_s,)),
     ):
         while True:

@@ -102,7 +102,9 @@ async def list_versions(
 ) -> shard_pb2.ListVersionsResponse:
     """The versions of a memory, newest first: what it is now, if it is, and what is kept of before.
 
-    Of an expired memory there is nothing; of a deleted one, the versions without their contents.
+    Of an expired memory there is nothing; of a deleted one, the versions without their contents, its last among them.
+    What an erasure left of an earlier memory with this id is not shown: its numbers are not below this one's, or they
+    were replaced.
     """
     question = _Question(request.route.ranges, request.user_id)
     key = f"{question.whose} AND id = {question.add(request.id)}"
@@ -110,8 +112,9 @@ async def list_versions(
     rows = await question.ask(
         connection,
         f"SELECT * FROM (SELECT {COLUMNS} FROM memories WHERE {key} AND {_LIVE} UNION ALL "  # noqa: S608
-        f"SELECT {KEPT_COLUMNS} FROM memory_versions WHERE {key} AND NOT EXISTS "
-        f"(SELECT FROM memories WHERE {key} AND expire_time <= coalesce(deleted_at, now()))) AS versions "
+        f"SELECT {KEPT_COLUMNS} FROM memory_versions AS kept WHERE {key} AND EXISTS "
+        f"(SELECT FROM memories WHERE {key} AND kept.version < version + (deleted_at IS NOT NULL)::int "
+        f"AND (expire_time IS NULL OR expire_time > coalesce(deleted_at, now())))) AS versions "
         f"WHERE ({before} = 0 OR version < {before}) ORDER BY version DESC LIMIT {question.add(request.page_size + 1)}",
     )
     page = shard_pb2.ListVersionsResponse()

@@ -32,21 +32,32 @@ def words_of(text: str) -> str:
     return f"regexp_replace({text}, '[^[:alnum:]]+', ' ', 'g')"
 
 
-# A request id belongs to its user; under placements that spread users, its effect may be in any slot (decision 0009).
-_REQUEST_CLAIMS = Migration(
+_ACROSS_SLOTS = Migration(
     3,
-    "request ids of users in many slots",
+    "request ids of users in many slots, erased ids",
     """
+    -- A request id belongs to its user; under placements that spread users, its effect may be in any slot
+    -- (docs/decisions/0009-request-ids.md).
     CREATE TABLE request_claims (
         slot int NOT NULL,
         user_id text COLLATE "C" NOT NULL,
         request_id text COLLATE "C" NOT NULL,
         digest bytea NOT NULL,
         memory_slot int NOT NULL,
-        taken_at timestamptz NOT NULL DEFAULT now(),
+        attempts int NOT NULL DEFAULT 1,
+        taken_at timestamptz NOT NULL DEFAULT now(),  -- By the last attempt.
         PRIMARY KEY (slot, user_id, request_id)
     );
     CREATE INDEX request_claims_by_age ON request_claims (taken_at);
+    -- Ids whose memories are erased and which a cache may still know, of a user known by a hash.
+    CREATE TABLE erased_ids (
+        user_hash bytea NOT NULL,
+        slot int NOT NULL,
+        id uuid NOT NULL,
+        erased_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (user_hash, slot, id)
+    );
+    CREATE INDEX erased_ids_by_age ON erased_ids (erased_at);
     """,
 )
 
@@ -84,7 +95,7 @@ def migrations(shape: Shape) -> tuple[Migration, ...]:
 
     Numbers and names of this module and the shape go into these statements; nothing from outside does.
     """
-    return _memories(shape), _whole_api(shape), _REQUEST_CLAIMS, _HEARTBEATS
+    return _memories(shape), _whole_api(shape), _ACROSS_SLOTS, _HEARTBEATS
 
 
 def _memories(shape: Shape) -> Migration:

@@ -107,10 +107,11 @@ class ShardServicer(ReadServicer):
         slot = self._slot(request.route)
 
         async def write(connection: Connection) -> tuple[shard_pb2.TakeRequestIdResponse, bool]:
-            memory_slot, repeated = await request_claims.take(
+            memory_slot = await request_claims.take(
                 connection, slot, request.user_id, request.request_id, request.digest, request.memory_slot
             )
-            return shard_pb2.TakeRequestIdResponse(memory_slot=memory_slot), repeated
+            # Never a mere repetition: every attempt is counted, by a commit of its own.
+            return shard_pb2.TakeRequestIdResponse(memory_slot=memory_slot), False
 
         response, _ = await self._write(write, deadline)
         return response
@@ -150,7 +151,12 @@ class ShardServicer(ReadServicer):
 
         async def write(connection: Connection) -> tuple[shard_pb2.EraseResponse, bool]:
             erased = await erase.erase(
-                connection, bounds, reads.slot_count(ranges), request.user_id, request.request_id
+                connection,
+                bounds,
+                reads.slot_count(ranges),
+                request.user_id,
+                request.request_id,
+                forgotten=request.forgotten,
             )
             response = shard_pb2.EraseResponse(
                 memories_erased=erased.memories, versions_erased=erased.versions, ids=sorted(erased.ids)

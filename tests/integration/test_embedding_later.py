@@ -97,6 +97,16 @@ async def test_a_slow_embedder_does_not_cost_a_store_its_deadline(
     await eventually(lambda: is_ready(remote, stored), within_s=20)
 
 
+async def test_a_search_falls_back_to_words_in_good_time_when_the_server_thinks_for_too_long(
+    remote: "MemoryServiceAsyncStub", server: EmbeddingServer, user: str
+) -> None:
+    await remote.StoreMemory(store_request(user, "green tea"))
+    server.at_work.clear()
+    found = await remote.SearchMemories(pb.SearchMemoriesRequest(user_id=user, query="tea"), timeout=2)
+    assert [r.memory.content for r in found.results] == ["green tea"]
+    assert found.score_kind == pb.SCORE_KIND_TEXT_RANK
+
+
 async def test_what_waits_for_its_embedding_is_neither_resurrected_nor_given_that_of_an_older_text(
     remote: "MemoryServiceAsyncStub", server: EmbeddingServer, user: str
 ) -> None:

@@ -17,8 +17,10 @@ from common.deadline import Deadline
 from common.errors import Unavailable
 from local import probes
 from local.binaries import redis_server
+from memshard.ids import new_id
 from memshard.v1 import memory_pb2 as pb
-from router.invalidation import LEASE_S, Invalidations
+from router.invalidation import Invalidations
+from router.listening import LEASE_S
 from router.location import NOWHERE, LocationCache
 from tests.support.cluster import LocalCluster, free_port
 from tests.support.eventually import eventually
@@ -76,7 +78,7 @@ class Router:
 async def router(url: str) -> AsyncIterator[Router]:
     settings = RouterSettings(catalog_dsn="postgresql://unused", redis_url=url)  # type: ignore[arg-type]
     invalidations = Invalidations(settings, "cluster")
-    locations = LocationCache(settings, invalidations.alive)
+    locations = LocationCache(settings, "cluster", invalidations.alive)
     listening = asyncio.create_task(invalidations.run(locations))
     try:
         await eventually(invalidations.alive)
@@ -98,7 +100,7 @@ async def empty(url: str) -> None:
 async def test_what_one_router_forgets_all_have_forgotten_when_it_returns(own_redis: OwnRedis) -> None:
     async with router(own_redis.url) as one, router(own_redis.url) as other:
         for memory_id in (*IDS, "kept"):
-            await other.locations.learn(memory_id, HERE)
+            await other.locations.learn(memory_id, HERE, since=other.locations.moment())
         await one.invalidations.forget_everywhere(one.locations, IDS, Deadline.after(10))
         for memory_id in IDS:
             assert await other.locations.find(memory_id) == NOWHERE
@@ -113,7 +115,7 @@ async def test_a_router_that_hears_nothing_stops_believing_its_memory(own_redis:
         router(own_redis.url) as one,
         router(f"redis://{link.address}") as other,
     ):
-        await other.locations.learn(IDS[0], HERE)
+        await other.locations.learn(IDS[0], HERE, since=other.locations.moment())
         await empty(own_redis.url)
         assert await other.remembers(IDS[0])
         link.hold_answers()
@@ -126,31 +128,94 @@ async def test_a_router_that_hears_nothing_stops_believing_its_memory(own_redis:
         assert not await other.remembers(IDS[0])
 
 
-async def test_without_redis_nothing_is_remembered_and_an_erasure_is_not_confirmed_until_it_is_back(
-    own_redis: OwnRedis,
-) -> None:
+async def test_a_router_that_redis_has_dropped_unnoticed_is_waited_for(own_redis: OwnRedis) -> None:
+    """PUBLISH does not count it any more, and it believes its memory for its lease."""
+    async with (
+        Proxy("127.0.0.1", own_redis.port) as link,
+        router(own_redis.url) as one,
+        router(f"redis://{link.address}") as other,
+    ):
+        client = Redis.from_url(own_redis.url)
+        await other.locations.learn(IDS[0], HERE, since=other.locations.moment())
+        assert await other.remembers(IDS[0])
+        link.hold_answers()
+        listeners = sorted(int(known["id"]) for known in await client.client_list(_type="pubsub"))
+        await client.client_kill_filter(_id=str(listeners[-1]))
+        assert other.invalidations.alive()
+        await one.invalidations.forget_everywhere(one.locations, IDS[:1], Deadline.after(10))
+        assert not await other.remembers(IDS[0])
+        await client.aclose()
+        link.cut()
+
+
+async def test_an_erasure_waits_for_a_router_that_has_left_no_longer_than_its_lease(own_redis: OwnRedis) -> None:
+    async with router(own_redis.url) as one, router(own_redis.url):
+        async with router(own_redis.url):
+            pass
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await one.invalidations.forget_everywhere(one.locations, IDS[:1], Deadline.after(10))
+        assert loop.time() - began < LEASE_S * 1.5
+        began = loop.time()
+        await one.invalidations.forget_everywhere(one.locations, IDS[:1], Deadline.after(10))
+        assert loop.time() - began < LEASE_S / 2
+
+
+async def test_without_redis_nothing_is_remembered_and_an_erasure_is_not_confirmed(own_redis: OwnRedis) -> None:
     async with router(own_redis.url) as one:
-        await one.locations.learn(IDS[0], HERE)
+        await one.locations.learn(IDS[0], HERE, since=one.locations.moment())
         await own_redis.kill()
         await eventually(lambda: not one.invalidations.alive())
         assert not await one.remembers(IDS[0])
         with pytest.raises(Unavailable) as unconfirmed:
             await one.invalidations.forget_everywhere(one.locations, IDS[:1], Deadline.after(5))
         assert unconfirmed.value.reason == "ERASE_UNCONFIRMED"
-        # The same request again finds nothing more in the shards; what is owed is remembered here.
-        with pytest.raises(Unavailable):
-            await one.invalidations.forget_everywhere(one.locations, [], Deadline.after(5))
         await own_redis.start()
         client = Redis.from_url(own_redis.url)
         await client.set(f"loc:{IDS[0]}", "7")
         await eventually(one.invalidations.alive)
-        await eventually(lambda: _gone(client, IDS[0]))
+        await one.invalidations.forget_everywhere(one.locations, IDS[:1], Deadline.after(5))
+        assert await client.get(f"loc:{IDS[0]}") is None
         await client.aclose()
-        await one.invalidations.forget_everywhere(one.locations, [], Deadline.after(5))
 
 
-async def _gone(client: Redis, memory_id: str) -> bool:
-    return await client.get(f"loc:{memory_id}") is None
+async def test_what_was_learnt_before_an_erasure_is_not_written_after_it(own_redis: OwnRedis) -> None:
+    """Not even by a router that has not heard of it yet."""
+    async with router(own_redis.url) as one:
+        client = Redis.from_url(own_redis.url)
+        fresh = new_id()
+        before = one.locations.moment()
+        assert not await one.locations.add(fresh, 7, since=before)
+        assert await client.get(f"loc:{fresh}") == b"7"
+        # How an erasure begins.
+        await client.set("memshard:era:cluster", str(uuid.uuid4()))
+        await one.locations.learn(fresh, HERE, since=before)
+        assert await client.get(f"loc:{fresh}") is None
+        await one.locations.add_many([(fresh, 7)], since=before)
+        assert await client.get(f"loc:{fresh}") is None
+        # It knows of the new era soon.
+        await eventually(lambda: _is_written(one, client))
+        before = one.locations.moment()
+        await one.invalidations.forget_everywhere(one.locations, [fresh], Deadline.after(5))
+        await one.locations.add(fresh, 7, since=before)
+        assert await one.locations.find(fresh) == NOWHERE
+        await client.aclose()
+
+
+async def _is_written(by: Router, client: Redis) -> bool:
+    fresh = new_id()
+    await by.locations.add(fresh, 7, since=by.locations.moment())
+    return await client.get(f"loc:{fresh}") == b"7"
+
+
+async def test_a_router_that_hears_nothing_writes_nothing(own_redis: OwnRedis) -> None:
+    async with router(own_redis.url) as one:
+        client = Redis.from_url(own_redis.url)
+        fresh = new_id()
+        one.locations.clear()
+        await one.locations.add(fresh, 7, since=one.locations.moment())
+        assert await client.get(f"loc:{fresh}") is None
+        await client.aclose()
 
 
 async def test_an_answer_from_before_a_forgetting_is_not_remembered_after_it(own_redis: OwnRedis) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
@@ -20,12 +20,13 @@ from memshard.v1 import memory_pb2 as pb
 from router.dispatch import Dispatch
 from router.fanout import Fanout
 from router.locate import Locator
-from router.location import LocationCache
+from router.location import LocationCache, era_key
 from router.reads import Reads
 from router.replicas import Replicas
 from router.shards import Q, R, Rpc, Shards
 from router.topology_watch import TopologyWatch
 from tests.support.cluster import LocalCluster, free_port
+from tests.support.eventually import eventually
 from tests.support.wire import store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
@@ -64,13 +65,14 @@ class Router:
 
 
 @asynccontextmanager
-async def router(topology: Topology, redis_url: str | None) -> AsyncIterator[Router]:
+async def router(topology: Topology, redis_url: str | None, era: bytes = b"") -> AsyncIterator[Router]:
     settings = RouterSettings(catalog_dsn="postgresql://unused", redis_url=redis_url)  # type: ignore[arg-type]
     async with AsyncExitStack() as stack:
         shards = CountingShards(settings)
         stack.push_async_callback(shards.close)
-        locations = LocationCache(settings)
+        locations = LocationCache(settings, topology.cluster_id)
         stack.push_async_callback(locations.close)
+        locations.hear_era(era)
         watch = TopologyWatch("postgresql://unused", topology, poll_s=60, changed=shards.follow)
         reads = Reads(shards, Replicas(shards, topology, settings), settings)
         yield Router(Locator(locations, Dispatch(watch, reads), Fanout(watch, reads, concurrency=8)), shards)
@@ -89,6 +91,16 @@ async def redis(cluster: LocalCluster) -> AsyncIterator[Redis]:
 
 
 @pytest_asyncio.fixture
+async def era(redis: Redis, topology: Topology) -> bytes:
+    """What a router is told that hears the others."""
+
+    async def found() -> Any:
+        return await redis.get(era_key(topology.cluster_id))
+
+    return bytes(await eventually(found))
+
+
+@pytest_asyncio.fixture
 async def memory_id(api: "MemoryServiceAsyncStub", user: str) -> str:
     return (await api.StoreMemory(store_request(user, "found by its id"))).memory.id
 
@@ -101,10 +113,10 @@ async def test_a_stored_memory_is_found_with_one_call(
 
 
 async def test_one_call_on_a_hit_all_shards_on_a_miss_and_one_the_next_time(
-    cluster: LocalCluster, topology: Topology, redis: Redis, memory_id: str, user: str
+    cluster: LocalCluster, topology: Topology, redis: Redis, memory_id: str, user: str, era: bytes
 ) -> None:
     await redis.delete(f"loc:{memory_id}")
-    async with router(topology, cluster.redis_url()) as fresh:
+    async with router(topology, cluster.redis_url(), era) as fresh:
         assert await fresh.calls_for(memory_id, user) == SHARDS
         assert await fresh.calls_for(memory_id, user) == 1
     assert await redis.get(f"loc:{memory_id}") == str(user_slot(user)).encode()

@@ -1,5 +1,7 @@
 """A shard's status in the catalog says what it may be asked: readonly, draining, maintenance."""
 
+import itertools
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +12,7 @@ import pytest_asyncio
 
 from common import catalog
 from memshard.v1 import memory_pb2 as pb
+from router.place import home_slot
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.wire import database, memory_service, reason_of, store_request, topology_of, user_slot
@@ -36,6 +39,15 @@ class Shards:
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def shards() -> AsyncIterator[Shards]:
     async with LocalCluster(shards=2) as cluster, memory_service(cluster.address) as api:
+        yield Shards(cluster, api)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def placed_by_content() -> AsyncIterator[Shards]:
+    async with (
+        LocalCluster(shards=2, options=["--placement", "content_hash"]) as cluster,
+        memory_service(cluster.address) as api,
+    ):
         yield Shards(cluster, api)
 
 
@@ -83,3 +95,27 @@ async def test_a_shard_in_maintenance_is_not_asked_and_named_as_missing(
         )
     found = await shards.api.SearchMemories(pb.SearchMemoriesRequest(query="stored"))
     assert [failure.shard_id for failure in found.report.shards.failed] == [shard_id]
+
+
+async def test_a_request_that_a_readonly_shard_refuses_leaves_its_request_id_free(
+    placed_by_content: Shards, user: str
+) -> None:
+    """The id is taken on one shard, and the effect would have been on the other."""
+    topology = await topology_of(placed_by_content.cluster.catalog_dsn())
+    here = topology.owner(user_slot(user)).shard_id
+    other = next(shard.shard_id for shard in topology.shards if shard.shard_id != here)
+    ids = (str(uuid.uuid4()) for _ in itertools.count())
+    away = next(id for id in ids if topology.owner(home_slot(user, id)).shard_id == other)
+    refused_request = pb.DeleteMemoryRequest(id=away, user_id=user, request_id="r")
+    await placed_by_content.set_status(other, "readonly")
+    try:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await placed_by_content.api.DeleteMemory(refused_request)
+    finally:
+        await placed_by_content.set_status(other, "active")
+    assert reason_of(refused.value) == "READ_ONLY"
+    another = pb.DeleteMemoryRequest(id=next(ids), user_id=user, request_id="r")
+    assert not (await placed_by_content.api.DeleteMemory(another)).deleted
+    with pytest.raises(grpc.aio.AioRpcError) as reused:
+        await placed_by_content.api.DeleteMemory(refused_request)
+    assert reason_of(reused.value) == "REQUEST_ID_REUSED"

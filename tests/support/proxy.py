@@ -92,4 +92,6 @@ class Proxy:
                 await self._answers.wait()
                 target.write(data)
                 await target.drain()
+        # That there is an end is held back as well.
+        await self._answers.wait()
         target.transport.abort()

@@ -71,10 +71,10 @@ async def test_what_was_stored_learned_or_forgotten_is_remembered() -> None:
     cache = _cache(10)
     fresh = new_id()
     assert await cache.find(fresh) == NOWHERE
-    await cache.add(fresh, 1)
-    await cache.add(fresh, 2)  # Another user has a memory with the same id.
+    await cache.add(fresh, 1, since=cache.moment())
+    await cache.add(fresh, 2, since=cache.moment())  # Another user has a memory with the same id.
     assert await cache.find(fresh) == {1, 2}
-    await cache.learn(fresh, frozenset((2,)))
+    await cache.learn(fresh, frozenset((2,)), since=cache.moment())
     assert await cache.find(fresh) == {2}
     await cache.forget(fresh)
     await cache.forget(fresh)
@@ -85,10 +85,10 @@ async def test_an_old_id_is_added_to_what_is_known_and_never_begins_an_entry() -
     """Others may have it already: an entry with one slot would hide theirs."""
     cache = _cache(10)
     for old in (str(uuid.uuid4()), "0190b5a4-7b3c-7def-8123-456789abcdef"):
-        await cache.add(old, 1)
+        await cache.add(old, 1, since=cache.moment())
         assert await cache.find(old) == NOWHERE
-        await cache.learn(old, frozenset((1,)))
-        await cache.add(old, 2)
+        await cache.learn(old, frozenset((1,)), since=cache.moment())
+        await cache.add(old, 2, since=cache.moment())
         assert await cache.find(old) == {1, 2}
 
 
@@ -96,7 +96,7 @@ async def test_memory_is_bounded() -> None:
     cache = _cache(10)
     ids = [new_id() for _ in range(25)]
     for i in range(25):
-        await cache.add(ids[i], i)
+        await cache.add(ids[i], i, since=cache.moment())
     found = [i for i in range(25) if await cache.find(ids[i])]
     assert found == list(range(15, 25))
 
@@ -104,7 +104,30 @@ async def test_memory_is_bounded() -> None:
 async def test_router_may_remember_nothing_at_all() -> None:
     cache = _cache(0)
     fresh = new_id()
-    await cache.add(fresh, 1)
-    await cache.learn(fresh, frozenset((1,)))
+    await cache.add(fresh, 1, since=cache.moment())
+    await cache.learn(fresh, frozenset((1,)), since=cache.moment())
     assert await cache.find(fresh) == NOWHERE
     await cache.forget(fresh)
+
+
+async def test_a_place_learnt_before_a_forgetting_is_not_remembered_after_it() -> None:
+    cache = _cache(10)
+    fresh = new_id()
+    began = cache.moment()
+    cache.drop([fresh])
+    await cache.add(fresh, 1, since=began)
+    assert await cache.find(fresh) == NOWHERE
+    await cache.learn(fresh, frozenset((1,)), since=began)
+    assert await cache.find(fresh) == NOWHERE
+
+
+async def test_nothing_is_remembered_while_the_memory_is_not_believed() -> None:
+    """It would be believed again later, and nobody has said what to forget meanwhile."""
+    believes = False
+    settings = RouterSettings(catalog_dsn=SecretStr("postgresql://nowhere"))
+    cache = LocationCache(settings, believes=lambda: believes)
+    fresh = new_id()
+    await cache.add(fresh, 1, since=cache.moment())
+    await cache.learn(fresh, frozenset((1,)), since=cache.moment())
+    believes = True
+    assert await cache.find(fresh) == NOWHERE

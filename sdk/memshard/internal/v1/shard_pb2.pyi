@@ -1066,21 +1066,27 @@ class EraseRequest(_message.Message):
     ROUTE_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    FORGOTTEN_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     request_id: _builtins.str
     """Never empty: a router makes one when the caller gave none."""
     @_builtins.property
     def route(self) -> Global___Route: ...
+    @_builtins.property
+    def forgotten(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the ids told before: no cache has them any more, and the shard may forget them."""
+
     def __init__(
         self,
         *,
         route: Global___Route | None = ...,
         user_id: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        forgotten: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "route", b"route", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forgotten", b"forgotten", "request_id", b"request_id", "route", b"route", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1101,7 +1107,9 @@ class EraseResponse(_message.Message):
     versions_erased: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Of the memories that went with this attempt, for the location caches."""
+        """Of memories of the user that went with this erasure or an earlier one, and that a cache may still know. At most
+        20,000: more follow when these are said to be forgotten.
+        """
 
     @_builtins.property
     def commit(self) -> Global___Commit: ...
