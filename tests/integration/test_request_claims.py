@@ -125,5 +125,5 @@ async def test_items_of_one_batch_claim_each_for_itself(shard: "Connection", use
     conflicting = shard_pb2.ClaimItem()
     conflicting.CopyFrom(item)
     conflicting.digest = OTHER
-    outcomes = await claims.claim(shard, [item, conflicting, other, item])
+    outcomes, _ = await claims.claim(shard, [item, conflicting, other, item])
     assert [type(found).__name__ for found in outcomes] == ["NoneType", "AlreadyExists", "NoneType", "NoneType"]
