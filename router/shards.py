@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar, cast
 import grpc
 from google.protobuf.message import Message
 
+from common.cancellation import raise_if_cancelled, requested
 from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import DeadlineExceeded, MemshardError, OutcomeUnknown, ReadOnly, ResourceExhausted, Unavailable
@@ -86,15 +87,19 @@ class Shards:
         remaining_s = deadline.less(self._margin_s).remaining_s()
         if remaining_s <= 0:
             raise DeadlineExceeded(f"no time left to ask {shard.shard_id}")
+        cancellations = requested()
         try:
-            return cast("R", await getattr(self._stub(shard.address), rpc.name)(request, timeout=remaining_s))
+            answer = cast("R", await getattr(self._stub(shard.address), rpc.name)(request, timeout=remaining_s))
         except grpc.aio.AioRpcError as error:
+            raise_if_cancelled(since=cancellations)
             raise _explained(error, shard, rpc) from error
         except asyncio.CancelledError as error:
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
             # Nobody cancelled the caller: gRPC cancels what is in flight when a channel closes.
             raise _gone(shard, rpc) from error
+        raise_if_cancelled(since=cancellations)
+        return answer
 
     def follow(self, topology: Topology) -> None:
         """Closes the channels to addresses that no shard has any more, once what is in flight on them has ended."""
