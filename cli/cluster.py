@@ -67,6 +67,15 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     shards: Annotated[
         int | None, typer.Option("--shards", metavar="N", help="How many shards; fixed when it is made. Default: 2.")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="W,W,…",
+            help="Share of each shard in the slots beside the others', like 1,2,1; fixed when it is made. Default: the "
+            "same for all.",
+        ),
+    ] = None,
     replicas: Annotated[int, typer.Option("--replicas", metavar="M", help="Read replicas of each shard.")] = 0,
     routers: Annotated[int, typer.Option("--routers", metavar="R", help="How many routers, on ports P, P+1, …")] = 1,
     data_dir: DataDir = None,
@@ -122,6 +131,7 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
         fail("read replicas are not offered yet: leave out --replicas", code=2)
     options = Options(
         shards=shards,
+        weights=weights,
         embedder=embedder.value if embedder else None,
         embedder_url=embedder_url,
         embedder_model=embedder_model,

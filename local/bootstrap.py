@@ -94,7 +94,7 @@ async def make_database(server: Server, secrets: Secrets, *, vector: bool) -> No
 
 async def make_catalog(server: Server, secrets: Secrets, record: Record, addresses: Mapping[str, str]) -> Topology:
     """Makes the catalog in its new database. `addresses` are the shards', by id."""
-    shards = [Shard(shard_id, address) for shard_id, address in addresses.items()]
+    shards = [Shard(shard_id, address, record.weight_of(shard_id)) for shard_id, address in addresses.items()]
     async with _as(OWNER, secrets.memshard_owner, server) as connection:
         await catalog.create(
             connection,
