@@ -65,6 +65,15 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
             help="How many standbys, with a read replica each, a shard has; fixed when it is made. Default: 1.",
         ),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="W,W,…",
+            help="Share of each shard in the slots beside the others', like 1,2,1; fixed when it is made. Default: the "
+            "same for all.",
+        ),
+    ] = None,
     routers: Annotated[int, typer.Option("--routers", metavar="R", help="How many routers, on ports P, P+1, …")] = 1,
     data_dir: DataDir = None,
     port: Annotated[int, typer.Option("--port", metavar="P", help="Port of the first router.")] = DEFAULT_PORT,
@@ -118,6 +127,7 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     options = Options(
         shards=shards,
         replicas=replicas,
+        weights=weights,
         embedder=embedder.value if embedder else None,
         embedder_url=embedder_url,
         embedder_model=embedder_model,

@@ -1,7 +1,7 @@
 """Cancellations that somebody on the way has swallowed.
 
-`asyncio.wait_for` up to Python 3.11, on which redis-py writes, takes a cancellation that comes together with a result
-for none at all; grpc.aio does the same with the answer to a call. Whoever loops around such calls would never end.
+`asyncio.wait_for` up to Python 3.11, through which redis-py writes, takes a cancellation that comes together with a
+result for none at all. Whoever loops around such calls would never end.
 """
 
 import asyncio

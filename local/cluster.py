@@ -50,6 +50,7 @@ class Plan:
             Shard(
                 shard_id,
                 self.address(shard_id),
+                self.record.weight_of(shard_id),
                 replicas=tuple(Replica(name, self.address(name)) for name in self.record.replica_names(shard_id)),
             )
             for shard_id in self.record.shard_ids()

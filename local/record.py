@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.catalog import DEFAULT_TEXT_LANGUAGE, MAX_DIMENSIONS, TEXT_LANGUAGE, PlacementStrategy, Precision
 from common.local_model import LOCAL_DIMENSIONS, local_model_name
+from local import weights
 from local.errors import DataDirectoryError, OptionsError
 from local.layout import Layout, write_atomically
 
@@ -35,6 +36,8 @@ class Record(_Kept):
     shards: int
     replicas: int = 0
     """Standbys of each shard. Clusters from before there were any have none."""
+    weights: tuple[int, ...] = ()
+    """Share of each shard in the slots beside the others'. Empty: all have the same."""
     embedder: Embedder
     embedder_model: str
     """The model's name in the catalog; empty when callers bring their own embeddings."""
@@ -63,6 +66,14 @@ class Record(_Kept):
 
     def _numbers(self) -> range:
         return range(1, self.replicas + 1)
+
+    def weight_of(self, shard_id: str) -> int:
+        """A shard's share of the slots beside the others'."""
+        return self.shares()[self.shard_ids().index(shard_id)]
+
+    def shares(self) -> tuple[int, ...]:
+        """All of them, in the order of the shards."""
+        return self.weights or (1,) * self.shards
 
     def save(self, layout: Layout) -> None:
         """Writes it, durably."""
@@ -105,6 +116,7 @@ class Options:
 
     shards: int | None = None
     replicas: int | None = None
+    weights: str | None = None
     embedder: Embedder | None = None
     embedder_url: str | None = None
     embedder_model: str | None = None
@@ -135,6 +147,8 @@ def settle(options: Options, kept: Record | None) -> Record:
         for name in ("shards", "replicas", "embedder", "embedder_model", "dimensions", "placement", "text_language")
         if (given := getattr(options, name)) is not None and given != (value := getattr(kept, name))
     ]
+    if options.weights is not None and (given := weights.parse(options.weights)) != kept.shares():
+        contradictions.append(f"--weights {weights.shown(kept.shares())}, not {weights.shown(given)}")
     if contradictions:
         raise OptionsError(
             f"this cluster was made with {'; '.join(contradictions)}. "
@@ -149,12 +163,15 @@ def settle(options: Options, kept: Record | None) -> Record:
 
 def _chosen(options: Options) -> Record:
     embedder = options.embedder or "local"
-    shards = DEFAULT_SHARDS if options.shards is None else options.shards
+    shares = () if options.weights is None else weights.parse(options.weights)
+    shards = (len(shares) or DEFAULT_SHARDS) if options.shards is None else options.shards
     if not 1 <= shards <= MAX_SHARDS:
         raise OptionsError(f"--shards must be 1 to {MAX_SHARDS}")
     replicas = DEFAULT_REPLICAS if options.replicas is None else options.replicas
     if not 0 <= replicas <= MAX_REPLICAS:
         raise OptionsError(f"--replicas must be 0 to {MAX_REPLICAS}")
+    if shares and len(shares) != shards:
+        raise OptionsError(f"--weights {weights.shown(shares)}: there must be one for each of the {shards} shards")
     _check_only_for_http(options, embedder)
     if embedder == "http" and not (options.embedder_url and options.embedder_model):
         raise OptionsError("--embedder http needs --embedder-url and --embedder-model")
@@ -173,6 +190,7 @@ def _chosen(options: Options) -> Record:
     return Record(
         shards=shards,
         replicas=replicas,
+        weights=shares,
         embedder=embedder,
         embedder_model=model,
         embedder_url=options.embedder_url,

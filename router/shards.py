@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from common.cancellation import raise_if_cancelled, requested
 from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import DeadlineExceeded, MemshardError, OutcomeUnknown, ReadOnly, ResourceExhausted, Unavailable
@@ -134,9 +135,11 @@ class Shards:
         call: grpc.aio.UnaryUnaryCall[Q, R] = getattr(self._stub(address), rpc.name)(request, timeout=timeout_s)
         in_flight = self._in_flight.setdefault(address, set())
         in_flight.add(call)
+        cancellations = requested()
         try:
-            return await call
+            answer = await call
         except grpc.aio.AioRpcError as error:
+            raise_if_cancelled(since=cancellations)
             raise _explained(error, name, rpc) from error
         except asyncio.CancelledError as error:
             if (task := asyncio.current_task()) and task.cancelling():
@@ -147,6 +150,8 @@ class Shards:
             in_flight.discard(call)
             if not in_flight:
                 self._in_flight.pop(address, None)
+        raise_if_cancelled(since=cancellations)
+        return answer
 
     def _stub(self, address: str) -> shard_pb2_grpc.ShardServiceAsyncStub:
         stub = self._stubs.get(address)

@@ -458,14 +458,29 @@ class AsyncMemoryClient:
         if self._closed:
             raise RuntimeError("the client is closed")
         deadline_s = self._timeout_s if timeout_s is None else check_timeout(timeout_s)
+        cancellations = _cancellations()
         try:
             call = method(request, timeout=deadline_s)
-            return await call, list(await call.trailing_metadata() or ())
+            answer = await call, list(await call.trailing_metadata() or ())
         except grpc.RpcError as error:
+            _pass_on_cancellation(cancellations)
             raise from_rpc_error(error) from error
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and not task.cancelling():
+            if not _cancellations():
                 # Nobody cancelled the caller: grpc.aio says so of calls whose channel was closed.
                 raise Cancelled("the client was closed during the call") from None
             raise
+        _pass_on_cancellation(cancellations)
+        return answer
+
+
+def _cancellations() -> int:
+    """How often the current task was asked to end."""
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
+
+
+def _pass_on_cancellation(before: int) -> None:
+    """A task that was asked to end ends, though its call may have ended in another way in the same moment."""
+    if _cancellations() > before:
+        raise asyncio.CancelledError

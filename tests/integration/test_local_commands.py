@@ -17,7 +17,7 @@ from local import leftovers
 from tests.support.cluster import LocalCluster, command, free_port
 from tests.support.databases import fresh_layout
 from tests.support.eventually import eventually
-from tests.support.wire import database
+from tests.support.wire import database, topology_of
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -169,3 +169,18 @@ async def test_the_services_cannot_change_the_catalog(one_shard: LocalCluster) -
     async with database(one_shard.catalog_dsn()) as reader:
         assert (await catalog.read_cluster(reader)).embedding_model == "wordllama-l2-supercat-256"
         assert not await reader.fetchval("SELECT has_table_privilege('topology', 'UPDATE')")
+
+
+async def test_shards_with_weights_have_slots_in_proportion_and_keep_them() -> None:
+    async with LocalCluster(shards=3, embedder="none", dimensions=3, options=["--weights", "1,2,1"]) as cluster:
+        shards = (await cluster.status())["shards"]
+        assert [(shard["shard_id"], shard["slots"]) for shard in shards] == [
+            ("shard-0", 4096),
+            ("shard-1", 8192),
+            ("shard-2", 4096),
+        ]
+        assert [shard.weight for shard in (await topology_of(cluster.catalog_dsn())).shards] == [1, 2, 1]
+        assert "8192" in await cluster.run("status")
+        await cluster.down()
+        code, output = await command("up", "--weights", "1,1,1", "--data-dir", str(cluster.data_dir))
+        assert (code, "--weights 1,2,1, not 1,1,1" in " ".join(output.split())) == (2, True), output

@@ -1,6 +1,7 @@
 """The statements of reads use the indexes that are there for them."""
 
 import uuid
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import asyncpg
 
 ROWS = 20_000
+WHALE = "planned-whale"
+HALF = 8192  # The slots of the first of two shards.
+EVERY = (0, HALF - 1)
 
 
 class Explaining:
@@ -31,22 +35,35 @@ class Explaining:
         return await self._connection.fetch(statement, *parameters)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def loaded(cluster: LocalCluster) -> LocalCluster:
-    """A shard with many memories of many users, in slots that shard-0 has."""
+async def load(cluster: LocalCluster, slot: str, rows: int) -> None:
+    """Memories of a thousand users, and those beyond ROWS of one; the n-th in a slot that shard-0 has."""
     async with database(cluster.shard_dsn("shard-0", owner=True)) as connection:
         await connection.execute(
             f"""
             INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
                                   embedding_model, embedding)
-            SELECT n % 1000, 'planned-' || n % 1000, gen_random_uuid(), '', '', '', 1, 0.5,
-                   'the quick fox number' || n || ' jumps', '{{}}', '',
+            SELECT {slot}, CASE WHEN n > {ROWS} THEN '{WHALE}' ELSE 'planned-' || n % 1000 END,
+                   gen_random_uuid(), '', '', '', 1, 0.5, 'the quick fox number' || n || ' jumps', '{{}}', '',
                    array_fill(0.1::real, ARRAY[256])::vector::halfvec
-            FROM generate_series(1, {ROWS}) AS n
+            FROM generate_series(1, {rows}) AS n
             """
         )
         await connection.execute("ANALYZE memories")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def loaded(cluster: LocalCluster) -> LocalCluster:
+    """A user's memories are in one slot."""
+    await load(cluster, "n % 1000", ROWS)
     return cluster
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=["content_hash", "temporal"])
+async def spread(request: pytest.FixtureRequest) -> AsyncIterator[LocalCluster]:
+    """A user's memories are in any of them."""
+    async with LocalCluster(shards=2, options=["--placement", request.param]) as running:
+        await load(running, f"n * 37 % {HALF}", 2 * ROWS)
+        yield running
 
 
 def route(*ranges: tuple[int, int]) -> shard_pb2.Route:
@@ -64,7 +81,27 @@ def route(*ranges: tuple[int, int]) -> shard_pb2.Route:
     ],
 )
 async def test_a_read_goes_by_an_index(loaded: LocalCluster, request_: Any, index: str) -> None:
-    async with database(loaded.shard_dsn("shard-0")) as connection:
+    await check_plan(loaded, request_, index)
+
+
+@pytest.mark.parametrize(
+    ("request_", "index"),
+    [
+        (shard_pb2.SearchRequest(route=route(EVERY), words="number777 nothing", k=5), "memories_words"),
+        (shard_pb2.SearchRequest(route=route(EVERY), user_id="planned-7", words="fox", k=5), "memories_of_user"),
+        (shard_pb2.SearchRequest(route=route(EVERY), user_id=WHALE, words="number30777", k=5), "memories_words"),
+        (shard_pb2.ListRequest(route=route(EVERY), user_id="planned-7", page_size=5), "memories_of_user"),
+        (shard_pb2.ListRequest(route=route(EVERY), user_id=WHALE, page_size=1000), "memories_of_user"),
+        (shard_pb2.GetRequest(route=route(EVERY), id=str(uuid.uuid4())), "memories_by_id"),
+        (shard_pb2.GetRequest(route=route((7, 7)), id=str(uuid.uuid4()), user_id=WHALE), "memories_"),
+    ],
+)
+async def test_a_read_of_a_user_in_many_slots_goes_by_an_index(spread: LocalCluster, request_: Any, index: str) -> None:
+    await check_plan(spread, request_, index)
+
+
+async def check_plan(cluster: LocalCluster, request_: Any, index: str) -> None:
+    async with database(cluster.shard_dsn("shard-0")) as connection:
         explaining: Any = Explaining(connection)
         if isinstance(request_, shard_pb2.SearchRequest):
             await reads.search(explaining, IDENTITY, request_)

@@ -52,6 +52,27 @@ def test_callers_that_bring_embeddings_have_no_model() -> None:
         (Options(embedder="none", dimensions=0), "--dimensions"),
         (Options(embedder="http", embedder_url="http://a/v1"), "--embedder-model"),
         (Options(embedder="http", embedder_model="m"), "--embedder-url"),
+        (Options(shards=3, weights="1,2"), "one for each of the 3 shards"),
+        (Options(shards=0, weights="1,2"), "--shards"),
+        (Options(weights=",".join("1" * 65)), "--shards"),
+        *(
+            (Options(weights=text), "--weights must be")
+            for text in (
+                "",
+                ",",
+                "1,",
+                "1,,2",
+                "0,1",
+                "1,1001",
+                "1,-1",
+                "1.5,1",
+                "a,b",
+                "1;2",
+                "1_0,1",
+                "\u0661,1",
+                "9" * 5000,
+            )
+        ),
         (Options(embedder_model="m"), "--embedder http only"),
         (Options(embedder="none", embedder_url="http://a/v1"), "--embedder http only"),
     ],
@@ -59,6 +80,22 @@ def test_callers_that_bring_embeddings_have_no_model() -> None:
 def test_options_that_make_no_cluster(options: Options, named: str) -> None:
     with pytest.raises(OptionsError, match=named):
         settle(options, None)
+
+
+def test_weights_are_the_shards_shares_and_say_how_many_there_are() -> None:
+    made = settle(Options(weights="1, 2,1"), None)
+    assert (made.shards, [made.weight_of(shard_id) for shard_id in made.shard_ids()]) == (3, [1, 2, 1])
+    assert settle(Options(shards=3, weights="1,2,1"), made) == made
+    assert settle(Options(), made) == made
+    with pytest.raises(OptionsError, match="--weights 1,2,1, not 1,1,1"):
+        settle(Options(weights="1,1,1"), made)
+
+
+def test_shards_without_weights_have_one_each() -> None:
+    assert [KEPT.weight_of(shard_id) for shard_id in KEPT.shard_ids()] == [1, 1]
+    assert settle(Options(weights="1,1"), KEPT) == KEPT
+    with pytest.raises(OptionsError, match="--weights 1,1, not 1,2"):
+        settle(Options(weights="1,2"), KEPT)
 
 
 def test_what_is_not_given_stays_as_it_was() -> None:

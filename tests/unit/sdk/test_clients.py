@@ -2,10 +2,11 @@
 
 import asyncio
 import inspect
+import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import grpc
@@ -363,3 +364,63 @@ def test_both_clients_have_the_same_methods_and_arguments() -> None:
 
     assert public(MemoryClient) == public(AsyncMemoryClient)
     assert issubclass(Unavailable, MemshardError)
+
+
+class _EndsAllTheSame:
+    """A call that was cancelled, and has its answer or its error in the same moment."""
+
+    def __init__(self, outcome: pb.StoreMemoryResponse | grpc.RpcError) -> None:
+        self._outcome = outcome
+
+    def __call__(self, request: pb.StoreMemoryRequest, *, timeout: float) -> "_EndsAllTheSame":
+        return self
+
+    def __await__(self) -> Generator[Any, None, pb.StoreMemoryResponse]:
+        try:
+            yield from asyncio.sleep(60).__await__()
+        except asyncio.CancelledError:
+            if isinstance(self._outcome, grpc.RpcError):
+                raise self._outcome from None
+        assert isinstance(self._outcome, pb.StoreMemoryResponse)
+        return self._outcome
+
+    async def trailing_metadata(self) -> tuple[()]:
+        return ()
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        pb.StoreMemoryResponse(),
+        grpc.aio.AioRpcError(grpc.StatusCode.NOT_FOUND, grpc.aio.Metadata(), grpc.aio.Metadata()),
+    ],
+)
+async def test_a_cancelled_task_ends_though_its_call_ends_in_another_way(outcome: Any) -> None:
+    client = AsyncMemoryClient("127.0.0.1:1")
+    answering: Any = client._answer
+    task = asyncio.create_task(answering(_EndsAllTheSame(outcome), pb.StoreMemoryRequest(), None))
+    await asyncio.sleep(0)
+    assert task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+
+
+async def test_a_task_that_is_cancelled_at_any_moment_of_its_calls_ends_cancelled() -> None:
+    def store(request: pb.StoreMemoryRequest, context: grpc.ServicerContext) -> pb.StoreMemoryResponse:
+        if request.memory.content == "refused":
+            context.abort(grpc.StatusCode.NOT_FOUND, "no")
+        return pb.StoreMemoryResponse(memory=request.memory)
+
+    chance = random.Random(7)
+    with serving(StoreMemory=store) as address:
+        async with AsyncMemoryClient(address) as client:
+            await client.store("alice", "likes tea")
+            for _ in range(150):
+                contents = ["likes tea", "refused"] * 4
+                tasks = [asyncio.create_task(client.store("alice", content)) for content in contents]
+                for _ in range(chance.randrange(80)):
+                    await asyncio.sleep(0)
+                asked = [task for task in tasks if task.cancel()]
+                await asyncio.wait(tasks)
+                assert all(task.cancelled() for task in asked)
+                assert all(task.cancelled() or task.exception() or task.result() for task in tasks)
