@@ -31,7 +31,7 @@ class Durability:
 
         `waits` is whether the server's setting, read after the commit, makes commits wait for standbys.
         """
-        quorum = waits if self._external else bool(self._members) and begun == self._generation
+        quorum = waits and (self._external or (bool(self._members) and begun == self._generation))
         return pb.DURABILITY_QUORUM if quorum else pb.DURABILITY_LOCAL
 
     def set_quorum(self, members: frozenset[str]) -> None:

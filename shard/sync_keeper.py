@@ -106,9 +106,10 @@ class SyncKeeper:
             now = loop.time()
             known = self._recorded
             seen = watch.look(known.members | (known.following or frozenset()) if known else frozenset(), view, now)
-            if known is not None and view.setting not in (setting(known.members), setting(known.following or ())):
-                # Somebody else has changed it.
+            if known is not None and not _is_recorded(view.setting, known):
+                # Somebody else has changed it. Should it be put right, it is in force no sooner than a new one.
                 self._durability.set_local()
+                self._settling = Settling(known.members if known.following is None else known.following, now)
             # Without news from the catalog nothing changes: whoever was waited for is waited for.
             if await self._read_catalog(now):
                 recorded = self._recorded
@@ -143,6 +144,8 @@ class SyncKeeper:
             # Before the setting changes: from then on a commit may be on the primary alone.
             self._durability.set_local()
         if view.setting != setting(wanted):
+            if not _is_recorded(view.setting, recorded):
+                self._durability.set_local()
             async with asyncio.timeout(_TIMEOUT_S):
                 await server.execute(await server.fetchval(_MAKE_SETTING, setting(wanted)))
                 await server.execute(_RELOAD)
@@ -213,6 +216,13 @@ class SyncKeeper:
         if trouble != self._trouble:
             _log.warning("the sync set stays as it is", why=trouble)
         self._trouble = trouble
+
+
+def _is_recorded(names: str, recorded: SyncSet) -> bool:
+    """Whether a setting is that of the set, or of the one that it is being changed to."""
+    return names == setting(recorded.members) or (
+        recorded.following is not None and names == setting(recorded.following)
+    )
 
 
 async def _look(server: Connection) -> View:

@@ -292,7 +292,23 @@ async def test_a_change_that_was_left_half_done_is_finished(servers: Replicated)
 
 async def test_a_setting_changed_by_hand_ends_quorum_until_it_is_put_right(servers: Replicated) -> None:
     async with _under_quorum(servers) as place:
+        # Nobody can put it right while the catalog is away.
+        servers.catalog_link.refuse()
         await servers.primary.set_sync_names("")
+        await servers.standby.kill()
+        assert [await _stored(place, "alone", timeout_s=2) for _ in range(5)] == ["LOCAL"] * 5
+
+        async def nothing_is_certain() -> bool:
+            return not list((await place.shard.Describe(shard_pb2.DescribeRequest(), timeout=2)).sync_set)
+
+        await eventually(nothing_is_certain)
+        await servers.standby.start()
+        await eventually(lambda: _is_streaming(servers.primary))
+        # Right again, and who knows what was committed meanwhile.
+        await servers.primary.set_sync_names('ANY 1 ("b")')
+        assert await _stored(place) == "LOCAL"
+        await servers.primary.set_sync_names("")
+        servers.catalog_link.accept()
 
         async def is_right() -> bool:
             names = await servers.primary.fetchval("SHOW synchronous_standby_names")
@@ -300,6 +316,7 @@ async def test_a_setting_changed_by_hand_ends_quorum_until_it_is_put_right(serve
 
         await eventually(is_right)
         await _becomes(place.shard, "QUORUM")
+        assert await _stored(place) == "QUORUM"
 
 
 async def test_without_a_sync_set_in_the_catalog_nothing_is_changed_and_writes_are_local() -> None:

@@ -137,6 +137,8 @@ def test_a_receipt_says_quorum_only_if_the_set_was_in_force_from_before_the_comm
     assert receipt(durability, begun_before) == "LOCAL"
     begun = durability.begin()
     assert receipt(durability, begun) == "QUORUM"
+    # Emptied by hand, and not noticed yet.
+    assert durability.of_commit(begun, waits=False) == pb.DURABILITY_LOCAL
     durability.set_quorum(_set(B, C))  # Joint: whoever promotes has to satisfy both.
     assert receipt(durability, begun) == "QUORUM"
     durability.set_local()
