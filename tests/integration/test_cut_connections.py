@@ -1,8 +1,10 @@
 """Every write, repeated after its answer was lost between commit and caller, has had its one effect."""
 
 import asyncio
+import hashlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -11,20 +13,22 @@ import pytest_asyncio
 from google.protobuf import field_mask_pb2
 
 from common import catalog
+from common.slots import slot_of
 from memshard.v1 import memory_pb2 as pb
+from router.place import home_slot
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.proxy import Proxy
-from tests.support.wire import database, memory_service, reason_of, store_request, topology_of
+from tests.support.wire import database, memory_service, reason_of, store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
     from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def proxied() -> AsyncIterator[tuple[LocalCluster, Proxy]]:
+@asynccontextmanager
+async def behind_a_proxy(*options: str) -> AsyncIterator[tuple[LocalCluster, Proxy]]:
     """A cluster whose only shard is reached through a proxy."""
-    async with LocalCluster(shards=1) as cluster:
+    async with LocalCluster(shards=1, options=options) as cluster:
         (shard,) = (await topology_of(cluster.catalog_dsn())).shards
         host, port = shard.address.split(":")
         async with Proxy(host, int(port)) as proxy:
@@ -33,6 +37,19 @@ async def proxied() -> AsyncIterator[tuple[LocalCluster, Proxy]]:
                 epoch = await catalog.set_addresses(connection, epoch, {shard.shard_id: proxy.address})
             await eventually(lambda: f'"epoch": {epoch}, "shards": 1' in cluster.logs())
             yield cluster, proxy
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def proxied() -> AsyncIterator[tuple[LocalCluster, Proxy]]:
+    async with behind_a_proxy() as there:
+        yield there
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def by_content() -> AsyncIterator[tuple[LocalCluster, Proxy]]:
+    """With memories placed by content: a change of one is several calls to shards."""
+    async with behind_a_proxy("--placement", "content_hash") as there:
+        yield there
 
 
 Write = Callable[["MemoryServiceAsyncStub"], Awaitable[Any]]
@@ -54,15 +71,51 @@ async def lost_and_repeated(proxied: tuple[LocalCluster, Proxy], write: Write, e
         return await eventually(lambda: write(api))
 
 
+async def lost_in(there: tuple[LocalCluster, Proxy], write: Write, slot: int, effect: str, *arguments: object) -> Any:
+    """Sends `write`, and cuts its connection when its step in `slot` is committed; the call that nobody answers to.
+
+    `effect` is a query that sees the step's commit.
+    """
+    cluster, proxy = there
+    async with (
+        memory_service(cluster.address) as api,
+        database(cluster.shard_dsn("shard-0", owner=True)) as holder,
+        database(cluster.shard_dsn("shard-0")) as connection,
+    ):
+        await eventually(lambda: api.ListMemories(pb.ListMemoriesRequest(user_id="somebody")))
+        # Every step waits for its slot: so the answers of those before it come through.
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute("UPDATE owned_slots SET held = held WHERE slot = $1", slot)
+        call = asyncio.ensure_future(write(api))
+        await eventually(lambda: connection.fetchval("SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"))
+        assert not await connection.fetchval(effect, *arguments)
+        proxy.hold_answers()
+        await transaction.rollback()
+        await eventually(lambda: connection.fetchval(effect, *arguments))
+        proxy.cut()
+        return (await asyncio.gather(call, return_exceptions=True))[0]
+
+
+async def in_doubt_and_repeated(
+    there: tuple[LocalCluster, Proxy], write: Write, slot: int, effect: str, *arguments: object
+) -> Any:
+    lost = await lost_in(there, write, slot, effect, *arguments)
+    assert isinstance(lost, grpc.aio.AioRpcError)
+    assert (lost.code(), reason_of(lost)) == (grpc.StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN")
+    async with memory_service(there[0].address) as api:
+        return await eventually(lambda: write(api))
+
+
 async def listed(proxied: tuple[LocalCluster, Proxy], user: str) -> list[str]:
     async with memory_service(proxied[0].address) as api:
         page = await api.ListMemories(pb.ListMemoriesRequest(user_id=user))
         return [memory.content for memory in page.memories]
 
 
-async def stored(proxied: tuple[LocalCluster, Proxy], user: str, content: str) -> pb.Memory:
+async def stored(proxied: tuple[LocalCluster, Proxy], user: str, content: str, memory_id: str = "") -> pb.Memory:
     async with memory_service(proxied[0].address) as api:
-        request = store_request(user, content, str(uuid.uuid4()))
+        request = store_request(user, content, memory_id or str(uuid.uuid4()))
 
         async def store() -> pb.Memory:
             return (await api.StoreMemory(request)).memory
@@ -134,3 +187,96 @@ async def test_an_erasure(proxied: tuple[LocalCluster, Proxy], user: str) -> Non
     erased = "SELECT count(*) = 0 FROM memories WHERE user_id = $1"
     answer = await lost_and_repeated(proxied, lambda api: api.EraseUser(request), erased, user)
     assert answer.memories_erased == 3
+
+
+# What follows is with memories placed by content: the request id is taken in one slot, and the effect is in another.
+
+TAKEN = "SELECT count(*) = 1 FROM request_claims WHERE user_id = $1"
+CHANGED = "SELECT version = 2 FROM memories WHERE user_id = $1"
+DELETED = "SELECT deleted_at IS NOT NULL FROM memories WHERE user_id = $1"
+
+
+def slot_of_content(content: str) -> int:
+    return slot_of(hashlib.sha256(content.encode()).digest())
+
+
+async def is_reused(there: tuple[LocalCluster, Proxy], user: str) -> bool:
+    """Whether the request id is refused for another request."""
+    another = pb.DeleteMemoryRequest(id=str(uuid.uuid4()), user_id=user, request_id="r")
+    async with memory_service(there[0].address) as api:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await api.DeleteMemory(another)
+    return reason_of(refused.value) == "REQUEST_ID_REUSED"
+
+
+@pytest.mark.parametrize("step", ["taking the request id", "the update"])
+async def test_an_update_in_two_steps(by_content: tuple[LocalCluster, Proxy], user: str, step: str) -> None:
+    memory = await stored(by_content, user, f"before {user}")
+    request = pb.UpdateMemoryRequest(
+        memory=pb.Memory(id=memory.id, user_id=user, content="after"),
+        update_mask=field_mask_pb2.FieldMask(paths=["content"]),
+        expected_version=1,
+        request_id="r",
+    )
+    where = (user_slot(user), TAKEN) if step != "the update" else (slot_of_content(memory.content), CHANGED)
+    answer = await in_doubt_and_repeated(by_content, lambda api: api.UpdateMemory(request), *where, user)
+    assert (answer.memory.content, answer.memory.version) == ("after", 2)
+    assert await listed(by_content, user) == ["after"]
+    assert await is_reused(by_content, user)
+    async with memory_service(by_content[0].address) as api:
+        assert (await api.UpdateMemory(request)).memory.version == 2
+
+
+@pytest.mark.parametrize("step", ["taking the request id", "the delete"])
+async def test_a_delete_in_two_steps(by_content: tuple[LocalCluster, Proxy], user: str, step: str) -> None:
+    memory = await stored(by_content, user, f"deleted {user}")
+    request = pb.DeleteMemoryRequest(id=memory.id, user_id=user, request_id="r")
+    where = (user_slot(user), TAKEN) if step != "the delete" else (slot_of_content(memory.content), DELETED)
+    answer = await in_doubt_and_repeated(by_content, lambda api: api.DeleteMemory(request), *where, user)
+    assert answer.deleted
+    assert await listed(by_content, user) == []
+    assert await is_reused(by_content, user)
+
+
+@pytest.mark.parametrize("step", ["claiming", "storing"])
+async def test_a_store_in_two_steps(by_content: tuple[LocalCluster, Proxy], user: str, step: str) -> None:
+    request = store_request(user, f"once {user}", str(uuid.uuid4()))
+    claimed = "SELECT count(*) = 1 FROM claims WHERE user_id = $1"
+    where = (
+        (home_slot(user, request.memory.id), claimed)
+        if step == "claiming"
+        else (slot_of_content(request.memory.content), STORED)
+    )
+    answer = await in_doubt_and_repeated(by_content, lambda api: api.StoreMemory(request), *where, user)
+    assert (answer.memory.content, answer.memory.version) == (request.memory.content, 1)
+    assert await listed(by_content, user) == [request.memory.content]
+
+
+@pytest.mark.parametrize("placement", ["user_based", "content_hash"])
+async def test_a_batch_half_of_which_was_stored_before_and_one_item_of_which_conflicts(
+    proxied: tuple[LocalCluster, Proxy], by_content: tuple[LocalCluster, Proxy], user: str, placement: str
+) -> None:
+    there = proxied if placement == "user_based" else by_content
+    memories = [pb.Memory(id=str(uuid.uuid4()), user_id=user, content=f"item {n} of {user}") for n in range(20)]
+    for memory in memories[::2]:
+        await stored(there, user, memory.content, memory.id)
+    conflict = pb.Memory(id=memories[0].id, user_id=user, content="not item 0")
+    request = pb.BatchStoreMemoriesRequest(memories=[*memories, conflict])
+    slot = user_slot(user) if placement == "user_based" else slot_of_content(memories[1].content)
+    all_there = "SELECT count(*) = 20 FROM memories WHERE user_id = $1"
+    lost = await lost_in(there, lambda api: api.BatchStoreMemories(request), slot, all_there, user)
+    unavailable, taken = grpc.StatusCode.UNAVAILABLE.value[0], grpc.StatusCode.ALREADY_EXISTS.value[0]
+    # With placement by content the conflict is found before anything is stored.
+    of_conflict = unavailable if placement == "user_based" else taken
+    assert [result.error.code for result in lost.results] == [unavailable] * 20 + [of_conflict]
+    async with memory_service(there[0].address) as api:
+
+        async def settled() -> list[str] | None:
+            results = (await api.BatchStoreMemories(request)).results
+            if any(result.error.code == unavailable for result in results):
+                return None
+            assert results[-1].error.code == taken
+            return [result.id for result in results[:-1]]
+
+        assert await eventually(settled) == [memory.id for memory in memories]
+    assert sorted(await listed(there, user)) == sorted(memory.content for memory in memories)

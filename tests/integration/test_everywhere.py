@@ -1,6 +1,7 @@
 """The whole API under every placement, and on one shard: what it promises does not depend on where memories are."""
 
 import asyncio
+import itertools
 import uuid
 from datetime import UTC, datetime, timedelta
 
@@ -84,6 +85,40 @@ async def test_pages_of_any_size_show_every_memory_once_newest_first(everywhere:
         assert {memory.id for memory in seen} == stored
         times = [memory.create_time.ToMicroseconds() for memory in seen]
         assert times == sorted(times, reverse=True)
+
+
+async def test_a_listing_during_writes_neither_repeats_nor_skips_what_was_there(
+    everywhere: Somewhere, user: str
+) -> None:
+    """Others are stored, changed and deleted all the while, also while a page is being merged."""
+    before = {memory.id for memory in await store_some(everywhere, user, 40)}
+    listed = asyncio.Event()
+
+    async def write(writer: int) -> None:
+        for n in itertools.count():
+            if listed.is_set():
+                return
+            request = store_request(user, f"meanwhile {writer} {n}", new_id(), type=TYPES[n % 4])
+            memory = (await everywhere.api.StoreMemory(request)).memory
+            await everywhere.api.UpdateMemory(update_request(memory, "agent_id", agent_id="agent"))
+            if n % 3 == 0:
+                await everywhere.api.DeleteMemory(pb.DeleteMemoryRequest(id=memory.id, user_id=user))
+
+    async with asyncio.TaskGroup() as group:
+        for writer in range(3):
+            group.create_task(write(writer))
+        for page_size in (1, 3, 7):
+            seen: list[str] = []
+            request = pb.ListMemoriesRequest(user_id=user, page_size=page_size)
+            while True:
+                page = await everywhere.api.ListMemories(request)
+                seen += [memory.id for memory in page.memories]
+                request.page_token = page.next_page_token
+                if not page.next_page_token:
+                    break
+            assert len(seen) == len(set(seen))
+            assert before <= set(seen)
+        listed.set()
 
 
 async def test_an_id_is_taken_once_whatever_its_content_and_type(everywhere: Somewhere, user: str) -> None:
@@ -311,6 +346,40 @@ async def test_a_batch_stores_each_item_once_with_an_outcome_of_its_own(everywhe
         assert answer.receipt.consistency_token
     listed = [content for whose in sorted(set(users)) for content in await contents(everywhere, whose)]
     assert sorted(listed) == sorted(memory.content for memory in memories)
+
+
+async def test_a_batch_of_500_items_and_8_mib_is_stored_whole_and_one_byte_more_is_refused(
+    everywhere: Somewhere, user: str
+) -> None:
+    count, most_bytes = 500, 8 * 1024 * 1024
+    text = "a longer text of several words, again and again; " * 340
+    batch = pb.BatchStoreMemoriesRequest(
+        memories=[
+            pb.Memory(
+                id=new_id(), user_id=user, content=f"{n:03} {text}"[:15_600], type=TYPES[n % 4], embedding=[n] * 256
+            )
+            for n in range(1, count + 1)
+        ]
+    )
+    last = batch.memories[-1]
+    last.content += "x" * (most_bytes - batch.ByteSize())
+    # Lengths of more digits take more bytes.
+    last.content = last.content[: len(last.content) + most_bytes - batch.ByteSize()]
+    assert (len(batch.memories), batch.ByteSize()) == (count, most_bytes)
+    answer = await everywhere.api.BatchStoreMemories(batch, timeout=60)
+    assert [result.id for result in answer.results] == [memory.id for memory in batch.memories]
+    seen: dict[str, str] = {}
+    request = pb.ListMemoriesRequest(user_id=user, page_size=1000)
+    while not seen or request.page_token:
+        page = await everywhere.api.ListMemories(request)
+        seen |= {memory.id: memory.content for memory in page.memories}
+        request.page_token = page.next_page_token
+    assert seen == {memory.id: memory.content for memory in batch.memories}
+    last.content += "x"
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await everywhere.api.BatchStoreMemories(batch, timeout=60)
+    assert (reason_of(refused.value), fields_of(refused.value)) == ("TOO_LARGE", ["memories"])
+    await everywhere.api.EraseUser(pb.EraseUserRequest(user_id=user))  # Other tests look at the same cluster.
 
 
 async def test_filters_hold_in_lists_and_in_searches_and_keep_the_order(everywhere: Somewhere, user: str) -> None:

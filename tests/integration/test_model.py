@@ -1,9 +1,11 @@
 """Random sequences of operations: every answer, and all that is there in the end, is as a plain model in memory says.
 
 Each sequence has a user of its own; the ids are the same for all users. What a request's faults are, the model tells as
-a set: which of several is named is the service's choice.
+a set: which of several is named is the service's choice. MEMSHARD_MODEL_SEED=n repeats a run.
 """
 
+import os
+import random
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ import pytest
 import pytest_asyncio
 from google.protobuf import field_mask_pb2, struct_pb2, timestamp_pb2
 from google.rpc import error_details_pb2, status_pb2
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, given, seed, settings
 from hypothesis import strategies as st
 
 from memshard.v1 import memory_pb2 as pb
@@ -26,7 +28,8 @@ from tests.support.filter_model import compare, matches
 from tests.support.wire import reason_of
 
 SEQUENCES = 500
-SEQUENCES_BY_CONTENT = 60
+SEQUENCES_ELSEWHERE = 60  # Under each other placement.
+SEED_IN_CI = 1
 STEPS = 7
 DIMENSIONS = 8
 ROUNDING = 1e-3
@@ -606,26 +609,29 @@ def _reason(status: status_pb2.Status) -> str:
     return ""
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def placed_by_user() -> AsyncIterator[MemoryServiceStub]:
-    async with LocalCluster(shards=3, embedder="none", dimensions=DIMENSIONS) as running:
-        with grpc.insecure_channel(running.address) as channel:
-            yield MemoryServiceStub(channel)
+@dataclass(frozen=True)
+class Placed:
+    """A cluster's API, and how many sequences to send to it."""
+
+    api: MemoryServiceStub
+    sequences: int
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def placed_by_content() -> AsyncIterator[MemoryServiceStub]:
-    options = ["--placement", "content_hash"]
+@pytest_asyncio.fixture(
+    scope="module",
+    loop_scope="session",
+    params=[
+        ("user_based", SEQUENCES),
+        *((placement, SEQUENCES_ELSEWHERE) for placement in ("content_hash", "temporal", "memory_type")),
+    ],
+    ids=lambda param: param[0],
+)
+async def placed(request: pytest.FixtureRequest) -> AsyncIterator[Placed]:
+    placement, sequences = request.param
+    options = ["--placement", placement]
     async with LocalCluster(shards=3, embedder="none", dimensions=DIMENSIONS, options=options) as running:
         with grpc.insecure_channel(running.address) as channel:
-            yield MemoryServiceStub(channel)
-
-
-def carry_out(api: MemoryServiceStub, plan: Plan) -> None:
-    run = Run(api)
-    for step in plan.steps:
-        run.take(step)
-    run.look(plan.look)
+            yield Placed(MemoryServiceStub(channel), sequences)
 
 
 # Too slow and too much are no faults of examples that are large on purpose.
@@ -633,16 +639,18 @@ _HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
 @pytest.mark.timeout(400)  # A failure is made smaller for up to five minutes.
-@settings(max_examples=SEQUENCES, deadline=None, print_blob=True, suppress_health_check=_HEALTH)
-@given(plan=plans())
-def test_the_cluster_does_as_the_model_does(placed_by_user: MemoryServiceStub, plan: Plan) -> None:
-    carry_out(placed_by_user, plan)
+def test_the_cluster_does_as_the_model_does(placed: Placed) -> None:
+    fresh = SEED_IN_CI if os.environ.get("CI") else random.randrange(2**32)
+    number = int(os.environ.get("MEMSHARD_MODEL_SEED", fresh))
+    print(f"MEMSHARD_MODEL_SEED={number}")
 
+    @seed(number)
+    @settings(max_examples=placed.sequences, deadline=None, print_blob=True, suppress_health_check=_HEALTH)
+    @given(plan=plans())
+    def carry_out(plan: Plan) -> None:
+        run = Run(placed.api)
+        for step in plan.steps:
+            run.take(step)
+        run.look(plan.look)
 
-@pytest.mark.timeout(400)
-@settings(max_examples=SEQUENCES_BY_CONTENT, deadline=None, print_blob=True, suppress_health_check=_HEALTH)
-@given(plan=plans())
-def test_the_cluster_does_as_the_model_does_with_memories_placed_by_content(
-    placed_by_content: MemoryServiceStub, plan: Plan
-) -> None:
-    carry_out(placed_by_content, plan)
+    carry_out()

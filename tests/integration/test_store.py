@@ -236,23 +236,6 @@ async def test_the_last_moment_of_the_calendar_is_an_expiry_like_any_other(
     assert found.results
 
 
-async def test_a_listing_during_writes_neither_repeats_nor_skips_what_was_there(
-    api: "MemoryServiceAsyncStub", user: str
-) -> None:
-    before = {(await api.StoreMemory(store_request(user, f"before {n}"))).memory.id for n in range(25)}
-    seen: list[str] = []
-    token = ""
-    while True:
-        page = await api.ListMemories(pb.ListMemoriesRequest(user_id=user, page_size=4, page_token=token))
-        seen += [memory.id for memory in page.memories]
-        token = page.next_page_token
-        if not token:
-            break
-        await api.StoreMemory(store_request(user, "meanwhile"))
-    assert len(seen) == len(set(seen))
-    assert before <= set(seen)
-
-
 async def test_a_page_of_large_memories_ends_early_and_loses_none(api: "MemoryServiceAsyncStub", user: str) -> None:
     large = "x" * 60_000
     ids = {(await api.StoreMemory(store_request(user, f"{n} {large}", embedding=[1.0] * 256))).memory.id
