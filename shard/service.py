@@ -188,7 +188,7 @@ class ShardServicer(ReadServicer):
         described.position.CopyFrom(
             shard_pb2.ShardPosition(shard_id=self._identity.shard_id, timeline=here.timeline, lsn=here.lsn)
         )
-        described.durability = self._durability.of_commit(self._durability.begin(), waits=here.waits)
+        described.durability = self._durability.of_commit(self._durability.begin(), here)
         described.sync_set.extend(sorted(self._durability.members))
         return described
 

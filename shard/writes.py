@@ -50,7 +50,7 @@ class Writes:
                 if repeated:
                     await connection.execute(_BARRIER)
                 here = await read_position(connection)
-            durability = self._durability.of_commit(begun, waits=here.waits)
+            durability = self._durability.of_commit(begun, here)
             return answer, shard_pb2.Commit(timeline=here.timeline, lsn=here.lsn, durability=durability)
 
         # From here on the caller may leave, and the write goes on. Nothing is awaited between the two.

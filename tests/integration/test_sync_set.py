@@ -139,6 +139,21 @@ async def test_the_catalog_alone_away_costs_nothing(servers: Replicated) -> None
         servers.catalog_link.accept()
 
 
+async def test_nothing_is_promised_of_a_successor_while_the_catalog_hangs(servers: Replicated) -> None:
+    async with _under_quorum(servers, standby_loss_s=60) as place:
+        servers.catalog.freeze()
+        # Long enough for the keeper to be in the midst of a question, which it gives up after 2 s.
+        until = asyncio.get_running_loop().time() + 1.2
+        while asyncio.get_running_loop().time() < until:
+            assert await _stored(place) == "QUORUM"
+        await servers.primary.kill()
+        await servers.standby.promote()
+        answer = await place.shard.Store(place.store_request("after"), timeout=20)
+        assert (answer.commit.timeline, answer.commit.durability) == (2, pb.DURABILITY_LOCAL)
+        described = await place.shard.Describe(shard_pb2.DescribeRequest(), timeout=2)
+        assert (described.position.timeline, list(described.sync_set)) == (2, [])
+
+
 async def test_split_brain_an_old_primary_acknowledges_nothing(servers: Replicated) -> None:
     """The old primary keeps one client, the shard's service; all others have gone over to its standby."""
     own = {"database_dsn": servers.primary.dsn("memshard_app"), "migration_dsn": servers.primary.dsn("memshard_owner")}
