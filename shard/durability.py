@@ -6,8 +6,11 @@ begins or ends. And a set is in force on one server, as the primary of one timel
 until it has been told to, and may have taken writes before anybody here has noticed it.
 """
 
+from common.errors import Unavailable
 from memshard.v1 import memory_pb2 as pb
 from shard.position import Position
+
+_RETRY_AFTER_S = 1.0
 
 
 class Durability:
@@ -18,8 +21,7 @@ class Durability:
         self._members: frozenset[str] = frozenset()
         self._primary = ("", 0)
         self._generation = 0
-        self.is_deposed = False
-        """Whether the catalog says that another server than the one connected to takes the writes."""
+        self._deposed = 0
 
     @property
     def members(self) -> frozenset[str]:
@@ -44,6 +46,20 @@ class Durability:
         if not self._members or (server, timeline) != self._primary:
             self._generation += 1
         self._members, self._primary = members, (server, timeline)
+
+    def depose(self, timeline: int) -> None:
+        """Another server takes the writes than that which writes `timeline`, by the catalog; 0: none is known of."""
+        self._deposed = timeline
+
+    def require_primary(self, timeline: int) -> None:
+        """Raises Unavailable when the server that writes `timeline` is not, by the catalog, the one that takes writes.
+
+        It stays so until the catalog says otherwise: that it cannot be asked just now makes nobody primary again.
+        """
+        if timeline <= self._deposed:
+            raise Unavailable(
+                "another server is to take the writes", reason="NOT_PRIMARY", retry_after_s=_RETRY_AFTER_S
+            )
 
     def set_local(self) -> None:
         """From now on a commit may be acknowledged that is on the primary alone. Called before that can be so."""

@@ -94,7 +94,6 @@ class SyncKeeper:
             yield connection
         finally:
             self._durability.set_local()
-            self._durability.is_deposed = False
             connection.terminate()
 
     async def _keep(self, server: "PrimaryConnection") -> None:
@@ -138,8 +137,9 @@ class SyncKeeper:
         recorded = self._recorded
         if recorded is None:
             self._durability.set_local()
+            self._durability.depose(0)
             await asyncio.sleep(_IDLE_INTERVAL_S)
-        elif self._is_ours(recorded, view):
+        elif self._is_ours(server, recorded, view):
             await self._act(server, recorded, view, seen, now)
 
     async def _abandon(self, step: asyncio.Task[None]) -> None:
@@ -151,14 +151,14 @@ class SyncKeeper:
         if not step.cancelled() and (error := step.exception()) is not None:
             self._tell_trouble("a step that was given up", error)
 
-    def _is_ours(self, recorded: SyncSet, view: View) -> bool:
+    def _is_ours(self, server: "PrimaryConnection", recorded: SyncSet, view: View) -> bool:
         """Whether the catalog's primary is the server at hand. If not, nothing is acted upon or promised."""
         if recorded.primary == view.server:
-            self._durability.is_deposed = False
+            self._durability.depose(0)
             return True
         self._durability.set_local()
         # A server without a name cannot be told from another.
-        self._durability.is_deposed = bool(view.server)
+        self._durability.depose(server.timeline if view.server else 0)
         self._settling = None
         self._tell_trouble(f"the primary is {view.server or 'without a cluster_name'}, and by the catalog another")
         return False
