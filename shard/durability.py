@@ -28,17 +28,23 @@ class Durability:
         """The standbys that commits wait for a quorum of; none while that is not certain."""
         return self._members
 
+    @property
+    def is_external(self) -> bool:
+        """Whether nobody here keeps the setting: then it has to be read before a write, too."""
+        return self._external
+
     def begin(self) -> int:
         """To be noted before a write."""
         return self._generation
 
-    def of_commit(self, begun: int, here: Position) -> "pb.Durability.ValueType":
+    def of_commit(self, begun: int, here: Position, before: Position | None = None) -> "pb.Durability.ValueType":
         """What to acknowledge a commit with that began after `begin` returned `begun`.
 
-        `here` is the position read after the commit, on its own connection.
+        `here` is the position read after the commit, on its own connection; `before` the one from before it, if any.
         """
         in_force = bool(self._members) and begun == self._generation and (here.server, here.timeline) == self._primary
-        quorum = here.waits and (self._external or in_force)
+        waits = here.waits and (before is None or before.waits)
+        quorum = waits and (self._external or in_force)
         return pb.DURABILITY_QUORUM if quorum else pb.DURABILITY_LOCAL
 
     def set_quorum(self, members: frozenset[str], server: str, timeline: int) -> None:

@@ -41,11 +41,12 @@ class Writes:
             begun = self._durability.begin()
             async with acquired.entered() as connection:
                 self._durability.require_primary(timeline_of(connection))
+                before = await read_position(connection) if self._durability.is_external else None
                 answer, repeated = await write(connection)
                 if repeated:
                     await connection.execute(_BARRIER)
                 here = await read_position(connection)
-            durability = self._durability.of_commit(begun, here)
+            durability = self._durability.of_commit(begun, here, before)
             return answer, shard_pb2.Commit(timeline=here.timeline, lsn=here.lsn, durability=durability)
 
         # From here on the caller may leave, and the write goes on. Nothing is awaited between the two.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from memshard.internal.v1.shard_pb2_grpc import ShardServiceAsyncStub
 
 NOBODY: frozenset[str] = frozenset()
+WAITING_FOR_A_LOCK = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 
 
@@ -356,6 +357,14 @@ async def test_without_a_sync_set_in_the_catalog_nothing_is_changed_and_writes_a
         assert await _stored(place) == "QUORUM"
         await servers.primary.set_sync_names("")
         assert await _stored(place) == "LOCAL"
+        # It has to have been so before the commit as well.
+        async with database(servers.primary.dsn()) as connection, connection.transaction():
+            await connection.execute("SELECT FROM owned_slots WHERE slot = $1 FOR UPDATE", place.slot)
+            write = asyncio.ensure_future(_stored(place))
+            await eventually(lambda: servers.primary.fetchval(WAITING_FOR_A_LOCK))
+            await servers.primary.set_sync_names('ANY 1 ("b")')
+        assert await write == "LOCAL"
+        assert await _stored(place) == "QUORUM"
 
 
 async def test_an_erasure_waits_for_the_standbys_or_names_those_that_have_not_replayed_it(
