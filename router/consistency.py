@@ -17,7 +17,8 @@ from typing import NamedTuple
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 
-# A replica that is a day behind does not serve (`max_lag_s`), so that a longer bound is as good as a week.
+# A replica that is half a minute behind does not serve (`max_lag_s`), whatever the bound: a longer one than this means
+# the same, and need not travel.
 _LONGEST_STALENESS_MS = 7 * 86_400_000
 
 

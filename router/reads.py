@@ -8,7 +8,7 @@ none of them can answer is UNAVAILABLE: an older answer than was asked for is ne
 import asyncio
 from typing import Any, Generic, Literal, TypeAlias
 
-from common import errors
+from common import errors, logs
 from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import DeadlineExceeded, Unavailable, WrongShard
@@ -18,6 +18,8 @@ from router.balance import PRIMARY, Order, order
 from router.consistency import Consistency, Wanted
 from router.replicas import Replicas
 from router.shards import RETRY_AFTER_S, Q, R, Rpc, Shards, admit
+
+_log = logs.get_logger("reads")
 
 Role: TypeAlias = Literal["primary", "replica"]
 
@@ -129,6 +131,9 @@ class _Reading(Generic[Q, R]):
                 replicas.refused(self._shard, replica, self.wanted)
             elif isinstance(error, Unavailable | DeadlineExceeded):
                 replicas.failed(self._shard, replica)
+            elif isinstance(error, errors.Internal):
+                # A bug of its own, or of its data: the caller is spared it, the operator is not.
+                _log.error("a replica failed a read by a bug", shard=self._shard.shard_id, replica=name)
             return None
         replicas.answered(self._shard, replica, self.wanted)
         return answer

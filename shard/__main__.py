@@ -49,6 +49,8 @@ async def main(settings: ShardSettings) -> None:
             raise lifecycle.StartError(str(error)) from error
         queue = EmbeddingQueue(database, known, embeds, interval_s=settings.embedding_interval_s)
         durability = Durability(external=settings.sync_set == "external")
+        # A successor waits for nobody yet. The keeper says when it does.
+        primary.on_change(durability.set_local)
         keeper = SyncKeeper(settings, owner, durability)
         servicer = ShardServicer(settings, known, database, commits, durability, queue)
         server = lifecycle.Server(

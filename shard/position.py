@@ -12,21 +12,22 @@ TIMELINE = "('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::in
 # bearer wait for what others have only begun.
 _POSITION = f"""
 SELECT {TIMELINE} AS timeline, (pg_current_wal_flush_lsn() - '0/0')::bigint AS lsn,
-       current_setting('synchronous_standby_names') <> '' AS waits
+       current_setting('synchronous_standby_names') <> '' AS waits, current_setting('cluster_name') AS server
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A place in a primary's log, and whether the primary's setting makes commits wait for standbys."""
+    """A place in a primary's log, the primary's name, and whether its setting makes commits wait for standbys."""
 
     timeline: int
     lsn: int
     waits: bool
+    server: str
 
 
 async def read_position(connection: Connection) -> Position:
     """How far the write-ahead log has come; asked after a commit, it covers that commit."""
     row = await connection.fetchrow(_POSITION)
     assert row is not None
-    return Position(row["timeline"], row["lsn"], row["waits"])
+    return Position(row["timeline"], row["lsn"], row["waits"], row["server"])

@@ -188,13 +188,14 @@ class ShardServicer(ReadServicer):
         described.position.CopyFrom(
             shard_pb2.ShardPosition(shard_id=self._identity.shard_id, timeline=here.timeline, lsn=here.lsn)
         )
-        described.durability = self._durability.of_commit(self._durability.begin(), waits=here.waits)
+        described.durability = self._durability.of_commit(self._durability.begin(), here)
         described.sync_set.extend(sorted(self._durability.members))
         return described
 
     async def serve(self, read: Read[T], fresh: shard_pb2.Freshness | None, deadline: Deadline) -> T:
         """The primary is as fresh as can be, unless it has a successor that it does not know of."""
         async with self._database.reading(deadline) as connection:
+            self._durability.require_primary(timeline_of(connection))
             if fresh is not None and fresh.position.timeline > timeline_of(connection):
                 raise Unavailable(
                     "another server has taken the writes over", reason="REPLICA_BEHIND", retry_after_s=_RETRY_AFTER_S

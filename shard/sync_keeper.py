@@ -67,6 +67,8 @@ class SyncKeeper:
         self._recorded: SyncSet | None = None
         self._read_at = float("-inf")
         self._settling: Settling | None = None
+        # The connection to the primary is for one statement at a time.
+        self._busy = asyncio.Lock()
         self._trouble = ""
 
     async def run(self) -> None:
@@ -92,47 +94,76 @@ class SyncKeeper:
             yield connection
         finally:
             self._durability.set_local()
-            self._durability.is_deposed = False
             connection.terminate()
 
     async def _keep(self, server: "PrimaryConnection") -> None:
-        """Looks and acts, as long as this is the primary."""
-        watch = Watch(self._loss_s, self._loss_s / 2)
-        loop = asyncio.get_running_loop()
-        self._recorded, self._settling, self._read_at = None, None, float("-inf")
-        while server.timeline >= self._owner.timeline:
-            async with asyncio.timeout(_TIMEOUT_S):
-                view = await _look(server)
-            now = loop.time()
-            known = self._recorded
-            seen = watch.look(known.members | (known.following or frozenset()) if known else frozenset(), view, now)
-            if known is not None and not _is_recorded(view.setting, known):
-                # Somebody else has changed it. Should it be put right, it is in force no sooner than a new one.
-                self._durability.set_local()
-                self._settling = Settling(known.members if known.following is None else known.following, now)
-            # Without news from the catalog nothing changes: whoever was waited for is waited for.
-            if await self._read_catalog(now):
-                recorded = self._recorded
-                if recorded is None:
-                    self._durability.set_local()
-                    await asyncio.sleep(_IDLE_INTERVAL_S)
-                elif self._is_ours(recorded, view):
-                    await self._act(server, recorded, view, seen, now)
-            await asyncio.sleep(_INTERVAL_S)
+        """Looks and acts, as long as this is the primary.
 
-    def _is_ours(self, recorded: SyncSet, view: View) -> bool:
+        Looks go on whatever the catalog is asked meanwhile, and however long it takes: that this server is gone, or its
+        setting another, has to be noticed at once.
+        """
+        watch = Watch(self._loss_s, self._loss_s / 2)
+        self._recorded, self._settling, self._read_at = None, None, float("-inf")
+        step: asyncio.Task[None] | None = None
+        try:
+            while server.timeline >= self._owner.timeline:
+                view, seen, now = await self._look(server, watch)
+                if step is None or step.done():
+                    if step is not None:
+                        step.result()
+                    step = asyncio.create_task(self._step(server, view, seen, now))
+                await asyncio.sleep(_INTERVAL_S)
+        finally:
+            self._durability.set_local()
+            if step is not None:
+                await self._abandon(step)
+
+    async def _look(self, server: Connection, watch: Watch) -> tuple[View, Seen, float]:
+        """The primary as it is, what that says of the standbys, and when (the loop's clock)."""
+        async with asyncio.timeout(_TIMEOUT_S), self._busy:
+            view = await _view(server)
+            now, known = asyncio.get_running_loop().time(), self._recorded
+        if known is not None and not _is_recorded(view.setting, known):
+            # Somebody else has changed it. Should it be put right, it is in force no sooner than a new one.
+            self._durability.set_local()
+            self._settling = Settling(known.members if known.following is None else known.following, now)
+        return view, watch.look(_names(known), view, now), now
+
+    async def _step(self, server: "PrimaryConnection", view: View, seen: Seen, now: float) -> None:
+        """What is to be done after a look, if the catalog lets."""
+        # Without news from the catalog nothing changes: whoever was waited for is waited for.
+        if not await self._read_catalog(now):
+            return
+        recorded = self._recorded
+        if recorded is None:
+            self._durability.set_local()
+            self._durability.depose(0)
+            await asyncio.sleep(_IDLE_INTERVAL_S)
+        elif self._is_ours(server, recorded, view):
+            await self._act(server, recorded, view, seen, now)
+
+    async def _abandon(self, step: asyncio.Task[None]) -> None:
+        """Ends a step under way. What it had asked of the catalog may or may not have happened."""
+        if not step.done():
+            step.cancel()
+            self._leave_catalog()
+            await asyncio.wait([step])
+        if not step.cancelled() and (error := step.exception()) is not None:
+            self._tell_trouble("a step that was given up", error)
+
+    def _is_ours(self, server: "PrimaryConnection", recorded: SyncSet, view: View) -> bool:
         """Whether the catalog's primary is the server at hand. If not, nothing is acted upon or promised."""
         if recorded.primary == view.server:
-            self._durability.is_deposed = False
+            self._durability.depose(0)
             return True
         self._durability.set_local()
         # A server without a name cannot be told from another.
-        self._durability.is_deposed = bool(view.server)
+        self._durability.depose(server.timeline if view.server else 0)
         self._settling = None
         self._tell_trouble(f"the primary is {view.server or 'without a cluster_name'}, and by the catalog another")
         return False
 
-    async def _act(self, server: Connection, recorded: SyncSet, view: View, seen: Seen, now: float) -> None:
+    async def _act(self, server: "PrimaryConnection", recorded: SyncSet, view: View, seen: Seen, now: float) -> None:
         """One step towards the set that should be in force, and what may be said of it meanwhile."""
         wanted = target(recorded, seen, may_degrade=self._may_degrade)
         if wanted != (recorded.members if recorded.following is None else recorded.following):
@@ -146,7 +177,7 @@ class SyncKeeper:
         if view.setting != setting(wanted):
             if not _is_recorded(view.setting, recorded):
                 self._durability.set_local()
-            async with asyncio.timeout(_TIMEOUT_S):
+            async with asyncio.timeout(_TIMEOUT_S), self._busy:
                 await server.execute(await server.fetchval(_MAKE_SETTING, setting(wanted)))
                 await server.execute(_RELOAD)
             self._settling = Settling(wanted, now)
@@ -155,12 +186,16 @@ class SyncKeeper:
             self._settling = Settling(wanted, None if recorded.following is None else now)
         if recorded.following is None and self._durability.members == wanted:
             return
-        if not self._settling.is_in_force(view, now):
+        settling = self._settling
+        if not settling.is_in_force(view, now):
             return
         if recorded.following is not None and await self._change(recorded, members=wanted, following=None) is None:
             return
+        if settling is not self._settling:
+            # A look has seen something else meanwhile.
+            return
         if wanted:
-            self._durability.set_quorum(wanted)
+            self._durability.set_quorum(wanted, view.server, server.timeline)
         self._trouble = ""
         _log.info("sync set in force", members=sorted(wanted))
 
@@ -210,12 +245,17 @@ class SyncKeeper:
             self._catalog.terminate()
             self._catalog = None
 
-    def _tell_trouble(self, what: str, error: Exception | None = None) -> None:
+    def _tell_trouble(self, what: str, error: BaseException | None = None) -> None:
         """Logs it once, however often it is met."""
         trouble = f"{what}: {type(error).__name__}" if error else what
         if trouble != self._trouble:
             _log.warning("the sync set stays as it is", why=trouble)
         self._trouble = trouble
+
+
+def _names(known: SyncSet | None) -> frozenset[str]:
+    """Whoever commits may be waiting for."""
+    return known.members | (known.following or frozenset()) if known else frozenset()
 
 
 def _is_recorded(names: str, recorded: SyncSet) -> bool:
@@ -225,7 +265,7 @@ def _is_recorded(names: str, recorded: SyncSet) -> bool:
     )
 
 
-async def _look(server: Connection) -> View:
+async def _view(server: Connection) -> View:
     row = await server.fetchrow(_LOOK)
     assert row is not None
     standbys = {

@@ -4,20 +4,18 @@ from collections.abc import Awaitable, Callable
 from typing import TypeAlias, TypeVar
 
 from common.deadline import Deadline
-from common.errors import Unavailable
 from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
 from shard.commits import Commits
 from shard.database import Database
 from shard.durability import Durability
 from shard.position import read_position
+from shard.primary import timeline_of
 
 T = TypeVar("T")
 
 # What a write answers, and whether that was there before it: then it has committed nothing of its own.
 Write: TypeAlias = Callable[[Connection], Awaitable[tuple[T, bool]]]
-
-_RETRY_AFTER_S = 1.0
 
 # A commit with a place in the log and no effect. It waits for the standbys like any other, and with it for all that was
 # committed before: what a repeated write found may be there from before a crash, and on no standby yet.
@@ -37,20 +35,18 @@ class Writes:
 
         Raises Unavailable, OutcomeUnknown, and what `write` does.
         """
-        if self._durability.is_deposed:
-            raise Unavailable(
-                "another server is to take the writes", reason="NOT_PRIMARY", retry_after_s=_RETRY_AFTER_S
-            )
         acquired = await self._database.to_write(deadline)
 
         async def commit() -> tuple[T, shard_pb2.Commit]:
             begun = self._durability.begin()
             async with acquired.entered() as connection:
+                self._durability.require_primary(timeline_of(connection))
+                before = await read_position(connection) if self._durability.is_external else None
                 answer, repeated = await write(connection)
                 if repeated:
                     await connection.execute(_BARRIER)
                 here = await read_position(connection)
-            durability = self._durability.of_commit(begun, waits=here.waits)
+            durability = self._durability.of_commit(begun, here, before)
             return answer, shard_pb2.Commit(timeline=here.timeline, lsn=here.lsn, durability=durability)
 
         # From here on the caller may leave, and the write goes on. Nothing is awaited between the two.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from memshard.internal.v1.shard_pb2_grpc import ShardServiceAsyncStub
 
 NOBODY: frozenset[str] = frozenset()
+WAITING_FOR_A_LOCK = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 
 
@@ -71,6 +72,14 @@ async def _under_quorum(servers: Replicated, **settings: object) -> AsyncIterato
     place = Place(servers, await servers.start_shard("shard", **settings))
     await _becomes(place.shard, "QUORUM")
     yield place
+
+
+async def _outlive_the_catalogs_news(place: Place) -> None:
+    """Writes until the keeper, which acts on what it has heard for a second, has to ask the catalog again."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + 1.2
+    while loop.time() < until:
+        assert await _stored(place) == "QUORUM"
 
 
 async def test_quorum_begins_by_itself_and_is_recorded_before_it_is_said(servers: Replicated) -> None:
@@ -139,7 +148,20 @@ async def test_the_catalog_alone_away_costs_nothing(servers: Replicated) -> None
         servers.catalog_link.accept()
 
 
-async def test_split_brain_an_old_primary_acknowledges_nothing(servers: Replicated) -> None:
+async def test_nothing_is_promised_of_a_successor_while_the_catalog_hangs(servers: Replicated) -> None:
+    async with _under_quorum(servers, standby_loss_s=60) as place:
+        servers.catalog.freeze()
+        # The keeper is in the midst of a question then, which it gives up after 2 s.
+        await _outlive_the_catalogs_news(place)
+        await servers.primary.kill()
+        await servers.standby.promote()
+        answer = await place.shard.Store(place.store_request("after"), timeout=20)
+        assert (answer.commit.timeline, answer.commit.durability) == (2, pb.DURABILITY_LOCAL)
+        described = await place.shard.Describe(shard_pb2.DescribeRequest(), timeout=2)
+        assert (described.position.timeline, list(described.sync_set)) == (2, [])
+
+
+async def test_split_brain_an_old_primary_acknowledges_and_answers_nothing(servers: Replicated) -> None:
     """The old primary keeps one client, the shard's service; all others have gone over to its standby."""
     own = {"database_dsn": servers.primary.dsn("memshard_app"), "migration_dsn": servers.primary.dsn("memshard_owner")}
     async with _under_quorum(servers, **own) as place:
@@ -167,6 +189,9 @@ async def test_split_brain_an_old_primary_acknowledges_nothing(servers: Replicat
             raise AssertionError("acknowledged")
 
         await eventually(says_so)
+        # Nor does it answer, since it cannot know what the other has been told.
+        error = await refused(place.contents(None, place.shard))
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "NOT_PRIMARY")
         assert not write.done()
         write.cancel()
         async with database(servers.standby.dsn()) as connection:
@@ -294,6 +319,7 @@ async def test_a_setting_changed_by_hand_ends_quorum_until_it_is_put_right(serve
     async with _under_quorum(servers) as place:
         # Nobody can put it right while the catalog is away.
         servers.catalog_link.refuse()
+        await _outlive_the_catalogs_news(place)
         await servers.primary.set_sync_names("")
         await servers.standby.kill()
         assert [await _stored(place, "alone", timeout_s=2) for _ in range(5)] == ["LOCAL"] * 5
@@ -331,6 +357,14 @@ async def test_without_a_sync_set_in_the_catalog_nothing_is_changed_and_writes_a
         assert await _stored(place) == "QUORUM"
         await servers.primary.set_sync_names("")
         assert await _stored(place) == "LOCAL"
+        # It has to have been so before the commit as well.
+        async with database(servers.primary.dsn()) as connection, connection.transaction():
+            await connection.execute("SELECT FROM owned_slots WHERE slot = $1 FOR UPDATE", place.slot)
+            write = asyncio.ensure_future(_stored(place))
+            await eventually(lambda: servers.primary.fetchval(WAITING_FOR_A_LOCK))
+            await servers.primary.set_sync_names('ANY 1 ("b")')
+        assert await write == "LOCAL"
+        assert await _stored(place) == "QUORUM"
 
 
 async def test_an_erasure_waits_for_the_standbys_or_names_those_that_have_not_replayed_it(

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 
 import pytest
+from structlog.testing import capture_logs
 
 from common.deadline import Deadline
 from common.errors import DeadlineExceeded, Internal, InvalidArgument, Unavailable, WrongShard
@@ -255,6 +256,16 @@ async def test_what_a_replica_cannot_answer_the_next_server_does(error: Exceptio
     async with servers(1) as (primary, replicas), router(primary, *replicas) as reader:
         replicas[0].error = error  # type: ignore[assignment]
         assert await reader.get(EVENTUAL) == "primary"
+
+
+async def test_a_bug_in_a_replica_is_gone_over_and_logged() -> None:
+    async with servers(1) as (primary, replicas), router(primary, *replicas) as reader:
+        replicas[0].error = Internal("a bug")
+        with capture_logs() as logged:
+            assert await reader.get(EVENTUAL) == "primary"
+        assert [(line["log_level"], line["shard"], line["replica"]) for line in logged] == [
+            ("error", "shard-0", "replica-0")
+        ]
 
 
 async def test_what_is_wrong_with_the_request_is_said_by_whoever_is_asked() -> None:

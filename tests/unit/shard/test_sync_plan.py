@@ -1,6 +1,7 @@
 """The sync set: who is lost, what to change to, when it is in force. And that no change loses what was acknowledged."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -8,11 +9,13 @@ import pytest
 from common.sync_set import Progress, SyncSet, promotable, required, setting
 from memshard.v1 import memory_pb2 as pb
 from shard.durability import Durability
+from shard.position import Position
 from shard.sync_plan import Seen, Settling, Standby, View, Watch, target
 
 B, C, D = "b", "c", "d"
 NOBODY: frozenset[str] = frozenset()
 FAR_BEHIND = 10**9
+HERE = Position(timeline=1, lsn=100, waits=True, server="a")
 
 
 def _set(*names: str) -> frozenset[str]:
@@ -127,25 +130,31 @@ def test_nobody_is_in_force_as_soon_as_it_is_the_setting() -> None:
 
 
 def test_a_receipt_says_quorum_only_if_the_set_was_in_force_from_before_the_commit_until_after_it() -> None:
-    def receipt(durability: Durability, begun: int) -> str:
-        return pb.Durability.Name(durability.of_commit(begun, waits=True)).removeprefix("DURABILITY_")
+    def receipt(durability: Durability, begun: int, here: Position = HERE) -> str:
+        return pb.Durability.Name(durability.of_commit(begun, here)).removeprefix("DURABILITY_")
 
     durability = Durability()
     begun_before = durability.begin()
     assert receipt(durability, begun_before) == "LOCAL"
-    durability.set_quorum(_set(B))
+    durability.set_quorum(_set(B), "a", 1)
     assert receipt(durability, begun_before) == "LOCAL"
     begun = durability.begin()
     assert receipt(durability, begun) == "QUORUM"
     # Emptied by hand, and not noticed yet.
-    assert durability.of_commit(begun, waits=False) == pb.DURABILITY_LOCAL
-    durability.set_quorum(_set(B, C))  # Joint: whoever promotes has to satisfy both.
+    assert receipt(durability, begun, replace(HERE, waits=False)) == "LOCAL"
+    # A successor took the commit, or another that thinks so, and nobody has noticed.
+    assert receipt(durability, begun, replace(HERE, timeline=2)) == "LOCAL"
+    assert receipt(durability, begun, replace(HERE, server="b")) == "LOCAL"
+    durability.set_quorum(_set(B, C), "a", 1)  # Joint: whoever promotes has to satisfy both.
     assert receipt(durability, begun) == "QUORUM"
     durability.set_local()
     assert receipt(durability, begun) == "LOCAL"
-    durability.set_quorum(_set(B))
+    durability.set_quorum(_set(B), "a", 1)
     assert receipt(durability, begun) == "LOCAL"  # There was a time between in which nobody waited.
-    assert receipt(durability, durability.begin()) == "QUORUM"
+    begun = durability.begin()
+    assert receipt(durability, begun) == "QUORUM"
+    durability.set_quorum(_set(B), "b", 2)
+    assert receipt(durability, begun, replace(HERE, server="b", timeline=2)) == "LOCAL"
 
 
 class _Cluster:
@@ -203,7 +212,7 @@ class _Cluster:
             if recorded.following is not None:
                 self.recorded = SyncSet("a", wanted)
             if wanted:
-                self.durability.set_quorum(wanted)
+                self.durability.set_quorum(wanted, "a", 1)
 
     def is_safe(self) -> bool:
         """Whether, whoever is reached, the one that may be promoted has all that was promised."""
