@@ -22,6 +22,8 @@ _CHECKPOINT_TIMEOUT_S = 120.0
 # The sync set may be at the point of being changed, as after an earlier failover.
 _SETTLE_TIMEOUT_S = 10.0
 _REACH_TIMEOUT_S = 5.0
+# The order to promote has a bound of its own; this is for what the supervisor does when it failed.
+_PROMOTED_TIMEOUT_S = 30.0
 _REJOIN_TIMEOUT_S = 30.0
 _CONTROLDATA_TIMEOUT_S = 10.0
 _POLL_S = 0.1
@@ -74,6 +76,8 @@ class PlannedFailover:
             if process is None:
                 raise RefusedError(f"{old.name} is not looked after by this supervisor")
             await self._hand_over(old, new, process)
+        # Without the lock: what puts right a promotion that failed needs it.
+        await self._promoted(old, new)
         await self._rejoined(old, new)
 
     async def _candidate(self, old: Server, wanted: str | None) -> Server:
@@ -99,8 +103,8 @@ class PlannedFailover:
             raise RefusedError(f"{new.name} does not answer: {error}") from error
 
     async def _hand_over(self, old: Server, new: Server, process: Process) -> None:
-        """From the end of the old primary to the new one's promotion. Whatever happens, the old one is started again:
-        as what the catalog says that it is.
+        """From the end of the old primary to the order that promotes the new one. Whatever happens, the old one is
+        started again: as what the catalog says that it is.
         """
         shard = self._shard
         try:
@@ -123,8 +127,6 @@ class PlannedFailover:
             raise RefusedError(f"{error}. {old.name} is started again as the primary") from error
         finally:
             process.release()
-        await shard.until_writable()
-        self._done(Step.PROMOTED, f"{new.name} takes the writes of {shard.shard_id}", old, new)
 
     async def _require_all(self, old: Server, new: Server) -> None:
         """Raises RefusedError unless the old primary ended in order, and the new one has its last words."""
@@ -138,6 +140,20 @@ class PlannedFailover:
         reached = await replication.reached([new], shard.secrets, within_s=_REACH_TIMEOUT_S)
         if new.name not in reached or reached[new.name].lsn <= last_checkpoint(text):
             raise RefusedError(f"{new.name} has not got all that {old.name} wrote")
+
+    async def _promoted(self, old: Server, new: Server) -> None:
+        shard = self._shard
+        try:
+            async with asyncio.timeout(_PROMOTED_TIMEOUT_S):
+                await shard.until_writable()
+        except TimeoutError as error:
+            raise LocalClusterError(
+                f"{new.name} is recorded as the primary of {shard.shard_id}, and is not promoted yet after "
+                f"{_PROMOTED_TIMEOUT_S:.0f} s; the supervisor goes on trying"
+            ) from error
+        if shard.primary != new.name:
+            raise LocalClusterError(f"{new.name} has died, and {shard.primary} has taken over from it")
+        self._done(Step.PROMOTED, f"{new.name} takes the writes of {shard.shard_id}", old, new)
 
     async def _rejoined(self, old: Server, new: Server) -> None:
         try:

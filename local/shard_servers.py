@@ -202,19 +202,23 @@ class ShardServers:
         except LocalClusterError as error:
             self.log.warning("no failover of %s: %s", self.shard_id, error)
             return
-        await self.reign(chosen.primary)
-        self.log.warning(
-            "%s is the primary of %s in place of %s after %.2f s",
-            *(chosen.primary, self.shard_id, dead, time.monotonic() - began),
-        )
+        if await self.reign(chosen.primary):
+            self.log.warning(
+                "%s is the primary of %s in place of %s after %.2f s",
+                *(chosen.primary, self.shard_id, dead, time.monotonic() - began),
+            )
 
-    async def reign(self, name: str) -> None:
-        """Makes a server that was appointed the primary in fact. shard_watch.py does the rest, and what fails here."""
+    async def reign(self, name: str) -> bool:
+        """Makes a server that was appointed the primary in fact; whether it is. shard_watch.py does the rest, and what
+        fails here.
+        """
         self.primary = name
         self.ties.changed()
         try:
             await replication.promote(self.servers[name], self.secrets)
         except LocalClusterError as error:
-            self.log.error("%s: %s", self.shard_id, error)  # noqa: TRY400  # It is written for people.
-            return
+            # It is written for people.
+            self.log.error("%s is to be the primary of %s, and is not yet: %s", name, self.shard_id, error)  # noqa: TRY400
+            return False
         self.wake.set()
+        return True

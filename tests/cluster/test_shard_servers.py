@@ -17,11 +17,13 @@ from common.postgres import CONNECT_ERRORS
 from local import leftovers, replication, standby
 from local.errors import LocalClusterError
 from local.layout import Layout
+from local.planned_failover import PlannedFailover, Progress, Step
 from local.postgres import SUPERUSER
 from local.record import Options, load_record, load_secrets
 from local.sessions import as_owner
+from local.shard_servers import ShardServers
 from local.standby_settings import slot_name
-from tests.support.databases import fresh_layout, in_a_process, running
+from tests.support.databases import fresh_layout, in_a_process, running, supervised
 from tests.support.eventually import eventually
 from tests.support.servers import SHARD, Servers
 
@@ -30,10 +32,16 @@ FIRST, SECOND = "postgres-shard-0", "postgres-shard-0-1"
 
 @asynccontextmanager
 async def servers_of(layout: Layout, replicas: int = 1) -> AsyncIterator[Servers]:
-    async with running(layout, Options(shards=1, replicas=replicas)) as plan:
+    async with supervised_servers(layout, replicas) as (servers, _):
+        yield servers
+
+
+@asynccontextmanager
+async def supervised_servers(layout: Layout, replicas: int = 1) -> AsyncIterator[tuple[Servers, ShardServers]]:
+    async with supervised(layout, Options(shards=1, replicas=replicas)) as (plan, shards):
         servers = Servers(plan)
         await eventually(servers.primary, within_s=20)
-        yield servers
+        yield servers, shards[SHARD]
 
 
 async def rows(servers: Servers, name: str) -> set[int]:
@@ -227,6 +235,22 @@ async def test_one_that_was_appointed_and_not_promoted_yet_is_promoted_by_the_ne
                 epoch = await catalog.read_epoch(connection)
                 await catalog.change_primary(connection, epoch, SHARD, planned, primary=SECOND, members=frozenset())
         async with running(layout):
+            assert await eventually(servers.primary, within_s=20) == SECOND
+
+
+async def test_a_new_primary_that_dies_before_it_is_promoted_is_promoted_all_the_same() -> None:
+    with fresh_layout() as layout:
+        async with supervised_servers(layout) as (servers, shard):
+            await servers.arm()
+
+            def tell(progress: Progress) -> None:
+                if progress.step is Step.RECORDED:
+                    os.kill(servers.pid(progress.new), signal.SIGKILL)
+
+            began = time.monotonic()
+            async with asyncio.timeout(30):
+                await PlannedFailover(shard, tell).run()
+            print(f"promoted and followed after {time.monotonic() - began:.1f} s")
             assert await eventually(servers.primary, within_s=20) == SECOND
 
 
