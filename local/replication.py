@@ -54,6 +54,9 @@ _DROP_SLOT = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slo
 _END_SLOTS_USER = """
 SELECT pg_terminate_backend(active_pid, 2000) FROM pg_replication_slots WHERE slot_name = $1 AND active
 """
+_END_SENDERS = """
+SELECT pg_terminate_backend(pid, 2000) FROM pg_stat_replication WHERE application_name = ANY ($1::text[])
+"""
 # ALTER SYSTEM takes no parameters, so the server makes the statement from some.
 _ALTER_SYSTEM = "SELECT format('ALTER SYSTEM SET %I = %L', $1::text, $2::text)"
 _RELOAD = "SELECT pg_reload_conf()"
@@ -192,6 +195,12 @@ async def drop_slots(server: Server, secrets: Secrets, names: Collection[str]) -
         for name in sorted(names):
             await connection.fetch(_END_SLOTS_USER, name)
             await connection.execute(_DROP_SLOT, name)
+
+
+async def disconnect(primary: Server, secrets: Secrets, names: Collection[str]) -> None:
+    """Ends what sends the log to the standbys named, which may connect again. Raises LocalClusterError."""
+    async with as_superuser(primary, secrets, ASK_TIMEOUT_S * 2) as connection:
+        await connection.fetch(_END_SENDERS, list(names))
 
 
 async def _slots(connection: Connection) -> tuple[Slot, ...]:

@@ -6,15 +6,17 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import asyncpg
+import psutil
 import pytest
 
 from common import catalog
 from common.postgres import CONNECT_ERRORS
 from local import leftovers, replication, standby
+from local.appointment import RefusedError
 from local.errors import LocalClusterError
 from local.layout import Layout
 from local.planned_failover import PlannedFailover, Progress, Step
@@ -27,7 +29,7 @@ from tests.support.databases import fresh_layout, in_a_process, running, supervi
 from tests.support.eventually import eventually
 from tests.support.servers import SHARD, Servers
 
-FIRST, SECOND = "postgres-shard-0", "postgres-shard-0-1"
+FIRST, SECOND, THIRD = "postgres-shard-0", "postgres-shard-0-1", "postgres-shard-0-2"
 
 
 @asynccontextmanager
@@ -113,14 +115,14 @@ async def test_of_two_standbys_one_takes_over_and_the_other_follows_it_as_it_is(
     with fresh_layout() as layout:
         async with servers_of(layout, replicas=2) as servers:
             await servers.arm()
-            third = servers.pid("postgres-shard-0-2")
+            third = servers.pid(THIRD)
             os.kill(servers.pid(FIRST), signal.SIGKILL)
             assert await eventually(servers.primary, within_s=20) == SECOND
-            assert servers.pid("postgres-shard-0-2") == third
+            assert servers.pid(THIRD) == third
             # It had all that the new primary has, so that commits may wait for it from the start.
-            assert (await servers.sync_set()).members == {"postgres-shard-0-2"}
+            assert (await servers.sync_set()).members == {THIRD}
             view = await eventually(lambda: _slots(servers, SECOND))
-            assert view == {slot_name(FIRST), slot_name("postgres-shard-0-2")}
+            assert view == {slot_name(FIRST), slot_name(THIRD)}
 
 
 async def test_a_standby_that_is_no_member_never_takes_over() -> None:
@@ -252,6 +254,47 @@ async def test_a_new_primary_that_dies_before_it_is_promoted_is_promoted_all_the
                 await PlannedFailover(shard, tell).run()
             print(f"promoted and followed after {time.monotonic() - began:.1f} s")
             assert await eventually(servers.primary, within_s=20) == SECOND
+
+
+async def test_a_failover_on_request_is_refused_before_it_ends_anything_when_too_few_answer() -> None:
+    with fresh_layout() as layout:
+        async with supervised_servers(layout, replicas=2) as (servers, shard):
+            await servers.arm()
+            before = servers.pid(FIRST)
+            failover = PlannedFailover(shard, lambda _progress: None)
+            # Of two members both are needed: each alone may lack what the other has confirmed.
+            with frozen(servers, THIRD), pytest.raises(RefusedError, match=f"^{THIRD} does not answer$"):
+                await failover.run(SECOND)
+            assert (servers.pid(FIRST), await servers.writable()) == (before, [FIRST])
+            assert await eventually(servers.primary) == FIRST
+
+
+async def test_a_failover_on_request_does_not_wait_for_a_frozen_standby_that_it_can_do_without() -> None:
+    with fresh_layout() as layout:
+        async with supervised_servers(layout, replicas=3) as (servers, shard):
+            await servers.arm()
+            at: dict[Step, float] = {}
+            failover = PlannedFailover(shard, lambda progress: at.update({progress.step: time.monotonic()}))
+            with frozen(servers, "postgres-shard-0-3"):
+                await failover.run(SECOND)
+            without_writes_s = at[Step.PROMOTED] - at[Step.CHECKED]
+            print(f"{without_writes_s:.2f} s from the old primary's end to the new one's beginning")
+            assert without_writes_s < 3
+            assert await eventually(servers.primary, within_s=30) == SECOND
+
+
+@contextmanager
+def frozen(servers: Servers, name: str) -> Iterator[None]:
+    """While it lasts, a server and all its backends stand still."""
+    processes = leftovers.find_postgres(servers[name].pgdata)
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 @pytest.mark.parametrize("seed", range(4))
