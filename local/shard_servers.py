@@ -12,6 +12,7 @@ from local.appointment import Appointer, UncertainError
 from local.errors import DataDirectoryError, LocalClusterError
 from local.postgres import Server
 from local.standby import Maker
+from local.standby_settings import slot_name
 from local.state import Role
 
 # How long the members of a sync set get to say how far they are.
@@ -214,8 +215,14 @@ class ShardServers:
         """
         self.primary = name
         self.ties.changed()
+        server, slots = self.servers[name], [slot_name(standby.name) for standby in self.standbys()]
         try:
-            await replication.promote(self.servers[name], self.secrets)
+            # Before it can be written to: by its slot an erasure knows that a standby is away, and has not replayed it.
+            await replication.create_slots(server, self.secrets, slots)
+        except LocalClusterError as error:
+            self.log.warning("%s: its standbys' slots come later: %s", name, error)
+        try:
+            await replication.promote(server, self.secrets)
         except LocalClusterError as error:
             # It is written for people.
             self.log.error("%s is to be the primary of %s, and is not yet: %s", name, self.shard_id, error)  # noqa: TRY400

@@ -20,8 +20,8 @@ from local.appointment import RefusedError
 from local.errors import LocalClusterError
 from local.layout import Layout
 from local.planned_failover import PlannedFailover, Progress, Step
-from local.postgres import SUPERUSER
-from local.record import Options, load_record, load_secrets
+from local.postgres import SUPERUSER, Server
+from local.record import Options, Secrets, load_record, load_secrets
 from local.sessions import as_owner
 from local.shard_servers import ShardServers
 from local.standby_settings import slot_name
@@ -281,6 +281,24 @@ async def test_a_failover_on_request_does_not_wait_for_a_frozen_standby_that_it_
             print(f"{without_writes_s:.2f} s from the old primary's end to the new one's beginning")
             assert without_writes_s < 3
             assert await eventually(servers.primary, within_s=30) == SECOND
+
+
+async def test_a_new_primary_knows_of_its_standbys_before_it_can_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An erasure right after a failover has to know that a standby which does not answer has not replayed it."""
+    present: set[str] = set()
+    promote = replication.promote
+
+    async def look_first(server: Server, secrets: Secrets) -> None:
+        present.update(slot.name for slot in (await replication.look_at_standby(server, secrets)).slots)
+        await promote(server, secrets)
+
+    monkeypatch.setattr(replication, "promote", look_first)
+    with fresh_layout() as layout:
+        async with servers_of(layout, replicas=2) as servers:
+            await servers.arm()
+            os.kill(servers.pid(FIRST), signal.SIGKILL)
+            await eventually(lambda: _writes(servers, SECOND))
+            assert present == {slot_name(FIRST), slot_name(THIRD)}
 
 
 @contextmanager
