@@ -17,7 +17,7 @@ from common import catalog
 from common.postgres import CONNECT_ERRORS
 from local import leftovers, replication, standby
 from local.appointment import RefusedError
-from local.errors import LocalClusterError
+from local.errors import LocalClusterError, StartError
 from local.layout import Layout
 from local.planned_failover import PlannedFailover, Progress, Step
 from local.postgres import SUPERUSER, Server
@@ -25,6 +25,7 @@ from local.record import Options, Secrets, load_record, load_secrets
 from local.sessions import as_owner
 from local.shard_servers import ShardServers
 from local.standby_settings import slot_name
+from local.supervisor import MAX_EARLY_DEATHS
 from tests.support.databases import fresh_layout, in_a_process, running, supervised
 from tests.support.eventually import eventually
 from tests.support.servers import SHARD, Servers
@@ -299,6 +300,43 @@ async def test_a_new_primary_knows_of_its_standbys_before_it_can_be_written_to(m
             os.kill(servers.pid(FIRST), signal.SIGKILL)
             await eventually(lambda: _writes(servers, SECOND))
             assert present == {slot_name(FIRST), slot_name(THIRD)}
+
+
+async def test_a_primary_whose_directory_is_lost_waits_for_a_standby_that_starts_slowly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            await servers.arm()
+            await servers.execute(FIRST, "CREATE TABLE t AS SELECT 7 AS x")
+        shutil.rmtree(servers[FIRST].pgdata)
+        tries: list[str] = []
+        fail_over, prepare_standby = ShardServers._fail_over, ShardServers._prepare_standby
+
+        async def counted(self: ShardServers, dead: str, **given: bool) -> None:
+            tries.append(dead)
+            await fail_over(self, dead, **given)
+
+        async def slowly(self: ShardServers, server: Server) -> None:
+            await eventually(lambda: len(tries) > MAX_EARLY_DEATHS + 1, within_s=30)
+            await prepare_standby(self, server)
+
+        monkeypatch.setattr(ShardServers, "_fail_over", counted)
+        monkeypatch.setattr(ShardServers, "_prepare_standby", slowly)
+        async with running(layout):
+            assert await eventually(servers.primary, within_s=20) == SECOND
+            assert await rows(servers, SECOND) == {7}
+
+
+async def test_a_primary_whose_directory_is_lost_is_not_waited_for_when_nobody_may_take_its_place() -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            await servers.execute(FIRST, "CREATE TABLE t AS SELECT 7 AS x")
+        shutil.rmtree(servers[FIRST].pgdata)
+        with pytest.raises(ExceptionGroup) as raised:
+            async with running(layout):
+                pass
+        assert raised.group_contains(StartError, match="is missing, .* no standby is sure to have all")
 
 
 @contextmanager
