@@ -339,6 +339,18 @@ async def test_a_primary_whose_directory_is_lost_is_not_waited_for_when_nobody_m
         assert raised.group_contains(StartError, match="is missing, .* no standby is sure to have all")
 
 
+async def test_copies_that_a_killed_supervisor_left_are_removed() -> None:
+    with fresh_layout() as layout:
+        async with running(layout) as plan:
+            pgdata = plan.shard_server(SHARD).pgdata
+        copies = [pgdata.with_name(pgdata.name + suffix) for suffix in (".old", ".new")]
+        for copy in copies:
+            shutil.copytree(pgdata, copy)
+        async with running(layout):
+            assert [copy for copy in copies if copy.exists()] == []
+            assert await Servers(plan).writable() == [FIRST]
+
+
 @contextmanager
 def frozen(servers: Servers, name: str) -> Iterator[None]:
     """While it lasts, a server and all its backends stand still."""
