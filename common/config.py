@@ -209,7 +209,7 @@ class ShardSettings(EmbedderSettings):
 
     catalog_dsn: PostgresDsn
     """URL of the catalog's database. A role that can only read is enough, but for `sync_set: managed`: it has to be
-    allowed UPDATE on `sync_sets`."""
+    allowed UPDATE on `members`, `following` and `version` of `sync_sets`."""
 
     database_dsn: PostgresDsn
     """URL of the shard's own database, as a role that can only read and write rows. It may name several servers, as in

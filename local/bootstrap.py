@@ -38,8 +38,11 @@ _READ_ONLY = f"""
 GRANT SELECT ON ALL TABLES IN SCHEMA public TO {APP};
 ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO {APP};
 """
-# A shard's service keeps its sync set, and does no more to the catalog.
-_KEEP_SYNC_SETS = f"GRANT SELECT, UPDATE ON sync_sets TO {APP}"
+# A shard's service keeps its sync set, and does no more to the catalog: who the primary is, whoever promotes records.
+_KEEP_SYNC_SETS = f"""
+REVOKE UPDATE ON sync_sets FROM {APP};
+GRANT SELECT, UPDATE (members, following, version) ON sync_sets TO {APP};
+"""
 # What a shard's service needs to keep the standbys that its commits wait for: to see them, and to set them.
 _KEEP_STANDBYS = f"""
 GRANT pg_monitor TO {APP}, {OWNER};

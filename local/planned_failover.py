@@ -2,17 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 
-from common.sync_set import SyncSet
+from common.sync_set import SyncSet, promotable
 from local import replication
 from local.appointment import RefusedError, UncertainError
 from local.controldata import is_shut_down, last_checkpoint
 from local.errors import LocalClusterError
 from local.postgres import Server, run_program
+from local.replication import StandbyView
 from local.shard_servers import Process, ShardServers
 
 # A standby that is further behind would keep the writes waiting while it catches up.
@@ -22,6 +23,8 @@ _CHECKPOINT_TIMEOUT_S = 120.0
 # The sync set may be at the point of being changed, as after an earlier failover.
 _SETTLE_TIMEOUT_S = 10.0
 _REACH_TIMEOUT_S = 5.0
+# The order to promote has a bound of its own; this is for what the supervisor does when it failed.
+_PROMOTED_TIMEOUT_S = 30.0
 _REJOIN_TIMEOUT_S = 30.0
 _CONTROLDATA_TIMEOUT_S = 10.0
 _POLL_S = 0.1
@@ -67,13 +70,15 @@ class PlannedFailover:
             if wanted == old.name:
                 raise RefusedError(f"{old.name} is the primary of {shard.shard_id} already")
             new = await self._candidate(old, wanted)
-            await self._require_answer(new)
+            answering = await self._require_enough(old, new)
             await replication.checkpoint(old, shard.secrets, within_s=_CHECKPOINT_TIMEOUT_S)
             self._done(Step.CHECKED, f"{new.name} may take over from {old.name}", old, new)
             process = shard.ties.process(old.name)
             if process is None:
                 raise RefusedError(f"{old.name} is not looked after by this supervisor")
-            await self._hand_over(old, new, process)
+            await self._hand_over(old, new, answering, process)
+        # Without the lock: what puts right a promotion that failed needs it.
+        await self._promoted(old, new)
         await self._rejoined(old, new)
 
     async def _candidate(self, old: Server, wanted: str | None) -> Server:
@@ -91,24 +96,39 @@ class PlannedFailover:
                 raise RefusedError(_why_not(wanted, sync_set, lag_bytes))
             await asyncio.sleep(_POLL_S)
 
-    async def _require_answer(self, new: Server) -> None:
-        """A frozen standby seems to stream for a while; found out later, it would have cost the writes that time."""
-        try:
-            await replication.look_at_standby(new, self._shard.secrets)
-        except LocalClusterError as error:
-            raise RefusedError(f"{new.name} does not answer: {error}") from error
+    async def _require_enough(self, old: Server, new: Server) -> list[Server]:
+        """The standbys that answer, once it is sure that they are enough to appoint `new`. Raises RefusedError.
 
-    async def _hand_over(self, old: Server, new: Server, process: Process) -> None:
-        """From the end of the old primary to the new one's promotion. Whatever happens, the old one is started again:
-        as what the catalog says that it is.
+        A frozen one seems to stream for a while; found out later, it would have cost the writes that time.
+        """
+        shard = self._shard
+        standbys = [server for server in shard.servers.values() if server is not old]
+        views = await asyncio.gather(*map(self._look_at, standbys))
+        progress = {server.name: view.progress for server, view in zip(standbys, views, strict=True) if view}
+        silent = [server.name for server in standbys if server.name not in progress]
+        if new.name in silent or promotable(await shard.appointer.read(), progress) is None:
+            raise RefusedError(f"{', '.join(silent) or 'a member'} {'does' if len(silent) < 2 else 'do'} not answer")
+        # The old primary's end would wait for them.
+        await replication.disconnect(old, shard.secrets, silent)
+        return [server for server in standbys if server.name in progress]
+
+    async def _look_at(self, standby: Server) -> StandbyView | None:
+        try:
+            return await replication.look_at_standby(standby, self._shard.secrets)
+        except LocalClusterError as error:
+            self._shard.log.debug("%s does not answer: %s", standby.name, error)
+            return None
+
+    async def _hand_over(self, old: Server, new: Server, answering: Sequence[Server], process: Process) -> None:
+        """From the end of the old primary to the order that promotes the new one. Whatever happens, the old one is
+        started again: as what the catalog says that it is.
         """
         shard = self._shard
         try:
             await process.hold()
             await self._require_all(old, new)
             self._done(Step.STOPPED, f"{old.name} has ended, and {new.name} has all of it", old, new)
-            standbys = [server for server in shard.servers.values() if server is not old]
-            reached = await replication.reached(standbys, shard.secrets, within_s=_REACH_TIMEOUT_S)
+            reached = await replication.reached(answering, shard.secrets, within_s=_REACH_TIMEOUT_S)
             await shard.appointer.appoint(reached, old=old.name, wanted=new.name)
             self._done(Step.RECORDED, f"the catalog names {new.name}", old, new)
             await shard.reign(new.name)
@@ -123,8 +143,6 @@ class PlannedFailover:
             raise RefusedError(f"{error}. {old.name} is started again as the primary") from error
         finally:
             process.release()
-        await shard.until_writable()
-        self._done(Step.PROMOTED, f"{new.name} takes the writes of {shard.shard_id}", old, new)
 
     async def _require_all(self, old: Server, new: Server) -> None:
         """Raises RefusedError unless the old primary ended in order, and the new one has its last words."""
@@ -138,6 +156,20 @@ class PlannedFailover:
         reached = await replication.reached([new], shard.secrets, within_s=_REACH_TIMEOUT_S)
         if new.name not in reached or reached[new.name].lsn <= last_checkpoint(text):
             raise RefusedError(f"{new.name} has not got all that {old.name} wrote")
+
+    async def _promoted(self, old: Server, new: Server) -> None:
+        shard = self._shard
+        try:
+            async with asyncio.timeout(_PROMOTED_TIMEOUT_S):
+                await shard.until_writable()
+        except TimeoutError as error:
+            raise LocalClusterError(
+                f"{new.name} is recorded as the primary of {shard.shard_id}, and is not promoted yet after "
+                f"{_PROMOTED_TIMEOUT_S:.0f} s; the supervisor goes on trying"
+            ) from error
+        if shard.primary != new.name:
+            raise LocalClusterError(f"{new.name} has died, and {shard.primary} has taken over from it")
+        self._done(Step.PROMOTED, f"{new.name} takes the writes of {shard.shard_id}", old, new)
 
     async def _rejoined(self, old: Server, new: Server) -> None:
         try:

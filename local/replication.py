@@ -41,6 +41,11 @@ SELECT pg_is_in_recovery() AS in_recovery,
        coalesce(greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) - '0/0'::pg_lsn, 0)::bigint AS lsn,
        (SELECT max(left(name, 8)) FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{24}$') AS timeline,
        EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming') AS receives,
+       pg_last_wal_receive_lsn() IS NOT NULL AS has_asked,
+       EXISTS (
+           SELECT FROM pg_stat_activity
+           WHERE backend_type = 'startup' AND wait_event IN ('RecoveryWalStream', 'RecoveryRetrieveRetryInterval')
+       ) AS waits_for_log,
        current_setting('primary_conninfo') AS conninfo
 """
 _PROMOTE = "SELECT pg_promote(true, $1)"
@@ -48,6 +53,9 @@ _CREATE_SLOT = "SELECT pg_create_physical_replication_slot($1, true)"
 _DROP_SLOT = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = $1"
 _END_SLOTS_USER = """
 SELECT pg_terminate_backend(active_pid, 2000) FROM pg_replication_slots WHERE slot_name = $1 AND active
+"""
+_END_SENDERS = """
+SELECT pg_terminate_backend(pid, 2000) FROM pg_stat_replication WHERE application_name = ANY ($1::text[])
 """
 # ALTER SYSTEM takes no parameters, so the server makes the statement from some.
 _ALTER_SYSTEM = "SELECT format('ALTER SYSTEM SET %I = %L', $1::text, $2::text)"
@@ -80,8 +88,23 @@ class StandbyView:
     progress: Progress
     receives: bool
     """Whether the log comes in at this moment."""
+    has_asked: bool
+    """Whether it has asked its primary for more log since it was started: its own was at an end then."""
+    waits_for_log: bool
+    """Whether it has nothing to replay at this moment."""
     conninfo: str
     slots: tuple[Slot, ...]
+
+    def is_final(self, before: "StandbyView | None") -> bool:
+        """Whether `progress` is all that it has on disk, and stays so. `before`: the look before this one, if any.
+
+        One that was started again tells only how far it has replayed, until it has come to the end of its own log.
+        """
+        if self.receives:
+            return False
+        if self.has_asked:
+            return True
+        return self.waits_for_log and before is not None and before.waits_for_log and before.progress == self.progress
 
 
 async def look_at_primary(server: Server, secrets: Secrets) -> PrimaryView:
@@ -99,20 +122,30 @@ async def look_at_standby(server: Server, secrets: Secrets) -> StandbyView:
         row = await connection.fetchrow(_STANDBY)
         slots = await _slots(connection)
     assert row is not None
-    progress = Progress(int(row["timeline"] or "0", 16), row["lsn"])
-    return StandbyView(row["in_recovery"], progress, row["receives"], row["conninfo"], slots)
+    return StandbyView(
+        in_recovery=row["in_recovery"],
+        progress=Progress(int(row["timeline"] or "0", 16), row["lsn"]),
+        receives=row["receives"],
+        has_asked=row["has_asked"],
+        waits_for_log=row["waits_for_log"],
+        conninfo=row["conninfo"],
+        slots=slots,
+    )
 
 
 async def reached(servers: Iterable[Server], secrets: Secrets, *, within_s: float) -> dict[str, Progress]:
-    """How far those standbys are that answer, once no more log comes in. Their primary must be gone.
+    """How far those standbys have the log on disk, once no more comes in. Their primary must be gone.
 
-    One that still waits to hear of its primary's end when the time is up is left out.
+    One that has not heard of its primary's end when the time is up is left out, and one that cannot tell yet how far
+    it is.
     """
 
     async def ask(server: Server) -> tuple[str, Progress] | None:
+        before = None
         try:
             async with asyncio.timeout(within_s):
-                while (view := await look_at_standby(server, secrets)).receives:  # noqa: ASYNC110  # Nothing tells us.
+                while not (view := await look_at_standby(server, secrets)).is_final(before):
+                    before = view
                     await asyncio.sleep(_POLL_S)
         except (LocalClusterError, TimeoutError):
             return None
@@ -162,6 +195,12 @@ async def drop_slots(server: Server, secrets: Secrets, names: Collection[str]) -
         for name in sorted(names):
             await connection.fetch(_END_SLOTS_USER, name)
             await connection.execute(_DROP_SLOT, name)
+
+
+async def disconnect(primary: Server, secrets: Secrets, names: Collection[str]) -> None:
+    """Ends what sends the log to the standbys named, which may connect again. Raises LocalClusterError."""
+    async with as_superuser(primary, secrets, ASK_TIMEOUT_S * 2) as connection:
+        await connection.fetch(_END_SENDERS, list(names))
 
 
 async def _slots(connection: Connection) -> tuple[Slot, ...]:

@@ -12,6 +12,7 @@ from local.appointment import Appointer, UncertainError
 from local.errors import DataDirectoryError, LocalClusterError
 from local.postgres import Server
 from local.standby import Maker
+from local.standby_settings import slot_name
 from local.state import Role
 
 # How long the members of a sync set get to say how far they are.
@@ -19,6 +20,9 @@ _REACH_TIMEOUT_S = 3.0
 # Starts in a row without health after which a standby's directory is taken to be damaged.
 _MAX_BAD_STARTS = 3
 _POLL_S = 0.1
+# Between two looks whether somebody can take the place of a primary whose directory is lost.
+_LOST_INTERVAL_S = 0.5
+_LOOK_TIMEOUT_S = 1.0
 
 
 class Process(Protocol):
@@ -70,6 +74,8 @@ class ShardServers:
         self._replica_on: dict[str, str] = {}
         self.making: set[str] = set()
         """Standbys that are being made at this moment."""
+        self.lost: set[str] = set()
+        """A primary whose directory is missing, while it waits for a standby to take its place."""
         self._certain = new
         self._bad_starts: dict[str, int] = dict.fromkeys(self.servers, 0)
 
@@ -110,16 +116,24 @@ class ShardServers:
     async def prepare(self, name: str) -> None:
         """Before each start of a server's process: its directory is made what its role needs.
 
-        Raises LocalClusterError.
+        A primary whose directory is lost waits for standbys that may take its place. Raises LocalClusterError.
         """
-        async with self.lock:
-            await self.make_certain()
-            if name == self.primary and not standby.exists(self.servers[name].pgdata):
-                await self._fail_over(name)
-            if name == self.primary:
-                self._prepare_primary(self.servers[name])
-                return
-        await self._prepare_standby(self.servers[name])
+        server = self.servers[name]
+        while True:
+            async with self.lock:
+                await self.make_certain()
+                if name == self.primary and standby.exists(server.pgdata):
+                    self._prepare_primary(server)
+                    return
+                if name == self.primary:
+                    await self._fail_over(name, again=name in self.lost)
+                self.lost.discard(name)
+                if name != self.primary:
+                    break
+                await self._require_hope(server)
+                self.lost.add(name)
+            await asyncio.sleep(_LOST_INTERVAL_S)
+        await self._prepare_standby(server)
 
     def healthy(self, name: str) -> None:
         """A server's process answers."""
@@ -142,12 +156,31 @@ class ShardServers:
         """Who the primary is has to be asked before any server is started as one."""
         self._certain = False
 
-    def _prepare_primary(self, server: Server) -> None:
-        if not standby.exists(server.pgdata):
+    async def _require_hope(self, lost: Server) -> None:
+        """Raises DataDirectoryError unless a member of the sync set may yet take the place of a primary that is lost:
+        one that has its data, and is not ready to be asked.
+        """
+        sync_set = await self.appointer.read()
+        members = sorted((sync_set.members | (sync_set.following or frozenset())) & self.servers.keys())
+        awaited = [
+            name
+            for name in members
+            if standby.is_standby(self.servers[name].pgdata) and self._bad_starts[name] < _MAX_BAD_STARTS
+        ]
+        if not awaited or not await self._unready(awaited):
+            who = f"of {', '.join(members)} too few have" if members else "no standby is sure to have"
             raise DataDirectoryError(
-                f"{server.pgdata} is missing, and with it the data of {server.name}: restore it, "
-                "or make a new cluster with another --data-dir"
+                f"{lost.pgdata} is missing, and with it the data of {lost.name}; {who} all that was acknowledged. "
+                "Restore it, or make a new cluster with another --data-dir"
             )
+
+    async def _unready(self, names: Sequence[str]) -> bool:
+        """Whether one of these is still on its way: it starts, or has not come to the end of its log."""
+        servers = [self.servers[name] for name in names]
+        reached = await replication.reached(servers, self.secrets, within_s=_LOOK_TIMEOUT_S)
+        return reached.keys() != set(names)
+
+    def _prepare_primary(self, server: Server) -> None:
         if standby.is_standby(server.pgdata):
             # It was appointed, and not promoted yet. Without standby.signal it would go on in the old timeline.
             self.maker.write_settings(server, None)
@@ -184,9 +217,9 @@ class ShardServers:
                 self.log.debug("%s has no primary yet: %s", self.shard_id, error)
             await asyncio.sleep(_POLL_S)
 
-    async def _fail_over(self, dead: str) -> None:
+    async def _fail_over(self, dead: str, *, again: bool = False) -> None:
         """Promotes a member of the sync set in place of a primary whose postmaster is dead. Failing that, nothing: it
-        is started again where it was, and its own recovery brings back what it acknowledged.
+        is started again where it was, and its own recovery brings back what it acknowledged. `again`: no news.
         """
         began = time.monotonic()
         try:
@@ -200,21 +233,31 @@ class ShardServers:
             self.log.error("failover of %s: %s", self.shard_id, error)  # noqa: TRY400  # It is written for people.
             return
         except LocalClusterError as error:
-            self.log.warning("no failover of %s: %s", self.shard_id, error)
+            self.log.log(logging.DEBUG if again else logging.WARNING, "no failover of %s: %s", self.shard_id, error)
             return
-        await self.reign(chosen.primary)
-        self.log.warning(
-            "%s is the primary of %s in place of %s after %.2f s",
-            *(chosen.primary, self.shard_id, dead, time.monotonic() - began),
-        )
+        if await self.reign(chosen.primary):
+            self.log.warning(
+                "%s is the primary of %s in place of %s after %.2f s",
+                *(chosen.primary, self.shard_id, dead, time.monotonic() - began),
+            )
 
-    async def reign(self, name: str) -> None:
-        """Makes a server that was appointed the primary in fact. shard_watch.py does the rest, and what fails here."""
+    async def reign(self, name: str) -> bool:
+        """Makes a server that was appointed the primary in fact; whether it is. shard_watch.py does the rest, and what
+        fails here.
+        """
         self.primary = name
         self.ties.changed()
+        server, slots = self.servers[name], [slot_name(standby.name) for standby in self.standbys()]
         try:
-            await replication.promote(self.servers[name], self.secrets)
+            # Before it can be written to: by its slot an erasure knows that a standby is away, and has not replayed it.
+            await replication.create_slots(server, self.secrets, slots)
         except LocalClusterError as error:
-            self.log.error("%s: %s", self.shard_id, error)  # noqa: TRY400  # It is written for people.
-            return
+            self.log.warning("%s: its standbys' slots come later: %s", name, error)
+        try:
+            await replication.promote(server, self.secrets)
+        except LocalClusterError as error:
+            # It is written for people.
+            self.log.error("%s is to be the primary of %s, and is not yet: %s", name, self.shard_id, error)  # noqa: TRY400
+            return False
         self.wake.set()
+        return True

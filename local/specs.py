@@ -91,7 +91,7 @@ class Specs:
             return True
 
         async def recovers() -> bool:
-            return name in shard.making or (plain.recovers is not None and await plain.recovers())
+            return name in shard.making | shard.lost or (plain.recovers is not None and await plain.recovers())
 
         async def prepare() -> None:
             await shard.prepare(name)

@@ -117,6 +117,17 @@ class Maker:
             os.chown(path, self.account.uid, self.account.gid)
 
 
+def sweep(pgdata: Path) -> list[Path]:
+    """Removes the copies that are left of a server when it was not made to the end; what was removed.
+
+    They hold whole databases, with rows that have been erased since. Nothing may be at work on them.
+    """
+    copies = [copy for suffix in (_NEW, _OLD) if (copy := pgdata.with_name(pgdata.name + suffix)).exists()]
+    for copy in copies:
+        shutil.rmtree(copy, ignore_errors=True)
+    return copies
+
+
 def exists(pgdata: Path) -> bool:
     """Whether there is a server's data at all."""
     return (pgdata / "PG_VERSION").exists()

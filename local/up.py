@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from local import admin, bootstrap, leftovers, lock, logs, ports
+from local import admin, bootstrap, leftovers, lock, logs, ports, standby
 from local.account import make_traversable, postgres_account
 from local.admin_token import make_token
 from local.appointment import Appointer
@@ -168,6 +168,9 @@ async def prepare(
     if kept is None:
         await bootstrap.make_data_directories(plan.first_servers(), programs.postgres_bin, account, secrets)
     else:
+        for server in [plan.catalog_server(), *(s for i in record.shard_ids() for s in plan.shard_servers(i).values())]:
+            for copy in standby.sweep(server.pgdata):
+                log.warning("removed %s, which an earlier supervisor left behind", copy)
         # A shard with standbys may still have all its data when one directory is missing.
         bootstrap.require_data_directories(plan.first_servers() if record.replicas == 0 else [plan.catalog_server()])
     return plan, programs

@@ -6,34 +6,45 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import asyncpg
+import psutil
 import pytest
 
 from common import catalog
 from common.postgres import CONNECT_ERRORS
 from local import leftovers, replication, standby
-from local.errors import LocalClusterError
+from local.appointment import RefusedError
+from local.errors import LocalClusterError, StartError
 from local.layout import Layout
-from local.postgres import SUPERUSER
-from local.record import Options, load_record, load_secrets
+from local.planned_failover import PlannedFailover, Progress, Step
+from local.postgres import SUPERUSER, Server
+from local.record import Options, Secrets, load_record, load_secrets
 from local.sessions import as_owner
+from local.shard_servers import ShardServers
 from local.standby_settings import slot_name
-from tests.support.databases import fresh_layout, in_a_process, running
+from local.supervisor import MAX_EARLY_DEATHS
+from tests.support.databases import fresh_layout, in_a_process, running, supervised
 from tests.support.eventually import eventually
 from tests.support.servers import SHARD, Servers
 
-FIRST, SECOND = "postgres-shard-0", "postgres-shard-0-1"
+FIRST, SECOND, THIRD = "postgres-shard-0", "postgres-shard-0-1", "postgres-shard-0-2"
 
 
 @asynccontextmanager
 async def servers_of(layout: Layout, replicas: int = 1) -> AsyncIterator[Servers]:
-    async with running(layout, Options(shards=1, replicas=replicas)) as plan:
+    async with supervised_servers(layout, replicas) as (servers, _):
+        yield servers
+
+
+@asynccontextmanager
+async def supervised_servers(layout: Layout, replicas: int = 1) -> AsyncIterator[tuple[Servers, ShardServers]]:
+    async with supervised(layout, Options(shards=1, replicas=replicas)) as (plan, shards):
         servers = Servers(plan)
         await eventually(servers.primary, within_s=20)
-        yield servers
+        yield servers, shards[SHARD]
 
 
 async def rows(servers: Servers, name: str) -> set[int]:
@@ -105,14 +116,14 @@ async def test_of_two_standbys_one_takes_over_and_the_other_follows_it_as_it_is(
     with fresh_layout() as layout:
         async with servers_of(layout, replicas=2) as servers:
             await servers.arm()
-            third = servers.pid("postgres-shard-0-2")
+            third = servers.pid(THIRD)
             os.kill(servers.pid(FIRST), signal.SIGKILL)
             assert await eventually(servers.primary, within_s=20) == SECOND
-            assert servers.pid("postgres-shard-0-2") == third
+            assert servers.pid(THIRD) == third
             # It had all that the new primary has, so that commits may wait for it from the start.
-            assert (await servers.sync_set()).members == {"postgres-shard-0-2"}
+            assert (await servers.sync_set()).members == {THIRD}
             view = await eventually(lambda: _slots(servers, SECOND))
-            assert view == {slot_name(FIRST), slot_name("postgres-shard-0-2")}
+            assert view == {slot_name(FIRST), slot_name(THIRD)}
 
 
 async def test_a_standby_that_is_no_member_never_takes_over() -> None:
@@ -228,6 +239,130 @@ async def test_one_that_was_appointed_and_not_promoted_yet_is_promoted_by_the_ne
                 await catalog.change_primary(connection, epoch, SHARD, planned, primary=SECOND, members=frozenset())
         async with running(layout):
             assert await eventually(servers.primary, within_s=20) == SECOND
+
+
+async def test_a_new_primary_that_dies_before_it_is_promoted_is_promoted_all_the_same() -> None:
+    with fresh_layout() as layout:
+        async with supervised_servers(layout) as (servers, shard):
+            await servers.arm()
+
+            def tell(progress: Progress) -> None:
+                if progress.step is Step.RECORDED:
+                    os.kill(servers.pid(progress.new), signal.SIGKILL)
+
+            began = time.monotonic()
+            async with asyncio.timeout(30):
+                await PlannedFailover(shard, tell).run()
+            print(f"promoted and followed after {time.monotonic() - began:.1f} s")
+            assert await eventually(servers.primary, within_s=20) == SECOND
+
+
+async def test_a_failover_on_request_is_refused_before_it_ends_anything_when_too_few_answer() -> None:
+    with fresh_layout() as layout:
+        async with supervised_servers(layout, replicas=2) as (servers, shard):
+            await servers.arm()
+            before = servers.pid(FIRST)
+            failover = PlannedFailover(shard, lambda _progress: None)
+            # Of two members both are needed: each alone may lack what the other has confirmed.
+            with frozen(servers, THIRD), pytest.raises(RefusedError, match=f"^{THIRD} does not answer$"):
+                await failover.run(SECOND)
+            assert (servers.pid(FIRST), await servers.writable()) == (before, [FIRST])
+            assert await eventually(servers.primary) == FIRST
+
+
+async def test_a_failover_on_request_does_not_wait_for_a_frozen_standby_that_it_can_do_without() -> None:
+    with fresh_layout() as layout:
+        async with supervised_servers(layout, replicas=3) as (servers, shard):
+            await servers.arm()
+            at: dict[Step, float] = {}
+            failover = PlannedFailover(shard, lambda progress: at.update({progress.step: time.monotonic()}))
+            with frozen(servers, "postgres-shard-0-3"):
+                await failover.run(SECOND)
+            without_writes_s = at[Step.PROMOTED] - at[Step.CHECKED]
+            print(f"{without_writes_s:.2f} s from the old primary's end to the new one's beginning")
+            assert without_writes_s < 3
+            assert await eventually(servers.primary, within_s=30) == SECOND
+
+
+async def test_a_new_primary_knows_of_its_standbys_before_it_can_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An erasure right after a failover has to know that a standby which does not answer has not replayed it."""
+    present: set[str] = set()
+    promote = replication.promote
+
+    async def look_first(server: Server, secrets: Secrets) -> None:
+        present.update(slot.name for slot in (await replication.look_at_standby(server, secrets)).slots)
+        await promote(server, secrets)
+
+    monkeypatch.setattr(replication, "promote", look_first)
+    with fresh_layout() as layout:
+        async with servers_of(layout, replicas=2) as servers:
+            await servers.arm()
+            os.kill(servers.pid(FIRST), signal.SIGKILL)
+            await eventually(lambda: _writes(servers, SECOND))
+            assert present == {slot_name(FIRST), slot_name(THIRD)}
+
+
+async def test_a_primary_whose_directory_is_lost_waits_for_a_standby_that_starts_slowly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            await servers.arm()
+            await servers.execute(FIRST, "CREATE TABLE t AS SELECT 7 AS x")
+        shutil.rmtree(servers[FIRST].pgdata)
+        tries: list[str] = []
+        fail_over, prepare_standby = ShardServers._fail_over, ShardServers._prepare_standby
+
+        async def counted(self: ShardServers, dead: str, **given: bool) -> None:
+            tries.append(dead)
+            await fail_over(self, dead, **given)
+
+        async def slowly(self: ShardServers, server: Server) -> None:
+            await eventually(lambda: len(tries) > MAX_EARLY_DEATHS + 1, within_s=30)
+            await prepare_standby(self, server)
+
+        monkeypatch.setattr(ShardServers, "_fail_over", counted)
+        monkeypatch.setattr(ShardServers, "_prepare_standby", slowly)
+        async with running(layout):
+            assert await eventually(servers.primary, within_s=20) == SECOND
+            assert await rows(servers, SECOND) == {7}
+
+
+async def test_a_primary_whose_directory_is_lost_is_not_waited_for_when_nobody_may_take_its_place() -> None:
+    with fresh_layout() as layout:
+        async with servers_of(layout) as servers:
+            await servers.execute(FIRST, "CREATE TABLE t AS SELECT 7 AS x")
+        shutil.rmtree(servers[FIRST].pgdata)
+        with pytest.raises(ExceptionGroup) as raised:
+            async with running(layout):
+                pass
+        assert raised.group_contains(StartError, match="is missing, .* no standby is sure to have all")
+
+
+async def test_copies_that_a_killed_supervisor_left_are_removed() -> None:
+    with fresh_layout() as layout:
+        async with running(layout) as plan:
+            pgdata = plan.shard_server(SHARD).pgdata
+        copies = [pgdata.with_name(pgdata.name + suffix) for suffix in (".old", ".new")]
+        for copy in copies:
+            shutil.copytree(pgdata, copy)
+        async with running(layout):
+            assert [copy for copy in copies if copy.exists()] == []
+            assert await Servers(plan).writable() == [FIRST]
+
+
+@contextmanager
+def frozen(servers: Servers, name: str) -> Iterator[None]:
+    """While it lasts, a server and all its backends stand still."""
+    processes = leftovers.find_postgres(servers[name].pgdata)
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from local import leftovers, lock, up
 from local.cluster import Plan
 from local.layout import Layout
 from local.record import Options
+from local.shard_servers import ShardServers
 from local.supervisor import Hooks
 
 LOG = logging.getLogger("memshard.supervisor")
@@ -40,6 +41,15 @@ async def running(layout: Layout, options: Options | None = None) -> AsyncIterat
 
     Without `options` a cluster that is there stays what it is, and a new one has no standbys.
     """
+    async with supervised(layout, options) as (plan, _):
+        yield plan
+
+
+@asynccontextmanager
+async def supervised(
+    layout: Layout, options: Options | None = None
+) -> AsyncIterator[tuple[Plan, Mapping[str, ShardServers]]]:
+    """The same, with what the supervisor has of each shard."""
     layout.claim()
     with lock.held(layout):
         await leftovers.end_all(layout.root)
@@ -53,7 +63,7 @@ async def running(layout: Layout, options: Options | None = None) -> AsyncIterat
             waiting = group.create_task(ready.wait())
             await asyncio.wait([run, waiting], return_when=asyncio.FIRST_COMPLETED)
             try:
-                yield plan
+                yield plan, shards
             finally:
                 waiting.cancel()
                 supervisor.stop()

@@ -49,7 +49,8 @@ GRANT ALTER SYSTEM ON PARAMETER synchronous_standby_names TO {OWNER};
 GRANT EXECUTE ON FUNCTION pg_reload_conf() TO {OWNER};
 """
 _CATALOG_GRANTS = f"""
-GRANT SELECT ON ALL TABLES IN SCHEMA public TO {APP}; GRANT UPDATE ON sync_sets TO {APP};
+GRANT SELECT ON ALL TABLES IN SCHEMA public TO {APP};
+GRANT UPDATE (members, following, version) ON sync_sets TO {APP};
 """
 
 
