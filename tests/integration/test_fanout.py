@@ -150,7 +150,7 @@ async def test_with_every_shard_away_a_search_is_unavailable_never_empty(
     vectors: LocalCluster, bare: "MemoryServiceAsyncStub"
 ) -> None:
     with stopped(vectors, "shard-0", "shard-1", "shard-2"), pytest.raises(grpc.aio.AioRpcError) as missing:
-        await bare.SearchMemories(pb.SearchMemoriesRequest(embedding=[1.0] * DIMENSIONS), timeout=1)
+        await bare.SearchMemories(pb.SearchMemoriesRequest(embedding=[1.0] * DIMENSIONS), timeout=3)
     assert (missing.value.code(), reason_of(missing.value)) == (grpc.StatusCode.UNAVAILABLE, "SHARDS_MISSING")
     await eventually(vectors.healthy, within_s=10)
 
