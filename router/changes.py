@@ -39,9 +39,10 @@ async def update(parts: Parts, request: pb.UpdateMemoryRequest, deadline: Deadli
         digest=digest,
     )
     slot = await _slot_to_change(parts, memory.user_id, memory.id, deadline)
-    async with parts.request_ids.taken(memory.user_id, change.request_id, digest, slot, deadline) as where:
+    async with parts.request_ids.taken(memory.user_id, change.request_id, digest, slot, deadline) as (where, taken):
         shard, answer = await parts.dispatch.to_owner(where, UPDATE, question, deadline)
-    return pb.UpdateMemoryResponse(memory=answer.memory, receipt=parts.tokens.receipt((shard.shard_id, answer.commit)))
+    receipt = parts.tokens.receipt(*taken, (shard.shard_id, answer.commit))
+    return pb.UpdateMemoryResponse(memory=answer.memory, receipt=receipt)
 
 
 async def delete(parts: Parts, request: pb.DeleteMemoryRequest, deadline: Deadline) -> pb.DeleteMemoryResponse:
@@ -52,12 +53,12 @@ async def delete(parts: Parts, request: pb.DeleteMemoryRequest, deadline: Deadli
     question = shard_pb2.DeleteRequest(id=memory_id, user_id=user_id, request_id=request_id or str(uuid.uuid4()))
     digest = hashlib.sha256(f"memshard delete 1\0{memory_id}".encode()).digest()
     slot = await _slot_to_change(parts, user_id, memory_id, deadline)
-    async with parts.request_ids.taken(user_id, request_id, digest, slot, deadline) as where:
+    async with parts.request_ids.taken(user_id, request_id, digest, slot, deadline) as (where, taken):
         shard, answer = await parts.dispatch.to_owner(where, DELETE, question, deadline)
     if answer.deleted:
         await parts.locations.forget(memory_id)
     return pb.DeleteMemoryResponse(
-        deleted=answer.deleted, receipt=parts.tokens.receipt((shard.shard_id, answer.commit))
+        deleted=answer.deleted, receipt=parts.tokens.receipt(*taken, (shard.shard_id, answer.commit))
     )
 
 

@@ -12,6 +12,7 @@ from memshard.internal.v1 import shard_pb2
 from router.dispatch import Dispatch
 from router.place import Placement
 from router.shards import RELEASE_REQUEST_ID, TAKE_REQUEST_ID
+from router.tokens import Commits
 
 _log = logs.get_logger("request_ids")
 
@@ -29,20 +30,22 @@ class RequestIds:
     @asynccontextmanager
     async def taken(
         self, user_id: str, request_id: str, digest: bytes, slot: int, deadline: Deadline
-    ) -> AsyncIterator[int]:
+    ) -> AsyncIterator[tuple[int, Commits]]:
         """The slot where this request has its effect: `slot`, or where an earlier attempt meant to have it.
+
+        And the commit that took the id, if it took one: it belongs to the receipt.
 
         `request_id` is what the caller gave; an empty one is nobody else's. Where a user has one slot only, the effect
         itself takes the id. Raises InvalidArgument when the id is another request's.
         """
         if not request_id or self._placement.user_slot(user_id) is not None:
-            yield slot
+            yield slot, ()
             return
         home = slot_of(user_id.encode())
         take = shard_pb2.TakeRequestIdRequest(user_id=user_id, request_id=request_id, digest=digest, memory_slot=slot)
-        _, answer = await self._dispatch.to_owner(home, TAKE_REQUEST_ID, take, deadline)
+        shard, answer = await self._dispatch.to_owner(home, TAKE_REQUEST_ID, take, deadline)
         try:
-            yield answer.memory_slot
+            yield answer.memory_slot, ((shard.shard_id, answer.commit),)
         except MemshardError as error:
             if not isinstance(error, _IN_DOUBT) and error.reason != INTERRUPTED:
                 await self._give_back(home, user_id, request_id, digest, deadline)

@@ -18,8 +18,8 @@ async def slot_of_memory(
 ) -> int | None:
     """The slot of a memory; None when there is none with this id, and never was.
 
-    A read that carries positions asks the primary: those of a store are of the shard that took the memory, and say
-    nothing of the one that took the claim.
+    A read that carries positions asks the primary: those of an update or a delete are of the shard that has the memory,
+    and say nothing of the one that has the claim, which another caller may have made.
     """
     slot = placement.memory_slot(user_id, memory_id)
     if slot is not None:

@@ -16,6 +16,7 @@ from router.parts import Parts
 from router.place import home_slot
 from router.scatter import Sending
 from router.shards import CLAIM, STORE, STORE_BATCH
+from router.tokens import Commits
 
 # Which items of the request were stored before and have been deleted since, by number: a repeated store is a success,
 # and whoever takes it for a new one should be able to see that the memory is not there.
@@ -30,8 +31,9 @@ async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline
         memory.embedding.extend(await parts.embedding.of_memory(memory, deadline))
     item = shard_pb2.StoreItem(slot=parts.placement.new_slot(memory), memory=memory, digest=digest)
     began = parts.locations.moment()
+    claims: Commits = ()
     if parts.placement.claims:
-        (error,) = await _claim(parts, [item], deadline)
+        (error,), claims = await _claim(parts, [item], deadline)
         if error is not None:
             raise error
     shard, answer = await parts.dispatch.to_owner(
@@ -41,7 +43,8 @@ async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline
         await parts.invalidations.tell([memory.id])
     if answer.deleted:
         add_trailer(DELETED_TRAILER, "0")
-    return pb.StoreMemoryResponse(memory=answer.memory, receipt=parts.tokens.receipt((shard.shard_id, answer.commit)))
+    receipt = parts.tokens.receipt(*claims, (shard.shard_id, answer.commit))
+    return pb.StoreMemoryResponse(memory=answer.memory, receipt=receipt)
 
 
 async def store_batch(
@@ -52,8 +55,10 @@ async def store_batch(
     batch = _Batch(request, parts)
     await batch.embed(deadline)
     began = parts.locations.moment()
+    claims: Commits = ()
     if parts.placement.claims:
-        batch.refuse(await _claim(parts, batch.items(), deadline))
+        outcomes, claims = await _claim(parts, batch.items(), deadline)
+        batch.refuse(outcomes)
     items = batch.items()
     sent = await parts.scatter.send(_STORING, items, deadline)
     if sent.marked:
@@ -63,10 +68,10 @@ async def store_batch(
     others = await parts.locations.add_many([(item.memory.id, item.slot) for item in batch.items()], since=began)
     if others:
         await parts.invalidations.tell(others)
-    return pb.BatchStoreMemoriesResponse(
-        results=batch.results(),
-        receipt=parts.tokens.receipt(*((shard.shard_id, answer.commit) for shard, answer in sent.answers)),
-    )
+    commits = [(shard.shard_id, answer.commit) for shard, answer in sent.answers]
+    # Without a memory stored, there is nothing that a claim is needed for.
+    receipt = parts.tokens.receipt(*(claims if commits else ()), *commits)
+    return pb.BatchStoreMemoriesResponse(results=batch.results(), receipt=receipt)
 
 
 class _Batch:
@@ -149,8 +154,11 @@ def _renamed(error: MemshardError, number: int) -> MemshardError:
 
 async def _claim(
     parts: Parts, items: Sequence[shard_pb2.StoreItem], deadline: Deadline
-) -> tuple[MemshardError | None, ...]:
-    """Takes the items' ids, each in its home slot; what became of each."""
+) -> tuple[tuple[MemshardError | None, ...], Commits]:
+    """Takes the items' ids, each in its home slot; what became of each, and where the claims are in the shards' logs.
+
+    A memory whose claim is lost is lost to whoever asks for it by id: its receipt must not promise more.
+    """
     claims = [
         shard_pb2.ClaimItem(
             home_slot=home_slot(item.memory.user_id, item.memory.id),
@@ -162,7 +170,8 @@ async def _claim(
         )
         for item in items
     ]
-    return (await parts.scatter.send(_CLAIMING, claims, deadline)).outcomes
+    sent = await parts.scatter.send(_CLAIMING, claims, deadline)
+    return sent.outcomes, tuple((shard.shard_id, answer.commit) for shard, answer in sent.answers)
 
 
 def _errors(

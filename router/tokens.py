@@ -28,6 +28,8 @@ COVERS_TRAILER = "memshard-covers"
 _MAX_TRAILER_BYTES = 4096
 
 Trailers: TypeAlias = Iterator[tuple[str, str | bytes]]
+# Of a write, (shard id, commit) of each part.
+Commits: TypeAlias = tuple[tuple[str, shard_pb2.Commit], ...]
 Listing: TypeAlias = pb.ListMemoriesRequest | pb.ListMemoryVersionsRequest
 
 

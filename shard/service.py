@@ -98,7 +98,8 @@ class ShardServicer(ReadServicer):
             )
             return response, repeated
 
-        response, _ = await self._write(write, deadline)
+        response, commit = await self._write(write, deadline)
+        response.commit.CopyFrom(commit)
         return response
 
     async def TakeRequestId(
@@ -113,7 +114,8 @@ class ShardServicer(ReadServicer):
             # Never a mere repetition: every attempt is counted, by a commit of its own.
             return shard_pb2.TakeRequestIdResponse(memory_slot=memory_slot), False
 
-        response, _ = await self._write(write, deadline)
+        response, commit = await self._write(write, deadline)
+        response.commit.CopyFrom(commit)
         return response
 
     async def ReleaseRequestId(

@@ -4,13 +4,16 @@ import asyncio
 import itertools
 import uuid
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import grpc
 import pytest
 from google.protobuf import field_mask_pb2, timestamp_pb2
 from redis.asyncio import Redis
 
+from common.slots import slot_of
 from memshard.v1 import memory_pb2 as pb
+from router.place import home_slot
 from tests.integration.conftest import Somewhere
 from tests.support.eventually import eventually
 from tests.support.wire import database, fields_of, reason_of, store_request, topology_of
@@ -43,6 +46,13 @@ def update_request(memory: pb.Memory, *paths: str, **fields: object) -> pb.Updat
         memory=pb.Memory(id=memory.id, user_id=memory.user_id, **fields),  # type: ignore[arg-type]
         update_mask=field_mask_pb2.FieldMask(paths=paths),
     )
+
+
+async def covered(call: Any) -> set[str]:
+    """The shards that the token of a write's receipt covers."""
+    await call
+    trailers = dict(await call.trailing_metadata())
+    return set(trailers["memshard-covers"].split(","))
 
 
 async def every_text_in_the_cluster(there: Somewhere) -> str:
@@ -225,6 +235,24 @@ async def test_the_same_request_id_has_one_effect_and_the_same_answer(everywhere
     with pytest.raises(grpc.aio.AioRpcError) as reused:
         await everywhere.api.UpdateMemory(request)
     assert (reason_of(reused.value), fields_of(reused.value)) == ("REQUEST_ID_REUSED", ["request_id"])
+
+
+async def test_a_receipt_covers_the_claims_of_ids_and_of_request_ids_too(everywhere: Somewhere, user: str) -> None:
+    topology = await topology_of(everywhere.cluster.catalog_dsn())
+    claimed = everywhere.placement in ("content_hash", "memory_type")
+    requests = [store_request(user, f"number {n}", new_id(), type=TYPES[n % 4]) for n in range(8)]
+    for request in requests:
+        if claimed:
+            home = topology.owner(home_slot(user, request.memory.id)).shard_id
+            assert home in await covered(everywhere.api.StoreMemory(request))
+        else:
+            await everywhere.api.StoreMemory(request)
+        delete = pb.DeleteMemoryRequest(id=request.memory.id, user_id=user, request_id=request.memory.id)
+        # Under placement by user, the effect itself is in that slot.
+        assert topology.owner(slot_of(user.encode())).shard_id in await covered(everywhere.api.DeleteMemory(delete))
+    batch = pb.BatchStoreMemoriesRequest(memories=[store_request(user, "the same", new_id()).memory for _ in range(20)])
+    homes = {topology.owner(home_slot(user, memory.id)).shard_id for memory in batch.memories} if claimed else set()
+    assert homes <= await covered(everywhere.api.BatchStoreMemories(batch))
 
 
 async def test_of_updates_racing_with_one_expected_version_one_wins(everywhere: Somewhere, user: str) -> None:

@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
+from common.deadline import Deadline
 from local.postgres import APP
 from memshard.internal.v1 import shard_pb2
 from tests.support.eventually import eventually
