@@ -12,7 +12,6 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
-from common.deadline import Deadline
 from local.postgres import APP
 from memshard.internal.v1 import shard_pb2
 from tests.support.eventually import eventually
@@ -237,15 +236,17 @@ async def test_health_is_not_serving_when_too_far_behind_and_serving_again_after
     assert await place.contents(at(position, wait_ms=5000)) == ["tea"]
 
 
-async def test_a_read_that_is_in_the_way_of_replay_may_be_sent_again(place: Place) -> None:
+_TAKE = "LOCK TABLE memories IN ACCESS EXCLUSIVE MODE"
+_WAITING = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'memories'::regclass"
+
+
+async def test_a_read_that_is_in_the_way_of_replay_may_be_sent_again() -> None:
     """A recovery conflict: the primary takes away the table that the read is about to use."""
-    standby = place.servers.standby
-    await standby.execute("ALTER SYSTEM SET max_standby_streaming_delay = 0")
-    await standby.execute("SELECT pg_reload_conf()")
-    position = await place.store()
-    await place.contents(at(position, wait_ms=5000))
-    try:
-        async with database(place.servers.primary.dsn()) as primary:
+    async with replicated("b", settings={"max_standby_streaming_delay": "0"}) as servers:
+        shard, replica = await servers.start_shard(), await servers.start_replica()
+        place, standby = Place(servers, shard, "alice", replica), servers.standby
+        await place.contents(at(await place.store(), wait_ms=5000))
+        async with database(place.servers.primary.dsn()) as one, database(place.servers.primary.dsn()) as other:
             failures: set[tuple[grpc.StatusCode, str]] = set()
             stop = asyncio.Event()
 
@@ -256,19 +257,33 @@ async def test_a_read_that_is_in_the_way_of_replay_may_be_sent_again(place: Plac
                     except grpc.aio.AioRpcError as error:
                         failures.add((error.code(), reason_of(error)))
 
+            async def take_after() -> None:
+                async with other.transaction():
+                    await other.execute(_TAKE)
+
+            async def reads_wait() -> bool:
+                return int(await standby.fetchval(_WAITING)) > 0
+
+            async def takes_wait() -> bool:
+                return int(await one.fetchval(_WAITING)) > 0
+
+            async def meet() -> bool:
+                """Reads wait for the table; it is given back and taken again, while they begin."""
+                async with asyncio.TaskGroup() as taking, one.transaction():
+                    await one.execute(_TAKE)
+                    await eventually(reads_wait)
+                    taking.create_task(take_after())
+                    await eventually(takes_wait)
+                return bool(failures)
+
             async with asyncio.TaskGroup() as group:
                 for _ in range(8):
                     group.create_task(read())
-                deadline = Deadline.after(30)
-                while not failures and deadline.remaining_s():
-                    async with primary.transaction():
-                        await primary.execute("LOCK TABLE memories IN ACCESS EXCLUSIVE MODE")
-                stop.set()
+                try:
+                    await eventually(meet, within_s=60)
+                finally:
+                    stop.set()
         assert failures <= {(grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")}
-        assert failures, "no read met replay"
-    finally:
-        await standby.execute("ALTER SYSTEM RESET max_standby_streaming_delay")
-        await standby.execute("SELECT pg_reload_conf()")
 
 
 async def test_a_promoted_standby_is_no_replica_any_more() -> None:

@@ -11,10 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -62,6 +63,7 @@ class Node:
     binaries: Path
     account: Account | None
     secrets: Secrets
+    settings: dict[str, str]
     link: Proxy | None = None
     process: asyncio.subprocess.Process | None = None
 
@@ -84,7 +86,7 @@ class Node:
 
     async def start(self) -> None:
         """Starts it, and waits until it answers."""
-        settings = {**_SETTINGS, "cluster_name": self.name}
+        settings = {**_SETTINGS, **self.settings, "cluster_name": self.name}
         arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         with self.server.pgdata.with_suffix(".log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
@@ -279,7 +281,7 @@ class Replicated:
 
 
 @asynccontextmanager
-async def replicated(*standbys: str) -> AsyncIterator[Replicated]:
+async def replicated(*standbys: str, settings: Mapping[str, str] = MappingProxyType({})) -> AsyncIterator[Replicated]:
     """A primary `a` and the standbys named, streaming; no service runs yet. Everything is killed at the end."""
     root = Path(tempfile.mkdtemp(prefix="memshard-test-")).resolve()
     account, secrets = postgres_account(), Secrets.generate()
@@ -291,7 +293,7 @@ async def replicated(*standbys: str) -> AsyncIterator[Replicated]:
 
     def node(name: str, of_database: str) -> Node:
         server = Server(name, layout.pgdata(name), free_port(), of_database)
-        return Node(server, binaries, account, secrets)
+        return Node(server, binaries, account, secrets, dict(settings))
 
     async with AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, root, ignore_errors=True)
