@@ -51,7 +51,7 @@ docs: $(STAMP)  ## Generate docs/api.md from the contract's comments
 	$(BIN)/python docs/generate_api.py
 
 faults: $(STAMP)  ## The slow fault scenarios, with their figures
-	$(BIN)/pytest -m slow -s tests/faults $(ARGS)
+	$(BIN)/pytest -m slow -s tests/faults tests/cluster $(ARGS)
 
 clean:  ## Remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -76,6 +76,7 @@ async def test_a_killed_replica_or_standby_comes_back(running: LocalCluster, rol
     await eventually(running.healthy, within_s=30)
 
 
+@pytest.mark.slow
 async def test_a_standby_whose_directory_is_lost_is_made_anew_under_its_replica(running: LocalCluster) -> None:
     (name,) = running.standbys("shard-0")
     killed = running.kill(name)
@@ -85,6 +86,7 @@ async def test_a_standby_whose_directory_is_lost_is_made_anew_under_its_replica(
     await eventually(lambda: is_quorum(running), within_s=30)
 
 
+@pytest.mark.slow
 async def test_a_failover_moves_the_roles_and_they_stay_when_all_is_started_again(running: LocalCluster) -> None:
     async with AsyncMemoryClient(running.address) as client:
         for number in range(2):

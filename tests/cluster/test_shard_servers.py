@@ -84,6 +84,7 @@ async def test_without_a_sync_set_the_primary_is_started_again_where_it_was() ->
             assert (await servers.sync_set()).primary == FIRST
 
 
+@pytest.mark.slow
 async def test_what_a_backend_acknowledged_after_its_postmasters_death_is_not_lost() -> None:
     """A backend outlives its killed postmaster. What it still acknowledges has to be on the one that takes over."""
     with fresh_layout() as layout:
@@ -112,6 +113,7 @@ async def test_what_a_backend_acknowledged_after_its_postmasters_death_is_not_lo
             print(f"{len(acknowledged)} acknowledged, 0 lost")
 
 
+@pytest.mark.slow
 async def test_of_two_standbys_one_takes_over_and_the_other_follows_it_as_it_is() -> None:
     with fresh_layout() as layout:
         async with servers_of(layout, replicas=2) as servers:
@@ -137,6 +139,7 @@ async def test_a_standby_that_is_no_member_never_takes_over() -> None:
             assert await eventually(servers.primary, within_s=20) == FIRST
 
 
+@pytest.mark.slow
 async def test_a_standby_whose_directory_is_gone_is_made_anew() -> None:
     with fresh_layout() as layout:
         async with servers_of(layout) as servers:
@@ -148,6 +151,7 @@ async def test_a_standby_whose_directory_is_gone_is_made_anew() -> None:
             assert await eventually(servers.primary, within_s=20) == FIRST
 
 
+@pytest.mark.slow
 async def test_a_large_old_primary_is_rewound_to_where_it_parted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,6 +173,7 @@ async def test_a_large_old_primary_is_rewound_to_where_it_parted(
     assert "could not be rewound" not in caplog.text
 
 
+@pytest.mark.slow
 async def test_a_cluster_from_before_there_were_standbys_gets_what_it_lacks() -> None:
     with fresh_layout() as layout:
         async with running(layout) as plan:
@@ -196,6 +201,7 @@ async def test_a_cluster_from_before_there_were_standbys_gets_what_it_lacks() ->
             assert may[0]
 
 
+@pytest.mark.slow
 async def test_a_standby_that_somebody_promoted_is_made_anew() -> None:
     with fresh_layout() as layout:
         async with servers_of(layout) as servers:
@@ -207,6 +213,7 @@ async def test_a_standby_that_somebody_promoted_is_made_anew() -> None:
             assert await rows(servers, SECOND) == {7}
 
 
+@pytest.mark.slow
 async def test_a_standby_that_cannot_follow_is_made_anew() -> None:
     with fresh_layout() as layout:
         async with servers_of(layout) as servers:
@@ -217,6 +224,7 @@ async def test_a_standby_that_cannot_follow_is_made_anew() -> None:
             assert await eventually(servers.primary, within_s=20) == FIRST
 
 
+@pytest.mark.slow
 async def test_a_slot_that_nobody_uses_is_dropped_and_one_of_somebody_elses_is_not() -> None:
     with fresh_layout() as layout:
         async with servers_of(layout) as servers:
@@ -225,6 +233,7 @@ async def test_a_slot_that_nobody_uses_is_dropped_and_one_of_somebody_elses_is_n
             await eventually(lambda: _slots_are(servers, FIRST, {slot_name(SECOND), "of_somebody_else"}))
 
 
+@pytest.mark.slow
 async def test_one_that_was_appointed_and_not_promoted_yet_is_promoted_by_the_next_supervisor() -> None:
     with fresh_layout() as layout:
         async with servers_of(layout) as servers:
@@ -257,6 +266,7 @@ async def test_a_new_primary_that_dies_before_it_is_promoted_is_promoted_all_the
             assert await eventually(servers.primary, within_s=20) == SECOND
 
 
+@pytest.mark.slow
 async def test_a_failover_on_request_is_refused_before_it_ends_anything_when_too_few_answer() -> None:
     with fresh_layout() as layout:
         async with supervised_servers(layout, replicas=2) as (servers, shard):
@@ -270,6 +280,7 @@ async def test_a_failover_on_request_is_refused_before_it_ends_anything_when_too
             assert await eventually(servers.primary) == FIRST
 
 
+@pytest.mark.slow
 async def test_a_failover_on_request_does_not_wait_for_a_frozen_standby_that_it_can_do_without() -> None:
     with fresh_layout() as layout:
         async with supervised_servers(layout, replicas=3) as (servers, shard):
@@ -284,6 +295,7 @@ async def test_a_failover_on_request_does_not_wait_for_a_frozen_standby_that_it_
             assert await eventually(servers.primary, within_s=30) == SECOND
 
 
+@pytest.mark.slow
 async def test_a_new_primary_knows_of_its_standbys_before_it_can_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """An erasure right after a failover has to know that a standby which does not answer has not replayed it."""
     present: set[str] = set()
@@ -302,6 +314,7 @@ async def test_a_new_primary_knows_of_its_standbys_before_it_can_be_written_to(m
             assert present == {slot_name(FIRST), slot_name(THIRD)}
 
 
+@pytest.mark.slow
 async def test_a_primary_whose_directory_is_lost_waits_for_a_standby_that_starts_slowly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -328,6 +341,7 @@ async def test_a_primary_whose_directory_is_lost_waits_for_a_standby_that_starts
             assert await rows(servers, SECOND) == {7}
 
 
+@pytest.mark.slow
 async def test_a_primary_whose_directory_is_lost_is_not_waited_for_when_nobody_may_take_its_place() -> None:
     with fresh_layout() as layout:
         async with servers_of(layout) as servers:
@@ -339,6 +353,7 @@ async def test_a_primary_whose_directory_is_lost_is_not_waited_for_when_nobody_m
         assert raised.group_contains(StartError, match="is missing, .* no standby is sure to have all")
 
 
+@pytest.mark.slow
 async def test_copies_that_a_killed_supervisor_left_are_removed() -> None:
     with fresh_layout() as layout:
         async with running(layout) as plan:
@@ -365,6 +380,7 @@ def frozen(servers: Servers, name: str) -> Iterator[None]:
                 process.resume()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 async def test_a_supervisor_killed_in_a_failover_leaves_what_the_next_sorts_out(seed: int) -> None:
     delay_s = random.Random(seed).uniform(0.0, 0.6)

@@ -4,7 +4,6 @@
 tests of what must be the same under all of them.
 """
 
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -53,9 +52,3 @@ async def everywhere(request: pytest.FixtureRequest) -> AsyncIterator[Somewhere]
     async with AsyncExitStack() as stack:
         running = await stack.enter_async_context(LocalCluster(shards=int(shards), options=["--placement", placement]))
         yield Somewhere(running, placement, await stack.enter_async_context(memory_service(running.address)))
-
-
-@pytest.fixture
-def user() -> str:
-    """A user that nobody else has."""
-    return f"user-{uuid.uuid4()}"

@@ -6,7 +6,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from memshard import AsyncMemoryClient, DeadlineExceeded, Durability, MemshardError, StoreResult, Unavailable
+from memshard import (
+    AsyncMemoryClient,
+    DeadlineExceeded,
+    Durability,
+    MemshardError,
+    ReadLevel,
+    StoreResult,
+    Unavailable,
+)
 from memshard.ids import new_id
 
 # Shorter than a person would wait, and longer than any failover should take.
@@ -32,7 +40,8 @@ class Timeline:
 
 @dataclass
 class Load:
-    """Eight writers, each storing one memory after the other until it is acknowledged, and two readers.
+    """Eight writers, each storing one memory after the other until it is acknowledged, and two readers, whose reads
+    need no primary: one with SESSION, one with EVENTUAL.
 
     Each has a client of its own, as agents do, which are processes on many machines. For a cluster whose callers bring
     embeddings of three numbers.
@@ -47,6 +56,8 @@ class Load:
     last_durability: Durability = Durability.UNSPECIFIED
     failures: list[MemshardError] = field(default_factory=list)
     """Every call that failed, after what the client does about it by itself."""
+    read_failures: list[MemshardError] = field(default_factory=list)
+    """The reads among them."""
     writes: Timeline = field(default_factory=Timeline)
     reads: Timeline = field(default_factory=Timeline)
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -57,7 +68,8 @@ class Load:
             for number in range(self.users):
                 group.create_task(self._write(f"writer-{number}"))
             for number in range(self.readers):
-                group.create_task(self._read(f"writer-{number}"))
+                level = (ReadLevel.SESSION, ReadLevel.EVENTUAL)[number % 2]
+                group.create_task(self._read(f"writer-{number}", level))
 
     def stop(self) -> None:
         """Ends it after the calls under way."""
@@ -98,13 +110,14 @@ class Load:
             except (Unavailable, DeadlineExceeded) as error:
                 self.failures.append(error)
 
-    async def _read(self, user: str) -> None:
+    async def _read(self, user: str, level: ReadLevel) -> None:
         async with AsyncMemoryClient(self.address, timeout_s=_TIMEOUT_S) as client:
             while not self._stop.is_set():
                 try:
-                    await client.list_memories(user, page_size=10)
+                    await client.list_memories(user, page_size=10, read=level)
                     self.reads.mark()
                 except (Unavailable, DeadlineExceeded) as error:
                     self.failures.append(error)
+                    self.read_failures.append(error)
                 # Readers are to notice an outage, not to use up the machine.
                 await asyncio.sleep(_BETWEEN_READS_S)

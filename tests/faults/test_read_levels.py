@@ -132,6 +132,7 @@ async def test_a_lagging_replica_answers_only_what_it_has(
             assert await listed(api, user, session(before)) == (["tea"], ["replica"])
             assert await listed(api, user, EVENTUAL) == (["tea"], ["replica"])
         assert await listed(api, user, bounded(20)) == (["tea"], ["replica"])
+        print("all standbys lag: 3 of 3 reads that need more went to the primary, 7 of 7 others to the replica")
         # Its age grows while it is held.
         await eventually(lambda: _is(api, user, bounded(2), (["coffee", "tea"], ["primary"])))
     await eventually(lambda: _is(api, user, session(after), (["coffee", "tea"], ["replica"])), within_s=5)
@@ -149,6 +150,7 @@ async def test_none_fresh_and_the_primary_away_is_unavailable_and_never_an_old_a
                 await listed(api, user, session(after), timeout_s=2)
             assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.UNAVAILABLE, "NO_FRESH_SERVER")
             assert retry_after_s(caught.value) > 0
+            print(f"none fresh, primary away: UNAVAILABLE, to be tried again after {retry_after_s(caught.value):.2f} s")
             # Whoever asks for less has it.
             assert await listed(api, user, session(before)) == (["tea"], ["replica"])
             assert await listed(api, user, EVENTUAL) == (["tea"], ["replica"])
