@@ -21,6 +21,7 @@ from tests.support.generated_requests import Generated, requests
 from tests.support.wire import fields_of, reason_of, store_request
 
 _EXAMPLES = 110
+_EXAMPLES_BY_CONTENT = 30
 _REQUESTS = 25  # Sent side by side in each example, so that they also meet each other.
 _SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"]
 # What a request by itself can bring about. A healthy cluster is never UNAVAILABLE, nor late.
@@ -38,16 +39,27 @@ SEED_IN_CI = 463_841_636  # One that found a deadlock.
 
 
 async def test_no_request_is_a_bug_and_the_servers_keep_serving(cluster: LocalCluster) -> None:
+    await check(cluster, _EXAMPLES)
+
+
+async def test_no_request_is_a_bug_with_memories_placed_by_content() -> None:
+    """Where a request is several calls to shards."""
+    async with LocalCluster(shards=3, options=["--placement", "content_hash"]) as cluster:
+        await check(cluster, _EXAMPLES_BY_CONTENT)
+
+
+async def check(cluster: LocalCluster, examples: int) -> None:
+    """Sends so many examples' requests."""
     fresh = SEED_IN_CI if os.environ.get("CI") else random.randrange(2**32)
     number = int(os.environ.get("MEMSHARD_FUZZ_SEED", fresh))
     print(f"MEMSHARD_FUZZ_SEED={number}")
     before = await _pids(cluster)
 
-    seen, faults = await asyncio.to_thread(_fuzz, cluster.address, number)
+    seen, faults = await asyncio.to_thread(_fuzz, cluster.address, number, examples)
 
     print(dict(seen.most_common()))
     assert not faults, "\n".join(faults[:10])
-    assert sum(seen.values()) >= 2000
+    assert sum(seen.values()) >= examples * _REQUESTS * 0.75
     assert seen["OK"] > sum(seen.values()) / 10, "too few requests got past validation"
     assert await _pids(cluster) == before, "a server was restarted"
     assert await cluster.healthy()
@@ -65,7 +77,7 @@ async def _pids(cluster: LocalCluster) -> dict[str, int]:
     return {process["name"]: process["pid"] for process in (await cluster.status())["processes"]}
 
 
-def _fuzz(address: str, number: int) -> tuple["Counter[str]", list[str]]:
+def _fuzz(address: str, number: int, examples: int) -> tuple["Counter[str]", list[str]]:
     """Sends generated requests; returns how many got which code, and what is wrong with an answer.
 
     Hypothesis only makes the requests. What they meet depends on all that were sent before, so that it could neither
@@ -77,7 +89,7 @@ def _fuzz(address: str, number: int) -> tuple["Counter[str]", list[str]]:
 
         @seed(number)
         @settings(
-            max_examples=_EXAMPLES,
+            max_examples=examples,
             deadline=None,
             database=None,
             phases=[Phase.generate],
