@@ -70,10 +70,11 @@ class Limiter:
     def __init__(self, clock: Callable[[], float], settings: LimiterSettings | None = None) -> None:
         self.settings = settings or LimiterSettings()
         self.in_flight = 0
-        self.scale = 1.0
-        """Share of the limit that is used: below 1 under degradation, and the limit does not grow meanwhile."""
-        self.batch_scale = 1.0
-        """Share that is used of the room for batches: below 1 under degradation."""
+        self.patience = 1.0
+        """Share of the usual slowdown that is put up with: below 1 under degradation, so that fewer wait in line. A
+        share of the limit itself would be grown back, or keep a low limit low."""
+        self.batch_share = self.settings.batch_share
+        """Share of the limit that batches may fill: less under degradation."""
         self._clock = clock
         self._limit = float(self.settings.initial)
         self._quiet: dict[str, _Quiet] = {}
@@ -85,7 +86,7 @@ class Limiter:
     @property
     def limit(self) -> int:
         """Calls that may be in flight now."""
-        return self._usual() if self._probing_until is None else self._few()
+        return int(self._limit) if self._probing_until is None else self._few()
 
     def admit(self, kind: str = "", priority: Priority = Priority.INTERACTIVE) -> Admission:
         """A place for a call now. Raises ResourceExhausted / OVERLOADED, which says when to come back."""
@@ -133,23 +134,19 @@ class Limiter:
         # With room to spare latencies say nothing of the limit: an idle service's does not creep up.
         if window.crowd * 2 < self.limit:
             return self._limit
-        fine_s = max(settings.tolerance * window.expected_s, settings.unnoticed_s * window.timed)
+        tolerance = max(1.0, settings.tolerance * self.patience)
+        fine_s = max(tolerance * window.expected_s, settings.unnoticed_s * self.patience * window.timed)
         gradient = fine_s / max(fine_s, window.latency_s) if fine_s else 1.0
         gradient *= 1 - window.dropped / window.calls
         target = self._limit * max(0.5, gradient) + math.sqrt(self._limit)
-        if self.scale < 1:
-            target = min(target, self._limit)
         limit = self._limit + _SMOOTHING * (target - self._limit)
         return min(max(limit, settings.least), settings.most)
 
     def _room(self, batch: bool) -> float:
         if batch:
-            return self.limit * self.settings.batch_share * self.batch_scale
+            return self.limit * self.batch_share
         # Where only batches were too many, a measurement needs nobody else to stay out.
-        return self.limit if self._period.refused_interactive else self._usual()
-
-    def _usual(self) -> int:
-        return max(self.settings.least, int(self._limit * self.scale))
+        return self.limit if self._period.refused_interactive else int(self._limit)
 
     def _few(self) -> int:
         """Calls in flight that hardly queue for each other."""

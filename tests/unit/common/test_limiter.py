@@ -61,16 +61,14 @@ def test_a_place_is_given_back_once() -> None:
     assert limiter.in_flight == 1
 
 
-def test_degradation_uses_less_of_the_limit_and_of_the_room_for_batches() -> None:
+def test_degradation_leaves_less_room_for_batches() -> None:
     limiter = Limiter(Clock(), LimiterSettings(initial=40))
-    limiter.scale, limiter.batch_scale = 0.5, 0.25
-    assert limiter.limit == 20
-    for _ in range(4):
+    limiter.batch_share *= 0.25
+    for _ in range(7):
         limiter.admit(priority=_BATCH)
-    _refusal(limiter, _BATCH)  # 20 * 0.7 * 0.25 = 3.5
-    for _ in range(16):
+    _refusal(limiter, _BATCH)
+    for _ in range(33):
         limiter.admit()
-    _refusal(limiter)
 
 
 @pytest.mark.parametrize(
@@ -113,23 +111,11 @@ def test_the_limit_of_a_busy_service_that_stays_quick_grows() -> None:
     assert limiter.limit > 100
 
 
-def test_the_limit_of_a_degraded_service_does_not_grow() -> None:
-    clock = Clock()
-    limiter = Limiter(clock)
-    _serve(limiter, clock, 3, 0.02, seconds=2)
-    limiter.scale = 0.5
-    _serve(limiter, clock, 64, 0.02, seconds=5)
-    limiter.scale = 1.0
-    assert limiter.limit <= 64
-
-
 def test_calls_that_are_dropped_lower_the_limit_to_the_least() -> None:
     clock = Clock()
     limiter = Limiter(clock, LimiterSettings(least=10))
     _serve(limiter, clock, 3, 0.02, seconds=2)
     _serve(limiter, clock, 1000, 0.02, seconds=20, dropped=True)
-    assert limiter.limit == 10
-    limiter.scale = 0.5
     assert limiter.limit == 10
 
 
@@ -261,11 +247,15 @@ def test_a_measurement_that_gets_no_answers_is_over_after_a_second() -> None:
 _SERVICES = [(1, 0.002), (4, 0.005), (16, 0.02), (64, 0.1)]
 
 
-def _simulate(capacity: int, work_s: float, load: float, seconds: float, **mix: float) -> Run:
+def _simulate(
+    capacity: int, work_s: float, load: float, seconds: float, batch_share: float = 0.0, patience: float = 1.0
+) -> Run:
     rng = random.Random(f"overload {capacity} {work_s} {load}")
     clock = Clock(0.0)
-    service = Service(Limiter(clock), clock, capacity, lambda: rng.expovariate(1 / work_s))
-    return service.run(arrivals(lambda _: load * capacity / work_s, rng, **mix), until=seconds)
+    limiter = Limiter(clock)
+    limiter.patience = patience
+    service = Service(limiter, clock, capacity, lambda: rng.expovariate(1 / work_s))
+    return service.run(arrivals(lambda _: load * capacity / work_s, rng, batch_share), until=seconds)
 
 
 @pytest.mark.parametrize(("capacity", "work_s"), _SERVICES)
@@ -292,6 +282,17 @@ def test_under_overload_that_does_not_end_the_limit_does_not_drift() -> None:
     run = _simulate(4, 0.01, load=3.0, seconds=90)
     assert run.within(80, 90).p99_s() <= 1.5 * run.within(5, 15).p99_s()
     assert run.within(80, 90).answered() >= 0.9 * 10 * 400
+
+
+def test_under_degradation_fewer_wait_in_line_and_as_much_is_done() -> None:
+    usual, less, least = (
+        _simulate(16, 0.02, load=3.0, seconds=22, patience=patience).within(2, 22) for patience in (1.0, 0.75, 0.6)
+    )
+    for run in (less, least):
+        assert run.answered() >= 0.9 * 20 * 800
+    in_line = [sum(run.latencies_s()) / run.answered() for run in (usual, less, least)]
+    assert in_line[0] > 1.1 * in_line[1] > 1.2 * in_line[2]
+    assert _simulate(16, 0.02, load=0.7, seconds=8, patience=0.6).refused() == 0
 
 
 def test_interactive_calls_go_before_batches_under_overload() -> None:
@@ -354,13 +355,13 @@ class LimiterMachine(RuleBasedStateMachine):
             try:
                 self.places.append(self.limiter.admit(kind, priority))
             except errors.ResourceExhausted:
-                room = self.limiter.limit * (0.7 * self.limiter.batch_scale if priority is _BATCH else 1.0)
+                room = self.limiter.limit * (self.limiter.batch_share if priority is _BATCH else 1.0)
                 assert before >= room
                 _refusal(self.limiter, _BATCH)  # Whatever is refused, a batch is.
                 return
             assert before < self.settings.most
             if priority is _BATCH:
-                assert before < self.limiter.limit * 0.7 * self.limiter.batch_scale
+                assert before < self.limiter.limit * self.limiter.batch_share
 
     @precondition(lambda self: self.places)
     @rule(
@@ -380,9 +381,9 @@ class LimiterMachine(RuleBasedStateMachine):
     def time_passes(self, sixteenths: int) -> None:
         self.clock.pass_(sixteenths / 16)
 
-    @rule(scale=st.sampled_from([0.5, 0.75, 1.0]), batch_scale=st.sampled_from([0.25, 0.5, 1.0]))
-    def degraded(self, scale: float, batch_scale: float) -> None:
-        self.limiter.scale, self.limiter.batch_scale = scale, batch_scale
+    @rule(patience=st.sampled_from([0.6, 0.75, 1.0]), batch_share=st.sampled_from([0.1, 0.35, 0.7]))
+    def degraded(self, patience: float, batch_share: float) -> None:
+        self.limiter.patience, self.limiter.batch_share = patience, batch_share
 
     @invariant()
     def every_place_is_accounted_for(self) -> None:
