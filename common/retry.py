@@ -70,10 +70,11 @@ class RetrySettings:
 class RetryBudget:
     """How many retries a process may add to its requests: a share of them, and a few each second for quiet times.
 
-    In no period of `window_s` seconds are there more retries than `share` of its requests + `per_s * window_s`. The
-    numbers, and that unused credit is forgotten after ten seconds, are Finagle's (twitter/finagle, RetryBudget.scala).
-    Its leaky bucket lets retries of one period be forgotten before the requests that paid for them; here the retries
-    are remembered for one slice longer, never shorter, than the period, which makes the bound exact.
+    Whenever a retry is allowed, it and those of the `window_s` seconds before are at most `share` of the requests in
+    that time + `per_s * window_s`. So an outage that begins after a busy time finds the retries of
+    `window_s` seconds saved up, and no more. The numbers, and the forgetting, are Finagle's (twitter/finagle,
+    RetryBudget.scala). Its leaky bucket lets go of retries and of the requests that paid for them at the same time,
+    within a slice; here retries are remembered for one slice longer, which makes the bound exact.
     """
 
     def __init__(
