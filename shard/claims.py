@@ -53,15 +53,14 @@ async def claim(
     """
     outcomes: dict[int, AlreadyExists | InvalidArgument | NotOwnedError | Unavailable | None] = {}
     left = list(range(len(items)))
-    claimed = 0
+    repeated = False
     for _ in range(_ATTEMPTS):
         found, newly = await _claim_once(connection, [items[number] for number in left])
-        claimed += newly
+        repeated = repeated or found.count(None) > newly
         outcomes.update(zip(left, found, strict=True))
         left = [number for number in left if isinstance(outcomes[number], Unavailable)]
         if not left:
             break
-    repeated = sum(outcome is None for outcome in outcomes.values()) > claimed
     return [outcomes[number] for number in range(len(items))], repeated
 
 
