@@ -29,8 +29,9 @@ $(STAMP): $(RUNTIME)
 up: $(RUNTIME)  ## Start a cluster in the foreground; Ctrl-C stops it (ARGS="--shards 3")
 	@$(BIN)/memshard up $(ARGS)
 
+# Tests wait more than they work. Each file is one worker's, since its tests share a cluster.
 test: $(STAMP)  ## Run every test (ARGS="-k name")
-	$(BIN)/pytest -m 'not slow' $(ARGS)
+	$(BIN)/pytest -m 'not slow' -n 3 --dist loadfile $(ARGS)
 
 check: $(STAMP) lint types layers test  ## The gate: lint, types, layers, tests (generated code in sync is one)
 

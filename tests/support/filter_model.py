@@ -14,7 +14,13 @@ from memshard.v1 import memory_pb2 as pb
 
 Typed: TypeAlias = tuple[str, Any]
 
-ABSENT = object()
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
 """For `compare`: no value at all, which is not the same as null."""
 
 
