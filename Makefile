@@ -31,7 +31,7 @@ up: $(RUNTIME)  ## Start a cluster in the foreground; Ctrl-C stops it (ARGS="--s
 
 # Tests wait more than they work. Each file is one worker's, since its tests share a cluster.
 test: $(STAMP)  ## Run every test (ARGS="-k name")
-	$(BIN)/pytest -m 'not slow' -n 3 --dist loadfile $(ARGS)
+	$(BIN)/pytest -m 'not slow' -n 2 --dist loadfile $(ARGS)
 
 check: $(STAMP) lint types layers test  ## The gate: lint, types, layers, tests (generated code in sync is one)
 
