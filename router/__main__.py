@@ -20,9 +20,11 @@ from router.invalidation import Invalidations
 from router.location import LocationCache
 from router.parts import Parts
 from router.place import Placement
+from router.probes import Probes
 from router.reads import Reads
 from router.replicas import Replicas
 from router.request_ids import RequestIds
+from router.retries import Retries
 from router.scatter import Scatter
 from router.service import MemoryServicer
 from router.shards import Shards
@@ -57,8 +59,8 @@ async def main(settings: RouterSettings) -> None:
         watch = TopologyWatch(
             settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=follow
         )
-        reads = Reads(shards, replicas, settings)
-        placement, dispatch = Placement(cluster.placement), Dispatch(watch, reads)
+        reads, retries = Reads(shards, replicas, settings), Retries()
+        placement, dispatch = Placement(cluster.placement), Dispatch(watch, reads, retries)
         servicer = MemoryServicer(
             Parts(
                 cluster=cluster,
@@ -66,8 +68,8 @@ async def main(settings: RouterSettings) -> None:
                 embedding=Embedding(embeds),
                 dispatch=dispatch,
                 request_ids=RequestIds(placement, dispatch),
-                scatter=Scatter(watch, shards),
-                fanout=Fanout(watch, reads, concurrency=settings.fanout_concurrency),
+                scatter=Scatter(watch, shards, retries),
+                fanout=Fanout(watch, reads, retries, concurrency=settings.fanout_concurrency),
                 locations=locations,
                 invalidations=invalidations,
                 tokens=Tokens(cluster.token_key),
@@ -81,7 +83,7 @@ async def main(settings: RouterSettings) -> None:
         await server.start()
         await server.set_serving(True)
         listening = [partial(invalidations.run, locations)] if settings.redis_url else []
-        await server.run_until_stopped([watch.run, replicas.run, *listening])
+        await server.run_until_stopped([watch.run, replicas.run, Probes(shards, watch).run, *listening])
 
 
 async def _read_catalog(settings: RouterSettings) -> tuple[Cluster, Topology]:

@@ -13,7 +13,8 @@ from memshard.v1 import memory_pb2 as pb
 from router.consistency import STRONG, Consistency
 from router.dispatch import set_route, still_moving
 from router.reads import Reads, Role
-from router.shards import RETRY_AFTER_S, Q, R, Rpc
+from router.retries import Retries
+from router.shards import Q, R, Rpc
 from router.topology_watch import TopologyWatch
 
 T = TypeVar("T")
@@ -40,9 +41,7 @@ class Gathered(Generic[R]):
         """Raises Unavailable / SHARDS_MISSING when a shard failed."""
         if self.failed:
             names = ", ".join(f"{shard.shard_id} ({error.reason})" for shard, error in self.failed)
-            raise Unavailable(
-                f"these shards did not answer: {names}", reason="SHARDS_MISSING", retry_after_s=RETRY_AFTER_S
-            )
+            raise Unavailable(f"these shards did not answer: {names}", reason="SHARDS_MISSING")
 
     def require_any(self) -> None:
         """Raises Unavailable / SHARDS_MISSING when every shard failed: an empty answer would be a lie."""
@@ -53,9 +52,10 @@ class Gathered(Generic[R]):
 class Fanout:
     """Asks all shards that own slots, at most `concurrency` at a time for one question."""
 
-    def __init__(self, watch: TopologyWatch, reads: Reads, *, concurrency: int) -> None:
+    def __init__(self, watch: TopologyWatch, reads: Reads, retries: Retries, *, concurrency: int) -> None:
         self._watch = watch
         self._reads = reads
+        self._retries = retries
         self._concurrency = concurrency
 
     async def ask_all(
@@ -89,7 +89,9 @@ class Fanout:
             set_route(request, topology, shard, topology.ranges_of(shard.shard_id))
             try:
                 async with places:
-                    answer, role = await self._reads.ask(shard, rpc, request, consistency, deadline)
+                    answer, role = await self._retries.run(
+                        lambda: self._reads.ask(shard, rpc, request, consistency, deadline), deadline
+                    )
                 answers.append((shard, answer))
                 roles.add(role)
             except MemshardError as error:

@@ -42,7 +42,7 @@ def test_partial_answer_is_an_error_only_to_those_who_require_all() -> None:
     with pytest.raises(Unavailable) as caught:
         gathered.require_all()
     assert caught.value.reason == "SHARDS_MISSING"
-    assert caught.value.retry_after_s
+    assert caught.value.retryable
     assert "b (SHARD_UNAVAILABLE), c (DEADLINE_EXCEEDED)" in caught.value.message
 
 

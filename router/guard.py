@@ -1,0 +1,124 @@
+"""What stands before a server of a shard: a limit of calls in flight, and a breaker for each kind of call.
+
+Each server has its own, so that one which is slow or gone costs those their time who need it, and nobody else. A call
+that is refused here reaches nobody, and its caller hears so at once.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+from common import logs
+from common.breaker import CircuitBreaker, Permit, State, speaks_of_callee
+from common.breaker_settings import SHARD
+from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted
+from common.limiter import Limiter, Priority
+
+_log = logs.get_logger("guard")
+
+Clock = Callable[[], float]
+
+
+class Kind(StrEnum):
+    """Kinds of calls that fail for causes of their own: a full disk stores nothing, and is read all the same."""
+
+    STORE = "store"
+    RETRIEVE = "retrieve"
+    SEARCH = "search"
+
+
+class Guard:
+    """The guard of one server. `name` is what agents may know it by."""
+
+    def __init__(self, name: str, clock: Clock) -> None:
+        self.name = name
+        self.limiter = Limiter(clock)
+        self.breakers = {kind: CircuitBreaker(name, SHARD, clock, _logging(name, kind)) for kind in Kind}
+        self._clock = clock
+
+    @contextmanager
+    def passing(self, kind: Kind, call: str, priority: Priority) -> Iterator[None]:
+        """`with` it: one call, whose errors say how it went. `call` names calls that take about as long as each other.
+
+        Raises Unavailable / BREAKER_OPEN or ResourceExhausted / OVERLOADED, before anything is asked.
+        """
+        breaker = self.breakers[kind]
+        admission = None if breaker.refused_for_s() else self.limiter.admit(call, priority)
+        permit = breaker.admit()
+        assert admission is not None, "admitted by a breaker that had just refused"
+        began = self._clock()
+        try:
+            yield
+        except MemshardError as error:
+            waited_s = self._clock() - began
+            _judge(permit, error, waited_s)
+            if isinstance(error, DeadlineExceeded | ResourceExhausted):
+                admission.release(waited_s, dropped=True)
+            elif not speaks_of_callee(error):
+                admission.release(waited_s)
+            raise
+        else:
+            took_s = self._clock() - began
+            permit.success(took_s)
+            admission.release(took_s)
+        finally:
+            # Of a call that its caller gave up, and of one that failed at once, the time says nothing.
+            permit.ignore()
+            admission.ignore()
+
+    def refuses(self, kind: Kind) -> bool:
+        """Whether a call of this kind would be turned away now by its breaker."""
+        return self.breakers[kind].refused_for_s() > 0
+
+    @property
+    def troubled(self) -> bool:
+        """Whether a breaker is not closed, so that it would help to hear from the server."""
+        return any(breaker.state is not State.CLOSED for breaker in self.breakers.values())
+
+    def heard(self) -> None:
+        """The server has answered a health check: calls may try it again."""
+        for breaker in self.breakers.values():
+            breaker.probe_succeeded()
+
+
+class Guards:
+    """The guards of all servers, by shard and, within it, by replica; None is the primary."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or (lambda: asyncio.get_running_loop().time())
+        self._guards: dict[tuple[str, str | None], Guard] = {}
+
+    def of(self, shard_id: str, replica_id: str | None = None) -> Guard:
+        """The guard of one server, made when it is first needed."""
+        key = shard_id, replica_id
+        if key not in self._guards:
+            name = shard_id if replica_id is None else f"{shard_id}/{replica_id}"
+            self._guards[key] = Guard(name, self._clock)
+        return self._guards[key]
+
+    def keep(self, servers: set[tuple[str, str | None]]) -> None:
+        """Drops the guards of all others."""
+        for key in self._guards.keys() - servers:
+            del self._guards[key]
+
+    def all(self) -> dict[tuple[str, str | None], Guard]:
+        """Those that there are."""
+        return dict(self._guards)
+
+
+def _judge(permit: Permit, error: MemshardError, waited_s: float) -> None:
+    if isinstance(error, DeadlineExceeded):
+        permit.timeout(waited_s)
+    elif speaks_of_callee(error):
+        permit.failure()
+    else:
+        permit.success(waited_s)
+
+
+def _logging(name: str, kind: Kind) -> Callable[[State, State], None]:
+    def changed(before: State, after: State) -> None:
+        log = _log.warning if after is State.OPEN else _log.info
+        log("a breaker changed", server=name, kind=kind.value, before=before.value, after=after.value)
+
+    return changed
