@@ -4,18 +4,16 @@ Each server has its own, so that one which is slow or gone costs those their tim
 that is refused here reaches nobody, and its caller hears so at once.
 """
 
-import asyncio
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from common import logs
-from common.breaker import CircuitBreaker, Permit, State, speaks_of_callee
+from common.breaker import Permit, State, speaks_of_callee
+from common.breaker_log import logged
 from common.breaker_settings import SHARD
 from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted
 from common.limiter import Limiter, Priority
-
-_log = logs.get_logger("guard")
 
 Clock = Callable[[], float]
 
@@ -34,7 +32,7 @@ class Guard:
     def __init__(self, name: str, clock: Clock) -> None:
         self.name = name
         self.limiter = Limiter(clock)
-        self.breakers = {kind: CircuitBreaker(name, SHARD, clock, _logging(name, kind)) for kind in Kind}
+        self.breakers = {kind: logged(name, SHARD, kind.value, clock) for kind in Kind}
         self._clock = clock
 
     @contextmanager
@@ -85,8 +83,8 @@ class Guard:
 class Guards:
     """The guards of all servers, by shard and, within it, by replica; None is the primary."""
 
-    def __init__(self, clock: Clock | None = None) -> None:
-        self._clock = clock or (lambda: asyncio.get_running_loop().time())
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
         self._guards: dict[tuple[str, str | None], Guard] = {}
 
     def of(self, shard_id: str, replica_id: str | None = None) -> Guard:
@@ -114,11 +112,3 @@ def _judge(permit: Permit, error: MemshardError, waited_s: float) -> None:
         permit.failure()
     else:
         permit.success(waited_s)
-
-
-def _logging(name: str, kind: Kind) -> Callable[[State, State], None]:
-    def changed(before: State, after: State) -> None:
-        log = _log.warning if after is State.OPEN else _log.info
-        log("a breaker changed", server=name, kind=kind.value, before=before.value, after=after.value)
-
-    return changed

@@ -1,6 +1,6 @@
 """When a read that takes long is asked of a second server: a time for each shard and kind of read, and one budget."""
 
-import asyncio
+import time
 from collections.abc import Callable
 
 from common.hedge import HedgeBudget, HedgeTimer
@@ -10,10 +10,10 @@ from common.topology import Topology
 class Hedges:
     """What the router knows of how long reads take, and how many of them it has asked twice."""
 
-    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.sent = 0
         """Hedges since the start, for metrics."""
-        self._clock = clock or (lambda: asyncio.get_running_loop().time())
+        self._clock = clock
         self._budget = HedgeBudget()
         self._timers: dict[tuple[str, str], HedgeTimer] = {}
 

@@ -2,7 +2,7 @@
 
 It maps to slots, never to shards: slots move, a memory's slot does not. Usually an id has one slot; ids are unique per
 user only, so it may have several. What is found here is only where to look first, so a wrong entry costs a second
-look, and a Redis that is slow or dead costs at most its timeout, then nothing for a while.
+look, and a Redis that is slow or dead costs at most its timeout, and after a few calls nothing at all.
 
 What is erased is to be gone from here too, whatever is under way meanwhile. So nothing is written that was learnt
 before an erasure of which this router has heard since (`Moment.forgettings`), nor, in Redis, before one of which it has
@@ -23,6 +23,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
 from common import logs
+from common.breaker_log import logged
+from common.breaker_settings import CACHE
 from common.config import RouterSettings
 from common.slots import SLOT_COUNT
 
@@ -33,8 +35,6 @@ NOWHERE: Slots = frozenset()
 
 # An entry with more is not one of ours, or not worth following one by one.
 _MAX_SLOTS = 8
-# Seconds without Redis after it failed, so that a dead one costs its timeout once and not with every call.
-_REST_S = 1.0
 _MAX_CONNECTIONS = 64
 # Keys in one command: some milliseconds of Redis' one thread.
 _MAX_KEYS = 1000
@@ -92,7 +92,7 @@ class LocationCache:
         self._timeout_s = settings.redis_timeout_s
         self._redis = _connect(settings)
         self._write = self._redis.register_script(_WRITE) if self._redis is not None else None
-        self._resting_until = 0.0
+        self.breaker = logged("Redis", CACHE)
 
     async def find(self, memory_id: str) -> Slots:
         """The slots where a memory with this id was last known; empty when nothing is known."""
@@ -205,21 +205,28 @@ class LocationCache:
         return dict(zip(entries, map(parse, replies), strict=True)) if isinstance(replies, list) else {}
 
     async def _ask(self, command: Callable[[Redis], Awaitable[object]]) -> object:
-        """Redis' reply, or None when there is no Redis, or it failed or rests."""
-        loop = asyncio.get_running_loop()
-        if self._redis is None or loop.time() < self._resting_until:
+        """Redis' reply, or None when there is no Redis, or it failed, or its breaker is open."""
+        if self._redis is None or self.breaker.refused_for_s():
             return None
+        permit = self.breaker.admit()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await command(self._redis)
+                reply = await command(self._redis)
         except ResponseError:
             # It answers, and refuses: there is something else than an entry under the key.
+            permit.success(time.monotonic() - began)
             return None
         except Exception as error:
             # A cache may fail a call in no way whatever, not even by an answer that its client chokes on.
-            self._resting_until = loop.time() + _REST_S
+            permit.failure()
             _log.warning("going on without Redis", error=type(error).__name__)
             return None
+        else:
+            permit.success(time.monotonic() - began)
+            return reply
+        finally:
+            permit.ignore()
 
 
 def made_just_now(memory_id: str) -> bool:

@@ -5,6 +5,7 @@ by its id and digest, everything else by its request id, which the router makes 
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ class Retries:
     """Runs calls to shards, and runs them again. One for the process, as it keeps the budget."""
 
     def __init__(self, settings: RetrySettings | None = None, budget: RetryBudget | None = None) -> None:
-        self.budget = budget or RetryBudget(lambda: asyncio.get_running_loop().time())
+        self.budget = budget or RetryBudget(time.monotonic)
         self._settings = settings or RetrySettings()
 
     async def run(self, attempt: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
