@@ -151,7 +151,8 @@ class RouterSettings(EmbedderSettings):
     """Seconds for a call whose caller set no deadline."""
 
     shard_deadline_margin_s: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """Seconds of the caller's budget that are kept back from the shard call, for the way back."""
+    """Least seconds of the caller's budget that are kept back from the shard call, for the way back. Of a long budget a
+    twentieth is, up to a quarter of a second."""
 
     fanout_concurrency: Annotated[int, Field(ge=1, le=1024)] = 32
     """Most shard calls that one fan-out has open at once."""

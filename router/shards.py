@@ -23,6 +23,10 @@ from router.guard import Guard, Guards, Kind
 # Largest answer taken: 1,000 results of 64 KiB content, 32 KiB metadata and an embedding.
 _MAX_ANSWER_BYTES = 128 * 1024 * 1024
 
+# Share of the caller's time that is kept for the way back, and the most that is, in seconds.
+_WAY_BACK_SHARE = 0.05
+_LONGEST_WAY_BACK_S = 0.25
+
 # Longest that calls to an address that is no shard's any more may go on.
 _CLOSE_GRACE_S = 60.0
 
@@ -101,7 +105,7 @@ class Shards:
         write is left in doubt; DeadlineExceeded.
         """
         admit(shard, rpc)
-        remaining_s = deadline.less(self._margin_s).remaining_s()
+        remaining_s = self._for_next_hop(deadline.remaining_s())
         if remaining_s <= 0:
             raise DeadlineExceeded(f"no time left to ask {shard.shard_id}")
         return await self._guarded(self.guards.of(shard.shard_id), shard.address, rpc, request, remaining_s)
@@ -202,6 +206,12 @@ class Shards:
                 self._in_flight.pop(address, None)
         raise_if_cancelled(since=cancellations)
         return answer
+
+    def _for_next_hop(self, remaining_s: float) -> float:
+        """What a shard may use of the caller's time. The rest is for the way back: the more of it, the more there is,
+        so that who gives a second hears what some shards said though the machine is busy."""
+        way_back_s = max(self._margin_s, min(_WAY_BACK_SHARE * remaining_s, _LONGEST_WAY_BACK_S))
+        return remaining_s - way_back_s
 
     def _stub(self, address: str) -> shard_pb2_grpc.ShardServiceAsyncStub:
         stub = self._stubs.get(address)
