@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from common.breaker import speaks_of_callee
+from common.breaker import CircuitBreaker, speaks_of_callee
 from common.breaker_log import logged
 from common.breaker_settings import EMBEDDER
 from common.config import EmbedderSettings
@@ -47,6 +47,11 @@ class Embedder(Protocol):
 
     model: str
     dimensions: int
+
+    @property
+    def breaker(self) -> CircuitBreaker | None:
+        """That of its server, where it has one."""
+        ...
 
     async def embed(self, texts: Sequence[str], timeout_s: float | None = None) -> Vectors:
         """Embeddings of shape (len(texts), dimensions), float32, within `timeout_s` seconds.
@@ -110,6 +115,10 @@ class LocalEmbedder:
                 return await asyncio.to_thread(self._embed, list(texts))
         except TimeoutError as error:
             raise _unavailable("it took too long") from error
+
+    @property
+    def breaker(self) -> None:
+        """It runs in this process."""
 
     async def close(self) -> None:
         """Nothing to let go of."""

@@ -10,6 +10,7 @@ import asyncpg
 from common import catalog, config, embedder, lifecycle, postgres
 from common.catalog import Cluster
 from common.config import RouterSettings
+from common.level import Effects
 from common.rpc import generic_handler
 from common.topology import Topology
 from memshard.v1 import memory_pb2
@@ -50,7 +51,7 @@ async def main(settings: RouterSettings) -> None:
         stack.push_async_callback(locations.close)
         shards = Shards(settings)
         stack.push_async_callback(shards.close)
-        replicas = Replicas(shards, topology, settings)
+        replicas, levels = Replicas(shards, topology, settings), shards.levels
 
         def follow(changed: Topology) -> None:
             replicas.follow(changed)
@@ -59,6 +60,9 @@ async def main(settings: RouterSettings) -> None:
         watch = TopologyWatch(
             settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=follow
         )
+        levels.dependencies += [locations.breaker, watch.breaker]
+        if embeds is not None and embeds.breaker is not None:
+            levels.dependencies.append(embeds.breaker)
         reads, retries = Reads(shards, replicas, settings), Retries()
         placement, dispatch = Placement(cluster.placement), Dispatch(watch, reads, retries)
         servicer = MemoryServicer(
@@ -72,7 +76,8 @@ async def main(settings: RouterSettings) -> None:
                 fanout=Fanout(watch, reads, retries, concurrency=settings.fanout_concurrency),
                 locations=locations,
                 invalidations=invalidations,
-                tokens=Tokens(cluster.token_key),
+                levels=levels,
+                tokens=Tokens(cluster.token_key, levels.of),
             )
         )
         server = lifecycle.Server(
@@ -83,7 +88,13 @@ async def main(settings: RouterSettings) -> None:
         await server.start()
         await server.set_serving(True)
         listening = [partial(invalidations.run, locations)] if settings.redis_url else []
-        await server.run_until_stopped([watch.run, replicas.run, Probes(shards, watch).run, *listening])
+
+        async def obey(effects: Effects) -> None:
+            await server.set_serving(effects.serving)
+
+        await server.run_until_stopped(
+            [watch.run, replicas.run, Probes(shards, watch).run, partial(levels.run, obey), *listening]
+        )
 
 
 async def _read_catalog(settings: RouterSettings) -> tuple[Cluster, Topology]:

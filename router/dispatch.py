@@ -14,6 +14,7 @@ from common.topology import Shard, Topology
 from memshard.internal.v1 import shard_pb2
 from router.consistency import STRONG, Consistency
 from router.reads import Reads, Role
+from router.report import Origin
 from router.retries import Retries
 from router.shards import Q, R, Rpc
 from router.topology_watch import TopologyWatch
@@ -26,6 +27,11 @@ class Answered(Generic[R]):
     shard: Shard
     answer: R
     served_by: Role
+
+    @property
+    def origin(self) -> Origin:
+        """For its report."""
+        return Origin.of_shards((self.shard.shard_id,), (self.served_by,))
 
 
 class Dispatch:

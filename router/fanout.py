@@ -13,6 +13,7 @@ from memshard.v1 import memory_pb2 as pb
 from router.consistency import STRONG, Consistency
 from router.dispatch import set_route, still_moving
 from router.reads import Reads, Role
+from router.report import Origin
 from router.retries import Retries
 from router.shards import Q, R, Rpc
 from router.topology_watch import TopologyWatch
@@ -29,13 +30,16 @@ class Gathered(Generic[R]):
     served_by: frozenset[Role] = frozenset()
     """The kinds of servers that answered."""
 
-    def summary(self) -> pb.ShardSummary:
-        """The shards section of a read report."""
-        return pb.ShardSummary(
+    @property
+    def origin(self) -> Origin:
+        """For its report."""
+        summary = pb.ShardSummary(
             total=len(self.answers) + len(self.failed),
             succeeded=len(self.answers),
             failed=[pb.ShardFailure(shard_id=shard.shard_id, status=to_status(error)) for shard, error in self.failed],
         )
+        asked = frozenset(shard.shard_id for shard, _ in (*self.answers, *self.failed))
+        return Origin(asked, self.served_by, summary)
 
     def require_all(self) -> None:
         """Raises Unavailable / SHARDS_MISSING when a shard failed."""

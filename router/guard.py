@@ -13,9 +13,14 @@ from common.breaker import Permit, State, speaks_of_callee
 from common.breaker_log import logged
 from common.breaker_settings import SHARD
 from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted
-from common.limiter import Limiter, Priority
+from common.hedge import LatencyWindow
+from common.limiter import Admission, Limiter, Priority
+from common.window import SlidingCount
 
 Clock = Callable[[], float]
+
+# Seconds that a tally looks back on: longer than a level takes to be entered, so that single seconds do not flap it.
+_TALLY_S = 10
 
 
 class Kind(StrEnum):
@@ -26,12 +31,24 @@ class Kind(StrEnum):
     SEARCH = "search"
 
 
+class Tally:
+    """What became of the calls of the last ten seconds, from which a level is decided (`router.levels`)."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.answered = SlidingCount(1.0, _TALLY_S, clock)
+        self.failed = SlidingCount(1.0, _TALLY_S, clock)
+        self.shed = SlidingCount(1.0, _TALLY_S, clock)
+        self.latency = LatencyWindow(_TALLY_S, clock)
+        """Of interactive calls that were answered, in seconds."""
+
+
 class Guard:
     """The guard of one server. `name` is what agents may know it by."""
 
     def __init__(self, name: str, clock: Clock) -> None:
         self.name = name
         self.limiter = Limiter(clock)
+        self.tally = Tally(clock)
         self.breakers = {kind: logged(name, SHARD, kind.value, clock) for kind in Kind}
         self._clock = clock
 
@@ -42,7 +59,7 @@ class Guard:
         Raises Unavailable / BREAKER_OPEN or ResourceExhausted / OVERLOADED, before anything is asked.
         """
         breaker = self.breakers[kind]
-        admission = None if breaker.refused_for_s() else self.limiter.admit(call, priority)
+        admission = None if breaker.refused_for_s() else self._admitted(call, priority)
         permit = breaker.admit()
         assert admission is not None, "admitted by a breaker that had just refused"
         began = self._clock()
@@ -51,6 +68,7 @@ class Guard:
         except MemshardError as error:
             waited_s = self._clock() - began
             _judge(permit, error, waited_s)
+            (self.tally.failed if speaks_of_callee(error) else self.tally.answered).add()
             if isinstance(error, DeadlineExceeded | ResourceExhausted):
                 admission.release(waited_s, dropped=True)
             elif not speaks_of_callee(error):
@@ -60,10 +78,20 @@ class Guard:
             took_s = self._clock() - began
             permit.success(took_s)
             admission.release(took_s)
+            self.tally.answered.add()
+            if priority is Priority.INTERACTIVE:
+                self.tally.latency.add(took_s)
         finally:
             # Of a call that its caller gave up, and of one that failed at once, the time says nothing.
             permit.ignore()
             admission.ignore()
+
+    def _admitted(self, call: str, priority: Priority) -> Admission:
+        try:
+            return self.limiter.admit(call, priority)
+        except ResourceExhausted:
+            self.tally.shed.add()
+            raise
 
     def refuses(self, kind: Kind) -> bool:
         """Whether a call of this kind would be turned away now by its breaker."""
@@ -100,9 +128,12 @@ class Guards:
         for key in self._guards.keys() - servers:
             del self._guards[key]
 
-    def all(self) -> dict[tuple[str, str | None], Guard]:
-        """Those that there are."""
-        return dict(self._guards)
+    def by_shard(self) -> dict[str, dict[str | None, Guard]]:
+        """Those that there are, by shard and then by replica; None is the primary."""
+        grouped: dict[str, dict[str | None, Guard]] = {}
+        for (shard_id, replica_id), guard in self._guards.items():
+            grouped.setdefault(shard_id, {})[replica_id] = guard
+        return grouped
 
 
 def _judge(permit: Permit, error: MemshardError, waited_s: float) -> None:

@@ -8,7 +8,7 @@ from router import filters, validate
 from router.consistency import Consistency
 from router.merge import merge_page
 from router.parts import Parts
-from router.report import ONE_SHARD, report
+from router.report import report
 from router.resolve import slot_of_memory
 from router.shards import LIST, LIST_VERSIONS
 
@@ -33,16 +33,16 @@ async def list_memories(
     if slot is not None:
         answered = await parts.dispatch.read(slot, LIST, question, consistency, deadline)
         page = answered.answer
-        memories, summary, served_by = list(page.memories), ONE_SHARD, frozenset((answered.served_by,))
+        memories, origin = list(page.memories), answered.origin
         following = page.next if page.HasField("next") else None
     else:
         gathered = await parts.fanout.ask_all(LIST, question, deadline, consistency)
         # A page without one shard's memories would skip them for good.
         gathered.require_all()
         memories, following = merge_page([answer for _, answer in gathered.answers], page_size)
-        summary, served_by = gathered.summary(), gathered.served_by
+        origin = gathered.origin
     token = parts.tokens.next_page(request, tokens_pb2.PageToken(after=following)) if following else ""
-    return pb.ListMemoriesResponse(memories=memories, next_page_token=token, report=report(summary, served_by))
+    return pb.ListMemoriesResponse(memories=memories, next_page_token=token, report=report(parts.levels, origin))
 
 
 async def list_versions(

@@ -22,7 +22,7 @@ from router.balance import PRIMARY, Order, order
 from router.consistency import Consistency, Wanted
 from router.hedges import Hedges
 from router.replicas import Replicas
-from router.shards import Q, R, Rpc, Shards, admit
+from router.shards import Q, R, Rpc, Shards
 
 _log = logs.get_logger("reads")
 
@@ -62,7 +62,7 @@ class Reads:
         Raises what the primary raises when it is asked, and no replica can stand in for it; Unavailable /
         NO_FRESH_SERVER when there are replicas, and none is fresh enough.
         """
-        admit(shard, rpc)
+        self.shards.admit(shard, rpc)
         if consistency.strong:
             return await self.shards.call(shard, rpc, request, deadline), "primary"
         reading = _Reading(self, shard, rpc, request, consistency.of(shard.shard_id), deadline)

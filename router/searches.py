@@ -12,7 +12,7 @@ from router import filters, validate
 from router.consistency import Consistency
 from router.merge import merge
 from router.parts import Parts
-from router.report import ONE_SHARD, report
+from router.report import report
 from router.shards import SEARCH
 
 # How many of the memories in question have no embedding yet, and so cannot be found by meaning.
@@ -51,20 +51,20 @@ async def search(
     slot = parts.placement.user_slot(user_id) if user_id else None
     if slot is not None:
         answered = await parts.dispatch.read(slot, SEARCH, question, consistency, deadline)
-        answers, summary, served_by = [answered.answer], ONE_SHARD, frozenset((answered.served_by,))
+        answers, origin = [answered.answer], answered.origin
     else:
         gathered = await parts.fanout.ask_all(SEARCH, question, deadline, consistency)
         if request.require_all_shards:
             gathered.require_all()
         gathered.require_any()
         answers = [answer for _, answer in gathered.answers]
-        summary, served_by = gathered.summary(), gathered.served_by
+        origin = gathered.origin
     if unembedded := sum(answer.unembedded for answer in answers):
         add_trailer(UNEMBEDDED_TRAILER, str(unembedded))
     return pb.SearchMemoriesResponse(
         results=merge([answer.results for answer in answers], window),
         score_kind=pb.SCORE_KIND_TEXT_RANK if query.words else pb.SCORE_KIND_COSINE,
-        report=report(summary, served_by, fallback=query.fallback),
+        report=report(parts.levels, origin, fallback=query.fallback),
     )
 
 

@@ -19,6 +19,7 @@ from common.status import from_rpc_error
 from common.topology import Replica, Shard, ShardStatus, Topology
 from memshard.internal.v1 import shard_pb2, shard_pb2_grpc
 from router.guard import Guard, Guards, Kind
+from router.levels import Levels
 
 # Largest answer taken: 1,000 results of 64 KiB content, 32 KiB metadata and an embedding.
 _MAX_ANSWER_BYTES = 128 * 1024 * 1024
@@ -91,6 +92,7 @@ class Shards:
 
     def __init__(self, settings: RouterSettings) -> None:
         self.guards = Guards()
+        self.levels = Levels(self.guards)
         self._margin_s = settings.shard_deadline_margin_s
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -104,7 +106,7 @@ class Shards:
         it cannot be reached or its breaker is open, ResourceExhausted when it has too much to do, OutcomeUnknown when a
         write is left in doubt; DeadlineExceeded.
         """
-        admit(shard, rpc)
+        self.admit(shard, rpc)
         remaining_s = self._for_next_hop(deadline.remaining_s())
         if remaining_s <= 0:
             raise DeadlineExceeded(f"no time left to ask {shard.shard_id}")
@@ -136,6 +138,18 @@ class Shards:
                 raise DeadlineExceeded("no answer to a health check") from error
             return False
         return health.status == health_pb2.HealthCheckResponse.SERVING
+
+    def admit(self, shard: Shard, rpc: Rpc[Any, Any]) -> None:
+        """Whether the shard may be asked this now. A draining one serves on: its slots are on their way, not gone.
+
+        Raises Unavailable / SHARD_MAINTENANCE, ReadOnly.
+        """
+        if shard.status is ShardStatus.MAINTENANCE:
+            raise Unavailable(f"{shard.shard_id} is in maintenance", reason="SHARD_MAINTENANCE")
+        if rpc.writes and shard.status is ShardStatus.READONLY:
+            raise ReadOnly(f"{shard.shard_id} takes no writes for the time being")
+        if rpc.writes and not self.levels.effects(shard.shard_id).allow_writes:
+            raise ReadOnly(f"{shard.shard_id} takes no writes at its degradation level")
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """The channel to an address, which is closed when nobody in the topology has that any more."""
@@ -218,14 +232,6 @@ class Shards:
         if stub is None:
             stub = self._stubs[address] = shard_pb2_grpc.ShardServiceStub(self.channel(address))
         return stub
-
-
-def admit(shard: Shard, rpc: Rpc[Any, Any]) -> None:
-    """Whether the shard may be asked this now. A draining one serves on: its slots are on their way, not gone."""
-    if shard.status is ShardStatus.MAINTENANCE:
-        raise Unavailable(f"{shard.shard_id} is in maintenance", reason="SHARD_MAINTENANCE")
-    if rpc.writes and shard.status is ShardStatus.READONLY:
-        raise ReadOnly(f"{shard.shard_id} takes no writes for the time being")
 
 
 def _explained(error: grpc.aio.AioRpcError, name: str) -> MemshardError:
