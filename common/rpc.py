@@ -6,6 +6,7 @@ INVALID_ARGUMENT instead of INTERNAL, and a bug is the only thing that is ever I
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -15,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from common import errors, logs, status
+from common.admission import Admission
 from common.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -32,17 +34,24 @@ _Behavior = Callable[[bytes, "Context"], Awaitable[bytes]]
 
 
 def generic_handler(
-    service: ServiceDescriptor, servicer: object, *, default_deadline_s: float
+    service: ServiceDescriptor, servicer: object, *, default_deadline_s: float, admission: Admission | None = None
 ) -> grpc.GenericRpcHandler:
     """gRPC's handler of `service`: each rpc is the method of `servicer` that has its name.
 
     Methods take (request, deadline) and return the response. An rpc that the servicer lacks answers UNIMPLEMENTED.
+    `admission` refuses what is too much.
     """
+    admitted = admission.of if admission is not None else _everything
     return grpc.method_handlers_generic_handler(
         service.full_name,
         {
             method.name: grpc.unary_unary_rpc_method_handler(
-                _behavior(method, getattr(servicer, method.name, None) or _unimplemented(method), default_deadline_s)
+                _behavior(
+                    method,
+                    getattr(servicer, method.name, None) or _unimplemented(method),
+                    default_deadline_s,
+                    admitted,
+                )
             )
             for method in service.methods
         },
@@ -55,7 +64,12 @@ def add_trailer(key: str, value: str | bytes) -> None:
     context.set_trailing_metadata((*(context.trailing_metadata() or ()), (key, value)))
 
 
-def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: float) -> _Behavior:
+def _behavior(
+    method: MethodDescriptor,
+    handler: Handler,
+    default_deadline_s: float,
+    admitted: Callable[[str], AbstractContextManager[None]],
+) -> _Behavior:
     request_class: type[Message] = GetMessageClass(method.input_type)
 
     async def behavior(raw: bytes, context: "Context") -> bytes:
@@ -63,8 +77,9 @@ def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: fl
         deadline = Deadline.of(context, default_deadline_s)
         error: errors.MemshardError
         try:
-            async with deadline.bound():
-                response = await handler(_parse(request_class, raw), deadline)
+            with admitted(method.name):
+                async with deadline.bound():
+                    response = await handler(_parse(request_class, raw), deadline)
             return response.SerializeToString()
         except errors.MemshardError as raised:
             error = raised
@@ -82,6 +97,10 @@ def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: fl
         raise AssertionError("unreachable: abort raises")
 
     return behavior
+
+
+def _everything(_: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _parse(request_class: type[Message], raw: bytes) -> Message:

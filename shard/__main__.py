@@ -18,6 +18,7 @@ from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
 from shard.primary import Newest, Primary
 from shard.purge import Retention
+from shard.read_service import admission
 from shard.service import ShardServicer
 from shard.sync_keeper import SyncKeeper
 
@@ -55,7 +56,11 @@ async def main(settings: ShardSettings) -> None:
         servicer = ShardServicer(settings, known, database, commits, durability, queue)
         server = lifecycle.Server(
             settings,
-            [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s)],
+            [
+                generic_handler(
+                    _SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission()
+                )
+            ],
             [_SERVICE.full_name],
         )
         retention = Retention(
