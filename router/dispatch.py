@@ -42,6 +42,10 @@ class Dispatch:
         self._reads = reads
         self._retries = retries
 
+    def owner(self, slot: int) -> Shard:
+        """The owner of a slot by the snapshot."""
+        return self._watch.topology.owner(slot)
+
     async def to_owner(self, slot: int, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> tuple[Shard, R]:
         """The owner of `slot`, and the answer of its primary. Fills in the request's route.
 
