@@ -29,9 +29,9 @@ $(STAMP): $(RUNTIME)
 up: $(RUNTIME)  ## Start a cluster in the foreground; Ctrl-C stops it (ARGS="--shards 3")
 	@$(BIN)/memshard up $(ARGS)
 
-# Tests wait more than they work. Each file is one worker's, since its tests share a cluster.
+# Tests wait more than they work, so two workers share them; tests/conftest.py says which go together.
 test: $(STAMP)  ## Run every test (ARGS="-k name")
-	$(BIN)/pytest -m 'not slow' -n 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest -m 'not slow' -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP) lint types layers test  ## The gate: lint, types, layers, tests (generated code in sync is one)
 

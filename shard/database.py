@@ -124,7 +124,9 @@ class Database:
     def _leave_outdated(self) -> None:
         """Ends what is under way on a server that has a successor: a commit there may wait for ever."""
         for connection in [lent for lent in self._lent if self._is_outdated(lent)]:
-            connection.terminate()
+            # The pool takes a connection that has died from under its user, who has not given it back yet.
+            with suppress(asyncpg.InterfaceError):
+                connection.terminate()
 
 
 class WriteConnection:

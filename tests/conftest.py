@@ -15,6 +15,15 @@ settings.register_profile("memshard-ci", settings.get_profile("memshard"), deran
 settings.load_profile("memshard-ci" if os.environ.get("CI") else "memshard")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a cluster go to one worker, so that it is started once: those of a file and, across files, those
+    of one kind of cluster. What takes longest begins first."""
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        item.add_marker(pytest.mark.xdist_group(params.get("everywhere", item.location[0])))
+    items.sort(key=lambda item: "test_model" not in item.location[0])
+
+
 @pytest.fixture
 def user() -> str:
     """A user that nobody else has."""

@@ -7,9 +7,14 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest_asyncio
 from grpc_health.v1 import health_pb2
+from pydantic import SecretStr
 
+from common.config import ShardSettings
+from common.deadline import Deadline
 from local.postgres import APP
 from memshard.internal.v1 import shard_pb2
+from shard.database import Database, open_pool
+from shard.primary import Newest, Primary, timeline_of
 from tests.support.eventually import eventually
 from tests.support.place import Place, at, refused
 from tests.support.replicated import SHARD, Node, Replicated, replicated
@@ -151,3 +156,24 @@ async def test_a_token_of_a_newer_timeline_is_not_satisfied_by_an_older_primary(
     newer = shard_pb2.ShardPosition(shard_id=SHARD, timeline=position.timeline + 1, lsn=1)
     error = await refused(place.contents(at(newer), place.shard))
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "REPLICA_BEHIND")
+
+
+async def test_a_connection_that_died_in_use_does_not_stop_the_search_for_a_primary(servers: Replicated) -> None:
+    dsn = SecretStr(servers.primary.dsn(APP))
+    settings = ShardSettings(shard_id=SHARD, catalog_dsn=dsn, database_dsn=dsn, embedder="none")
+    newest = Newest()
+    primary = Primary(dsn.get_secret_value(), newest)
+    following = asyncio.create_task(primary.run())
+    try:
+        await primary.available(10)
+        async with await open_pool(settings, "test", primary) as pool:
+            async with Database(pool, primary).reading(Deadline.after(30)) as connection:
+                await servers.primary.fetchval("SELECT pg_terminate_backend($1)", connection.get_server_pid())
+                # The pool takes it back by itself, and nobody can speak of it any more.
+                await eventually(lambda: timeline_of(connection) == 0)
+                newest.timeline += 1
+                await eventually(lambda: not primary.is_available)
+            assert not following.done()
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
