@@ -26,6 +26,16 @@ from shard.replayed import standbys_behind
 from shard.writes import Write, Writes
 
 T = TypeVar("T")
+W = TypeVar(
+    "W",
+    shard_pb2.StoreResponse,
+    shard_pb2.StoreBatchResponse,
+    shard_pb2.ClaimResponse,
+    shard_pb2.TakeRequestIdResponse,
+    shard_pb2.UpdateResponse,
+    shard_pb2.EraseResponse,
+    shard_pb2.DeleteResponse,
+)
 
 _RETRY_AFTER_S = 0.5
 
@@ -58,9 +68,7 @@ class ShardServicer(ReadServicer):
                 self._queue.wake()
             return shard_pb2.StoreResponse(memory=stored.memory, deleted=stored.deleted), stored.repeated
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
-        return response
+        return await self._receipted(write, deadline)
 
     async def StoreBatch(
         self, request: shard_pb2.StoreBatchRequest, deadline: Deadline
@@ -83,9 +91,7 @@ class ShardServicer(ReadServicer):
             )
             return response, repeated
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
-        return response
+        return await self._receipted(write, deadline)
 
     async def Claim(self, request: shard_pb2.ClaimRequest, deadline: Deadline) -> shard_pb2.ClaimResponse:
         self._check_route(request.route)
@@ -98,9 +104,7 @@ class ShardServicer(ReadServicer):
             )
             return response, repeated
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
-        return response
+        return await self._receipted(write, deadline)
 
     async def TakeRequestId(
         self, request: shard_pb2.TakeRequestIdRequest, deadline: Deadline
@@ -114,9 +118,7 @@ class ShardServicer(ReadServicer):
             # Never a mere repetition: every attempt is counted, by a commit of its own.
             return shard_pb2.TakeRequestIdResponse(memory_slot=memory_slot), False
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
-        return response
+        return await self._receipted(write, deadline)
 
     async def ReleaseRequestId(
         self, request: shard_pb2.ReleaseRequestIdRequest, deadline: Deadline
@@ -142,9 +144,7 @@ class ShardServicer(ReadServicer):
                 self._queue.wake()
             return shard_pb2.UpdateResponse(memory=memory), repeated
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
-        return response
+        return await self._receipted(write, deadline)
 
     async def Erase(self, request: shard_pb2.EraseRequest, deadline: Deadline) -> shard_pb2.EraseResponse:
         self._check_route(request.route)
@@ -165,10 +165,9 @@ class ShardServicer(ReadServicer):
             )
             return response, erased.repeated
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
+        response = await self._receipted(write, deadline)
         # Of a repeated request as well: the first may have ended before they had.
-        response.unconfirmed.extend(await standbys_behind(self._database, commit.lsn, deadline))
+        response.unconfirmed.extend(await standbys_behind(self._database, response.commit.lsn, deadline))
         return response
 
     async def Delete(self, request: shard_pb2.DeleteRequest, deadline: Deadline) -> shard_pb2.DeleteResponse:
@@ -178,9 +177,7 @@ class ShardServicer(ReadServicer):
             deleted, repeated = await changes.delete(connection, slot, request.user_id, request.id, request.request_id)
             return shard_pb2.DeleteResponse(deleted=deleted), repeated
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
-        return response
+        return await self._receipted(write, deadline)
 
     async def Describe(self, request: shard_pb2.DescribeRequest, deadline: Deadline) -> shard_pb2.DescribeResponse:
         async with self._database.reading(deadline) as connection:
@@ -203,6 +200,12 @@ class ShardServicer(ReadServicer):
                     "another server has taken the writes over", reason="REPLICA_BEHIND", retry_after_s=_RETRY_AFTER_S
                 )
             return await read(connection)
+
+    async def _receipted(self, write: Write[W], deadline: Deadline) -> W:
+        """What a write answers, with the commit in it."""
+        response, commit = await self._write(write, deadline)
+        response.commit.CopyFrom(commit)
+        return response
 
     async def _write(self, write: Write[T], deadline: Deadline) -> tuple[T, shard_pb2.Commit]:
         async def checked(connection: Connection) -> tuple[T, bool]:
