@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -16,7 +16,6 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from common import errors, logs, status
-from common.admission import Admission
 from common.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -29,12 +28,21 @@ INTERRUPTED = "INTERRUPTED"
 
 _current: "ContextVar[Context]" = ContextVar("the call being handled")
 
+
+class Admits(Protocol):
+    """What refuses calls that are too many."""
+
+    def of(self, rpc: str) -> AbstractContextManager[None]:
+        """`with` it: one call of the rpc with this name. Raises MemshardError, before anything is done."""
+        ...
+
+
 Handler = Callable[[Message, Deadline], Awaitable[Message]]
 _Behavior = Callable[[bytes, "Context"], Awaitable[bytes]]
 
 
 def generic_handler(
-    service: ServiceDescriptor, servicer: object, *, default_deadline_s: float, admission: Admission | None = None
+    service: ServiceDescriptor, servicer: object, *, default_deadline_s: float, admission: Admits | None = None
 ) -> grpc.GenericRpcHandler:
     """gRPC's handler of `service`: each rpc is the method of `servicer` that has its name.
 

@@ -16,6 +16,7 @@ from common.topology import Topology
 from memshard.v1 import memory_pb2
 from router.dispatch import Dispatch
 from router.embed import Embedding
+from router.entrance import Entrance
 from router.fanout import Fanout
 from router.invalidation import Invalidations
 from router.location import LocationCache
@@ -80,9 +81,10 @@ async def main(settings: RouterSettings) -> None:
                 tokens=Tokens(cluster.token_key, levels.of),
             )
         )
+        entrance = Entrance()
         server = lifecycle.Server(
             settings,
-            [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s)],
+            [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=entrance)],
             [_SERVICE.full_name],
         )
         await server.start()
@@ -93,7 +95,7 @@ async def main(settings: RouterSettings) -> None:
             await server.set_serving(effects.serving)
 
         await server.run_until_stopped(
-            [watch.run, replicas.run, Probes(shards, watch).run, partial(levels.run, obey), *listening]
+            [watch.run, replicas.run, Probes(shards, watch).run, partial(levels.run, obey), entrance.run, *listening]
         )
 
 

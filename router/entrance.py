@@ -1,0 +1,52 @@
+"""The way in: when this process itself has too much to do, requests are refused before they cost anything."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from common.errors import ResourceExhausted
+from common.limiter import OVERLOADED, Priority
+from common.shedder import Shedder
+
+_BATCHES = frozenset({"BatchStoreMemories", "EraseUser"})
+
+_LOOK_S = 0.1
+_LOOKS_AT_ONCE = 5
+# Seconds after which whoever was refused may come back.
+_RETRY_AFTER_S = {Priority.INTERACTIVE: 1.0, Priority.BATCH: 5.0}
+
+
+class Entrance:
+    """Lets calls of MemoryService in. `run` watches how late the event loop is."""
+
+    def __init__(self, shedder: Shedder | None = None) -> None:
+        self.shed = 0
+        """Requests refused since the start."""
+        self.shedder = shedder or Shedder()
+
+    @contextmanager
+    def of(self, rpc: str) -> Iterator[None]:
+        """`with` it: one call. Raises ResourceExhausted / OVERLOADED."""
+        priority = Priority.BATCH if rpc in _BATCHES else Priority.INTERACTIVE
+        if not self.shedder.admits(priority):
+            self.shed += 1
+            raise ResourceExhausted(
+                "too many requests at the moment", reason=OVERLOADED, retry_after_s=_RETRY_AFTER_S[priority]
+            )
+        self.shedder.at_work += 1
+        try:
+            yield
+        finally:
+            self.shedder.at_work -= 1
+
+    async def run(self) -> None:
+        """Looks ten times a second, until cancelled, how much later than asked for this is woken."""
+        loop = asyncio.get_running_loop()
+        pause_s = _LOOK_S / _LOOKS_AT_ONCE
+        while True:
+            late_s = 0.0
+            for _ in range(_LOOKS_AT_ONCE):
+                due = loop.time() + pause_s
+                await asyncio.sleep(pause_s)
+                late_s += max(0.0, loop.time() - due)
+            self.shedder.observe(late_s / _LOOKS_AT_ONCE)
