@@ -2,9 +2,9 @@
 
 A process that is asked for more than it can do is late with everything, with its refusals too: its work waits in the
 event loop's queue, where no limit of calls in flight to others sees it. So the time in that queue is held near a
-target, by letting in a smaller share. Queueing time as the sign of overload, and batches that make way first, are after H. Zhou
-et al., "Overload Control for Scaling WeChat Microservices" (SoCC 2018, sections 4.1 and 4.2). The share follows the
-lateness in proportion, where theirs takes fixed steps:
+target, by letting in a smaller share. Queueing time as the sign of overload, and batches that make way first, are after
+H. Zhou et al., "Overload Control for Scaling WeChat Microservices" (SoCC 2018, sections 4.1 and 4.2). The share follows
+the lateness in proportion, where theirs takes fixed steps:
 
     openness *= 1 + gain * clamp((target - lateness) / target, -1, growth)
 """
