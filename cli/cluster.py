@@ -1,4 +1,4 @@
-"""The cluster commands of the memshard command line: up, down, status, failover, config."""
+"""The cluster commands of the memshard command line: up, down, status, failover, degrade, config."""
 
 # ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cli.cluster_degrade import degrade
 from cli.cluster_failover import failover
 from cli.cluster_options import DataDir, failures_shown
 from cli.terminal import fail
@@ -47,6 +48,7 @@ def register(app: typer.Typer) -> None:
     app.command()(down)
     app.command()(status)
     app.command()(failover)
+    app.command()(degrade)
     config = typer.Typer(help="Write and check the settings files of the services.", no_args_is_help=True)
     config.command()(generate)
     config.command()(validate)

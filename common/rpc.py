@@ -32,17 +32,27 @@ _Behavior = Callable[[bytes, "Context"], Awaitable[bytes]]
 
 
 def generic_handler(
-    service: ServiceDescriptor, servicer: object, *, default_deadline_s: float
+    service: ServiceDescriptor,
+    servicer: object,
+    *,
+    default_deadline_s: float,
+    admit: "Callable[[Context], None] | None" = None,
 ) -> grpc.GenericRpcHandler:
     """gRPC's handler of `service`: each rpc is the method of `servicer` that has its name.
 
     Methods take (request, deadline) and return the response. An rpc that the servicer lacks answers UNIMPLEMENTED.
+    `admit` raises what a caller hears who may not call at all, before anything is looked at.
     """
     return grpc.method_handlers_generic_handler(
         service.full_name,
         {
             method.name: grpc.unary_unary_rpc_method_handler(
-                _behavior(method, getattr(servicer, method.name, None) or _unimplemented(method), default_deadline_s)
+                _behavior(
+                    method,
+                    getattr(servicer, method.name, None) or _unimplemented(method),
+                    default_deadline_s,
+                    admit or _everybody,
+                )
             )
             for method in service.methods
         },
@@ -55,7 +65,13 @@ def add_trailer(key: str, value: str | bytes) -> None:
     context.set_trailing_metadata((*(context.trailing_metadata() or ()), (key, value)))
 
 
-def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: float) -> _Behavior:
+def _everybody(_: "Context") -> None:
+    """May call."""
+
+
+def _behavior(
+    method: MethodDescriptor, handler: Handler, default_deadline_s: float, admit: "Callable[[Context], None]"
+) -> _Behavior:
     request_class: type[Message] = GetMessageClass(method.input_type)
 
     async def behavior(raw: bytes, context: "Context") -> bytes:
@@ -63,6 +79,7 @@ def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: fl
         deadline = Deadline.of(context, default_deadline_s)
         error: errors.MemshardError
         try:
+            admit(context)
             async with deadline.bound():
                 response = await handler(_parse(request_class, raw), deadline)
             return response.SerializeToString()

@@ -125,7 +125,7 @@ async def run(request: Request, observer: Observer) -> None:
         hooks = Hooks(observer.progress, ready, observer.stopping)
         shards = shard_servers(plan, programs, log)
         supervisor = supervise(plan, programs, shards, hooks, log)
-        async with admin.serving(plan.record.ports[ADMIN], make_token(layout), shards, log):
+        async with admin.serving(plan.record.ports[ADMIN], make_token(layout), plan, shards, log):
             interruption.action = supervisor.stop
             await supervisor.run()
 

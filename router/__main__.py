@@ -56,10 +56,12 @@ async def main(settings: RouterSettings) -> None:
         def follow(changed: Topology) -> None:
             replicas.follow(changed)
             shards.follow(changed)
+            levels.override(changed.levels)
 
         watch = TopologyWatch(
             settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=follow
         )
+        levels.override(topology.levels)
         levels.dependencies += [locations.breaker, watch.breaker]
         if embeds is not None and embeds.breaker is not None:
             levels.dependencies.append(embeds.breaker)
@@ -86,7 +88,7 @@ async def main(settings: RouterSettings) -> None:
             [_SERVICE.full_name],
         )
         await server.start()
-        await server.set_serving(True)
+        await server.set_serving(levels.effects().serving)
         listening = [partial(invalidations.run, locations)] if settings.redis_url else []
 
         async def obey(effects: Effects) -> None:

@@ -13,13 +13,11 @@ import psutil
 from common import logs
 from common.breaker import CircuitBreaker, State
 from common.level import Effects, Level, LevelDecider
+from common.topology import CLUSTER
 from common.vitals import Vitals, of_cluster
 from router.guard import Clock, Guard, Guards, Kind
 
 _log = logs.get_logger("levels")
-
-CLUSTER = ""
-"""Stands for the cluster where a shard is named."""
 
 _EVERY_S = 1.0
 
