@@ -220,6 +220,10 @@ class ShardSettings(EmbedderSettings):
     """URL of the same database as the role that owns the schema, and with `sync_set: managed` may set
     synchronous_standby_names. None: `database_dsn` is used for both."""
 
+    data_path: Path | None = None
+    """Directory on the file system that holds the database's data, to watch how much room is left there. None: it is
+    on another machine, and nobody watches from here."""
+
     pool_min_connections: Annotated[int, Field(ge=1, le=1000)] = 2
     """Connections kept open when idle."""
 

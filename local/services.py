@@ -22,14 +22,15 @@ DRAIN_TIMEOUT_S = 10.0
 
 
 def shard_settings(
-    record: Record, shard_id: str, port: int, *, database: str, migration: str, catalog: str
+    record: Record, shard_id: str, port: int, *, data: Path, database: str, migration: str, catalog: str
 ) -> dict[str, Any]:
-    """A shard's settings; the last three are URLs."""
+    """A shard's settings; `data` is where its servers have their directories, and the others are URLs."""
     return {
         **_common(port, catalog),
         "shard_id": shard_id,
         "database_dsn": database,
         "migration_dsn": migration,
+        "data_path": str(data),
         **_embedder(record),
     }
 

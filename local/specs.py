@@ -141,6 +141,7 @@ class Specs:
             plan.record,
             shard_id,
             plan.record.ports[shard_id],
+            data=plan.layout.postgres,
             database=dsn_of_primary(servers, APP, plan.secrets.memshard_app),
             migration=dsn_of_primary(servers, OWNER, plan.secrets.memshard_owner),
             catalog=plan.catalog_server().app_dsn(plan.secrets),

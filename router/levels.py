@@ -7,6 +7,7 @@ effect. A level is this router's own view. What an operator sets is the same for
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 
 import psutil
 
@@ -32,6 +33,8 @@ class Levels:
         self._clock = clock
         self._deciders: dict[str, LevelDecider] = {CLUSTER: LevelDecider(clock)}
         self._told: dict[str, Level] = {}
+        self.pool_use: dict[str, float] = {}
+        """Share of each shard's connections in use, as the health monitor last heard."""
         self.vitals: dict[str, Vitals] = {}
         """The last look at each shard and, as CLUSTER, at the whole."""
 
@@ -58,7 +61,10 @@ class Levels:
 
     def look(self, cpu: float = 0.0, memory: float = 0.0) -> None:
         """Takes one look at everything. `cpu` and `memory` are the shares of this machine's that are used, 0 to 1."""
-        shards = {shard_id: _of_shard(guards) for shard_id, guards in self._guards.by_shard().items()}
+        shards = {
+            shard_id: replace(_of_shard(guards), pool_use=self.pool_use.get(shard_id, 0.0))
+            for shard_id, guards in self._guards.by_shard().items()
+        }
         for name in self._deciders.keys() - shards.keys() - {CLUSTER}:
             if self._deciders[name].override is None:
                 del self._deciders[name]

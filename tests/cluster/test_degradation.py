@@ -1,4 +1,4 @@
-"""`memshard degrade`: a level set by hand holds for exactly whom it was set for, on every router, until it is changed."""
+"""`memshard degrade`: a level set by hand holds for exactly whom it was set for, until it is changed."""
 
 import itertools
 from collections.abc import AsyncIterator
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
