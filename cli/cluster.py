@@ -1,4 +1,5 @@
-"""The cluster commands of the memshard command line: up, down, status, failover, degrade, config."""
+"""The cluster commands of the memshard command line: up, down, status, failover, degrade, health and
+its kin, config."""
 
 # ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
 
@@ -11,6 +12,7 @@ import typer
 
 from cli.cluster_degrade import degrade
 from cli.cluster_failover import failover
+from cli.cluster_health import health, recover, stats
 from cli.cluster_options import DataDir, failures_shown
 from cli.terminal import fail
 
@@ -49,6 +51,9 @@ def register(app: typer.Typer) -> None:
     app.command()(status)
     app.command()(failover)
     app.command()(degrade)
+    app.command()(health)
+    app.command()(recover)
+    app.command()(stats)
     config = typer.Typer(help="Write and check the settings files of the services.", no_args_is_help=True)
     config.command()(generate)
     config.command()(validate)

@@ -184,8 +184,25 @@ class RouterSettings(EmbedderSettings):
     replica_poll_s: Seconds = 0.25
     """Seconds between looks at each replica, so that one that comes or goes is noticed within a second."""
 
+    admin_port: Port | None = None
+    """TCP port of ClusterService, by which operators look at the router and have it recover. None: there is none."""
+
+    admin_host: str = "127.0.0.1"
+    """Address that ClusterService listens on. Loopback by default, whatever `host` is."""
+
+    admin_token_file: Path | None = None
+    """File with the token that calls of ClusterService have to bring. Needed with `admin_port`."""
+
+    recovery: Literal["auto", "manual"] = "auto"
+    """Who has the router try what may help against what its health monitor finds. `auto`: the router itself, when it
+    has been so for 15 seconds. `manual`: whoever runs `memshard recover`."""
+
     @model_validator(mode="after")
     def _relations(self) -> Self:
+        if self.admin_port is not None and self.admin_token_file is None:
+            raise ValueError("admin_token_file is required with admin_port")
+        if self.admin_port == self.port:
+            raise ValueError("admin_port must be another than port")
         if self.embedder_timeout_s > self.default_deadline_s:
             raise ValueError("embedder_timeout_s must not exceed default_deadline_s")
         if self.shard_deadline_margin_s >= self.default_deadline_s:

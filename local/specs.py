@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from local import leftovers, postgres, probes, redis, services
-from local.cluster import REDIS, Plan, Programs
+from local.cluster import REDIS, Plan, Programs, admin_of, router_name
 from local.postgres import APP, OWNER, Server, dsn_of_primary
 from local.process import ProcessSpec
 from local.services import Service
@@ -181,13 +181,24 @@ class Specs:
 
     def _router(self, number: int, port: int) -> ProcessSpec:
         plan = self.plan
+        name = router_name(number)
+        admin_port = plan.record.ports[admin_of(name)]
         settings = services.router_settings(
-            plan.record, port, catalog=plan.catalog_server().app_dsn(plan.secrets), redis=plan.redis_url()
+            plan.record,
+            port,
+            admin_port=admin_port,
+            admin_token=plan.layout.admin_token,
+            catalog=plan.catalog_server().app_dsn(plan.secrets),
+            redis=plan.redis_url(),
         )
-        name = f"router-{number}"
         services.write_settings(plan.layout, name, settings)
         needs = (CATALOG_STEP, REDIS, *plan.record.shard_ids())
-        return self._service(name, "router", settings, needs=needs, stop_order=0)
+
+        async def is_up() -> bool:
+            # It begins with the public port. That one says NOT_SERVING in maintenance, in which a cluster may start.
+            return await probes.serves(admin_port)
+
+        return self._service(name, "router", settings, needs=needs, stop_order=0, probe=is_up)
 
     def _service(self, name: str, service: Service, settings: dict[str, Any], **more: Any) -> ProcessSpec:
         plan, port = self.plan, settings["port"]
@@ -195,6 +206,7 @@ class Specs:
         async def is_up() -> bool:
             return await probes.serves(port)
 
+        given: dict[str, Any] = {"probe": is_up, **more}
         return ProcessSpec(
             name=name,
             role=service,
@@ -204,7 +216,6 @@ class Specs:
             cwd=plan.layout.run,
             log=plan.layout.log(name),
             environment=services.environment(service, settings, plan.layout.root),
-            probe=is_up,
             stop_timeout_s=leftovers.SERVICE_STOP_TIMEOUT_S,
-            **more,
+            **given,
         )

@@ -123,9 +123,11 @@ async def run(request: Request, observer: Observer) -> None:
             )
 
         hooks = Hooks(observer.progress, ready, observer.stopping)
+        # The routers want it too, when they start.
+        token = make_token(layout)
         shards = shard_servers(plan, programs, log)
         supervisor = supervise(plan, programs, shards, hooks, log)
-        async with admin.serving(plan.record.ports[ADMIN], make_token(layout), plan, shards, log):
+        async with admin.serving(plan.record.ports[ADMIN], token, plan, shards, log):
             interruption.action = supervisor.stop
             await supervisor.run()
 
@@ -148,7 +150,7 @@ async def prepare(
     account = postgres_account()
     make_traversable(layout.postgres, account)
     try:
-        chosen = ports.choose(port_names(record), record.ports, avoid=router_ports)
+        chosen = ports.choose(port_names(record, len(router_ports)), record.ports, avoid=router_ports)
         record = record.model_copy(update={"ports": chosen})
         if record != kept:
             record.save(layout)  # First of all: the mark that this directory is ours.

@@ -14,15 +14,20 @@ from common.level import Effects
 from common.rpc import generic_handler
 from common.topology import Topology
 from memshard.v1 import memory_pb2
+from router import admin, self_healing
+from router.admin import AdminServicer
+from router.checks import Checks
 from router.dispatch import Dispatch
 from router.embed import Embedding
 from router.fanout import Fanout
 from router.invalidation import Invalidations
 from router.location import LocationCache
+from router.monitor import Monitor
 from router.parts import Parts
 from router.place import Placement
 from router.probes import Probes
 from router.reads import Reads
+from router.recovery import Recovery
 from router.replicas import Replicas
 from router.request_ids import RequestIds
 from router.retries import Retries
@@ -82,10 +87,31 @@ async def main(settings: RouterSettings) -> None:
                 tokens=Tokens(cluster.token_key, levels.of),
             )
         )
+        checks = Checks(
+            cluster=cluster,
+            watch=watch,
+            shards=shards,
+            replicas=replicas,
+            locations=locations,
+            embedder=embeds,
+            catalog_dsn=settings.catalog_dsn.get_secret_value(),
+        )
+        monitor = Monitor(checks.now)
+        recovery = Recovery(shards, locations, lambda: watch.topology)
+        for_operators = AdminServicer(
+            monitor=monitor,
+            recovery=recovery,
+            watch=watch,
+            shards=shards,
+            retries=retries,
+            hedges=reads.hedges,
+            locations=locations,
+        )
         server = lifecycle.Server(
             settings,
             [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s)],
             [_SERVICE.full_name],
+            beside=admin.listener(settings, for_operators),
         )
         await server.start()
         await server.set_serving(levels.effects().serving)
@@ -94,8 +120,17 @@ async def main(settings: RouterSettings) -> None:
         async def obey(effects: Effects) -> None:
             await server.set_serving(effects.serving)
 
+        healing = [partial(self_healing.run, monitor.report, recovery)] if settings.recovery == "auto" else []
         await server.run_until_stopped(
-            [watch.run, replicas.run, Probes(shards, watch).run, partial(levels.run, obey), *listening]
+            [
+                watch.run,
+                replicas.run,
+                Probes(shards, watch).run,
+                partial(levels.run, obey),
+                monitor.run,
+                *listening,
+                *healing,
+            ]
         )
 
 
