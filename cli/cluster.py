@@ -17,6 +17,7 @@ from cli.cluster_options import DataDir, failures_shown
 from cli.terminal import fail
 
 DEFAULT_PORT = 50051
+DEFAULT_HUNG_AFTER_S = 30.0
 
 
 class EmbedderName(StrEnum):
@@ -118,6 +119,15 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
             help="Language of keyword search, as PostgreSQL names it. Fixed when it is made. Default: english.",
         ),
     ] = None,
+    hung_after: Annotated[
+        float,
+        typer.Option(
+            "--hung-after",
+            metavar="SECONDS",
+            min=0,
+            help="How long a service or Redis may answer nothing before it is ended and started again; 0: for ever.",
+        ),
+    ] = DEFAULT_HUNG_AFTER_S,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; it runs on.")] = False,
 ) -> None:
     """Start a cluster on this machine; the first time, make it. Ctrl-C stops it.
@@ -143,7 +153,7 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
         text_language=text_language,
     )
     layout = Layout.of(data_dir)
-    request = foreground.Request(layout.root, options, port, routers)
+    request = foreground.Request(layout.root, options, port, routers, hung_after)
     terminal = Terminal(layout.root, detached=detach)
     with failures_shown():
         foreground.check(request)

@@ -121,6 +121,9 @@ class Specs:
         async def is_up() -> bool:
             return await probes.answers_ping(url)
 
+        async def hangs() -> bool:
+            return await probes.redis_hangs(url)
+
         return ProcessSpec(
             name=REDIS,
             role="redis",
@@ -130,6 +133,7 @@ class Specs:
             log=plan.layout.log(REDIS),
             environment=postgres.environment(),
             probe=is_up,
+            hangs=hangs,
             stop_timeout_s=leftovers.REDIS_STOP_TIMEOUT_S,
             stop_order=2,
         )
@@ -206,6 +210,9 @@ class Specs:
         async def is_up() -> bool:
             return await probes.serves(port)
 
+        async def hangs() -> bool:
+            return await probes.hangs(port)
+
         given: dict[str, Any] = {"probe": is_up, **more}
         return ProcessSpec(
             name=name,
@@ -216,6 +223,7 @@ class Specs:
             cwd=plan.layout.run,
             log=plan.layout.log(name),
             environment=services.environment(service, settings, plan.layout.root),
+            hangs=hangs,
             stop_timeout_s=leftovers.SERVICE_STOP_TIMEOUT_S,
             **given,
         )
