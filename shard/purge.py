@@ -114,13 +114,13 @@ async def run(database: Database, retention: Retention, *, interval_s: float) ->
 async def purge(database: Database, retention: Retention, *, batch: int = _BATCH) -> int:
     """Empties what has expired and removes what was kept for long enough; returns how many rows that was.
 
-    One statement takes at most `batch` rows.
+    One statement takes at most `batch` rows. What the health monitor left is not counted: it would be all that is told.
     """
+    await _all_of(database, batch, _REMOVE_PROBES, (_PROBES_KEPT_S, PREFIX))
     changed = 0
     for statement, arguments in (
         (_EMPTY_EXPIRED, ()),
         (_EMPTY_VERSIONS, ()),
-        (_REMOVE_PROBES, (_PROBES_KEPT_S, PREFIX)),
         (_REMOVE_TOMBSTONES, (retention.tombstone_s,)),
         (_REMOVE_REQUESTS, (retention.tombstone_s,)),
         (_REMOVE_REQUEST_CLAIMS, (retention.tombstone_s,)),
@@ -128,13 +128,19 @@ async def purge(database: Database, retention: Retention, *, batch: int = _BATCH
         (_REMOVE_ERASED_IDS, (retention.tombstone_s,)),
         (_REMOVE_VERSIONS, (retention.version_s,)),
     ):
-        while True:
-            deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
-            async with deadline.bound(), database.reading(deadline) as connection:
-                count: int = await connection.fetchval(statement, batch, *arguments)
-            changed += count
-            if count < batch:
-                break
+        changed += await _all_of(database, batch, statement, arguments)
     if changed:
         _log.info("purged", rows=changed)
     return changed
+
+
+async def _all_of(database: Database, batch: int, statement: str, arguments: tuple[object, ...]) -> int:
+    """Runs a statement until it finds no more; how many rows it changed."""
+    changed = 0
+    while True:
+        deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
+        async with deadline.bound(), database.reading(deadline) as connection:
+            count: int = await connection.fetchval(statement, batch, *arguments)
+        changed += count
+        if count < batch:
+            return changed
