@@ -188,4 +188,6 @@ def _checks(checks: Sequence[Document]) -> Table:
 def _figure(figure: float | None, unit: str) -> str:
     if figure is None:
         return "-"
-    return f"{figure:.0%}" if unit == "share" else f"{figure:.1f} {unit}"
+    if unit == "share":
+        return f"{figure:.0%}"
+    return "-" if unit == "level" else f"{figure:.1f} {unit}"

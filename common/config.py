@@ -57,9 +57,15 @@ def _http_url(value: str) -> str:
     return value
 
 
+def _webhook_url(value: SecretStr) -> SecretStr:
+    _http_url(value.get_secret_value())
+    return value
+
+
 PostgresDsn = Annotated[SecretStr, AfterValidator(_postgres_dsn)]
 RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
+WebhookUrl = Annotated[SecretStr, AfterValidator(_webhook_url)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
@@ -192,6 +198,13 @@ class RouterSettings(EmbedderSettings):
 
     admin_token_file: Path | None = None
     """File with the token that calls of ClusterService have to bring. Needed with `admin_port`."""
+
+    alert_webhook_url: WebhookUrl | None = None
+    """URL that alerts are posted to as JSON, one each. None: they are only in the log. It may hold a secret, as the
+    URLs of chat services do."""
+
+    alert_timeout_s: Seconds = 5.0
+    """Seconds that the webhook gets for one alert, of which there are three attempts. Nothing else waits for it."""
 
     recovery: Literal["auto", "manual"] = "auto"
     """Who has the router try what may help against what its health monitor finds. `auto`: the router itself, when it

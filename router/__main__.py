@@ -1,6 +1,7 @@
 """The router service: `python -m router [--config FILE]`."""
 
 import argparse
+import asyncio
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,12 @@ from common.topology import Topology
 from memshard.v1 import memory_pb2
 from router import admin, self_healing
 from router.admin import AdminServicer
+from router.alerts import Alerts
 from router.checks import Checks
 from router.dispatch import Dispatch
 from router.embed import Embedding
 from router.fanout import Fanout
+from router.findings import Report
 from router.invalidation import Invalidations
 from router.location import LocationCache
 from router.monitor import Monitor
@@ -34,6 +37,7 @@ from router.retries import Retries
 from router.scatter import Scatter
 from router.service import MemoryServicer
 from router.shards import Shards
+from router.telling import Telling
 from router.tokens import Tokens
 from router.topology_watch import TopologyWatch
 
@@ -96,7 +100,13 @@ async def main(settings: RouterSettings) -> None:
             embedder=embeds,
             catalog_dsn=settings.catalog_dsn.get_secret_value(),
         )
-        monitor = Monitor(checks.now)
+        alerts, telling = Alerts(asyncio.get_running_loop().time), Telling(settings)
+
+        def tell(report: Report) -> None:
+            for alert in alerts.observe(report):
+                telling.tell(alert)
+
+        monitor = Monitor(checks.now, tell)
         recovery = Recovery(shards, locations, lambda: watch.topology)
         for_operators = AdminServicer(
             monitor=monitor,
@@ -128,6 +138,7 @@ async def main(settings: RouterSettings) -> None:
                 Probes(shards, watch).run,
                 partial(levels.run, obey),
                 monitor.run,
+                telling.run,
                 *listening,
                 *healing,
             ]

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from common import catalog, postgres
@@ -12,6 +12,7 @@ from common.catalog import Cluster
 from common.deadline import Deadline
 from common.embedder import Embedder
 from common.errors import ReadOnly, Unavailable, WrongShard
+from common.level import Level
 from common.topology import Replica, Shard
 from router.findings import Condition, Finding, Scale
 from router.guard import Kind
@@ -29,6 +30,8 @@ _SHARE = "share"
 _DATABASE_EVERY_S = 2.0
 _DATABASE_CUT_OFF_S = 2.0
 _REPLICA_EVERY_S = 2.0
+# As often as levels are decided; nobody is asked for it.
+_CALLS_EVERY_S = 1.0
 _SYNTHETIC_EVERY_S = 10.0
 # As long as a call takes that meets a standby which is just being lost: two seconds, and then some.
 _SYNTHETIC_CUT_OFF_S = 5.0
@@ -44,6 +47,14 @@ LAG = Scale(degraded=15_000.0)
 POOL = Scale(degraded=0.95)
 # PostgreSQL stops at a full disk. A tenth is time to act, a twentieth is hardly any.
 DISK = Scale(degraded=0.10, unhealthy=0.05, falling=True)
+
+
+# Where the cluster gives something up (common/level.py), but for the latency: what is merely not quick wakes nobody.
+ERRORS = Scale(degraded=0.05, unhealthy=0.10)
+LATENCY = Scale(degraded=500.0)
+# One breaker of a shard or one of what all share, whichever it is.
+BREAKERS = Scale(degraded=0.01)
+LEVEL = Scale(degraded=Level.REDUCED, unhealthy=Level.READONLY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +104,7 @@ class Checks:
                     failed=Condition.DEGRADED,
                 )
             )
+        checks.append(Check("calls", "", self._calls, _CALLS_EVERY_S, _HELPER_CUT_OFF_S))
         serving = {shard.shard_id for shard in topology.serving()}
         for shard in topology.shards:
             checks.append(self._database(shard))
@@ -194,6 +206,20 @@ class Checks:
             raise Unavailable("the catalog does not answer", reason="CATALOG_UNAVAILABLE") from error
         self.watch.breaker.probe_succeeded()
 
+    async def _calls(self) -> Sequence[Finding]:
+        """What the router has seen of its calls lately, and the level that it has come to by it."""
+        levels = self.shards.levels
+        findings: list[Finding] = []
+        for name, vitals in levels.vitals.items():
+            level = levels.decider(name).level
+            findings += [
+                _figure("errors", name, ERRORS, vitals.error_rate, _SHARE),
+                _figure("latency", name, LATENCY, vitals.p99_latency_s * 1000, _MS),
+                _figure("breakers", name, BREAKERS, vitals.open_breakers, _SHARE),
+                replace(_figure("level", name, LEVEL, float(level), "level"), message=level.name.lower()),
+            ]
+        return findings
+
     async def _embed(self) -> None:
         assert self.embedder is not None
         await self.embedder.embed(["health"], _EMBEDDER_CUT_OFF_S)
@@ -205,6 +231,10 @@ async def _timed(name: str, subject: str, ask: Callable[[], Awaitable[None]]) ->
     await ask()
     took_ms = (asyncio.get_running_loop().time() - began) * 1000
     return [Finding(name, subject, Condition.HEALTHY, took_ms, _MS)]
+
+
+def _figure(name: str, subject: str, scale: Scale, figure: float, unit: str) -> Finding:
+    return Finding(name, subject, scale.condition(figure), figure, unit)
 
 
 def _unknown(name: str, subject: str, why: str = "is not told") -> Finding:

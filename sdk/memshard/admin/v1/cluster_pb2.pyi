@@ -321,14 +321,14 @@ class Check(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     CHECK_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """database, replica, redis, catalog, embedder, disk, pool, synthetic."""
+    """database, disk, pool, synthetic, replica, redis, catalog, embedder; errors, latency, breakers and level of calls."""
     subject: _builtins.str
-    """The shard, or the replica. Empty: the cluster has one of it."""
+    """The shard, or the replica. Empty: the cluster has one of it, or it is the cluster's."""
     condition: Global___Condition.ValueType
     figure: _builtins.float
     """Absent: there is none to be had."""
     unit: _builtins.str
-    """Of the figure: ms, share."""
+    """Of the figure: ms, share, level."""
     message: _builtins.str
     """For people."""
     @_builtins.property
