@@ -75,9 +75,8 @@ class AdminServicer:
     started_at: float = field(default_factory=time.monotonic)
 
     async def GetHealth(self, request: pb.GetHealthRequest, deadline: Deadline) -> pb.GetHealthResponse:
-        report = self.monitor.report()
-        if request.fresh or not report.findings:
-            report = await self.monitor.look()
+        look = request.fresh or not self.monitor.is_complete
+        report = await self.monitor.look() if look else self.monitor.report()
         return pb.GetHealthResponse(report=_report(report))
 
     async def Recover(self, request: pb.RecoverRequest, deadline: Deadline) -> pb.RecoverResponse:

@@ -69,6 +69,11 @@ class Monitor:
         """What was found last."""
         return Report.of(finding for course in self._courses.values() for finding in course.findings)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every check has found something, as is soon after the start."""
+        return all(self._course(check).findings for check in self._checks())
+
     async def look(self) -> Report:
         """Makes every check anew, and waits for all of them: for twice as long as the slowest is given, at most."""
         await asyncio.gather(*map(self._anew, self._checks()))

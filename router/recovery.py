@@ -4,6 +4,7 @@ The decision is pure; `Recovery` carries it out. Breakers and channels recover b
 back. This is for what does not come back by itself: connections that hang, and a memory that is not to be trusted.
 """
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -128,8 +129,15 @@ class Recovery:
         self._limit = RateLimit(clock)
 
     async def recover(self, report: Report) -> list[Attempt]:
-        """One after the other, against everything that is found wrong; what was tried, and what was too soon."""
-        return [await self._attempt(action) for action in remedies(report.findings)]
+        """Against all that is found wrong, on each thing one action after the other; what was tried, or came too soon."""
+        by_subject: dict[str, list[Action]] = {}
+        for action in remedies(report.findings):
+            by_subject.setdefault(action.subject, []).append(action)
+        attempts = await asyncio.gather(*map(self._attempt_all, by_subject.values()))
+        return [attempt for of_one in attempts for attempt in of_one]
+
+    async def _attempt_all(self, actions: Iterable[Action]) -> list[Attempt]:
+        return [await self._attempt(action) for action in actions]
 
     async def _attempt(self, action: Action) -> Attempt:
         if not self._limit.admits(action):
