@@ -42,12 +42,18 @@ _Behavior = Callable[[bytes, "Context"], Awaitable[bytes]]
 
 
 def generic_handler(
-    service: ServiceDescriptor, servicer: object, *, default_deadline_s: float, admission: Admits | None = None
+    service: ServiceDescriptor,
+    servicer: object,
+    *,
+    default_deadline_s: float,
+    authorise: "Callable[[Context], None] | None" = None,
+    admission: Admits | None = None,
 ) -> grpc.GenericRpcHandler:
     """gRPC's handler of `service`: each rpc is the method of `servicer` that has its name.
 
     Methods take (request, deadline) and return the response. An rpc that the servicer lacks answers UNIMPLEMENTED.
-    `admission` refuses what is too much.
+    `authorise` raises what a caller hears who may not call at all, `admission` what one hears who is too much; both
+    before anything is looked at.
     """
     admitted = admission.of if admission is not None else _everything
     return grpc.method_handlers_generic_handler(
@@ -58,6 +64,7 @@ def generic_handler(
                     method,
                     getattr(servicer, method.name, None) or _unimplemented(method),
                     default_deadline_s,
+                    authorise or _everybody,
                     admitted,
                 )
             )
@@ -72,10 +79,15 @@ def add_trailer(key: str, value: str | bytes) -> None:
     context.set_trailing_metadata((*(context.trailing_metadata() or ()), (key, value)))
 
 
+def _everybody(_: "Context") -> None:
+    """May call."""
+
+
 def _behavior(
     method: MethodDescriptor,
     handler: Handler,
     default_deadline_s: float,
+    authorise: "Callable[[Context], None]",
     admitted: Callable[[str], AbstractContextManager[None]],
 ) -> _Behavior:
     request_class: type[Message] = GetMessageClass(method.input_type)
@@ -85,6 +97,7 @@ def _behavior(
         deadline = Deadline.of(context, default_deadline_s)
         error: errors.MemshardError
         try:
+            authorise(context)
             with admitted(method.name):
                 async with deadline.bound():
                     response = await handler(_parse(request_class, raw), deadline)

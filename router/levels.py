@@ -7,19 +7,18 @@ effect. A level is this router's own view. What an operator sets is the same for
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 
 import psutil
 
 from common import logs
 from common.breaker import CircuitBreaker, State
 from common.level import Effects, Level, LevelDecider
+from common.topology import CLUSTER
 from common.vitals import Vitals, of_cluster
 from router.guard import Clock, Guard, Guards, Kind
 
 _log = logs.get_logger("levels")
-
-CLUSTER = ""
-"""Stands for the cluster where a shard is named."""
 
 _EVERY_S = 1.0
 
@@ -34,6 +33,8 @@ class Levels:
         self._clock = clock
         self._deciders: dict[str, LevelDecider] = {CLUSTER: LevelDecider(clock)}
         self._told: dict[str, Level] = {}
+        self.pool_use: dict[str, float] = {}
+        """Share of each shard's connections in use, as the health monitor last heard."""
         self.vitals: dict[str, Vitals] = {}
         """The last look at each shard and, as CLUSTER, at the whole."""
 
@@ -60,7 +61,10 @@ class Levels:
 
     def look(self, cpu: float = 0.0, memory: float = 0.0) -> None:
         """Takes one look at everything. `cpu` and `memory` are the shares of this machine's that are used, 0 to 1."""
-        shards = {shard_id: _of_shard(guards) for shard_id, guards in self._guards.by_shard().items()}
+        shards = {
+            shard_id: replace(_of_shard(guards), pool_use=self.pool_use.get(shard_id, 0.0))
+            for shard_id, guards in self._guards.by_shard().items()
+        }
         for name in self._deciders.keys() - shards.keys() - {CLUSTER}:
             if self._deciders[name].override is None:
                 del self._deciders[name]

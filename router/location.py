@@ -26,6 +26,7 @@ from common import logs
 from common.breaker_log import logged
 from common.breaker_settings import CACHE
 from common.config import RouterSettings
+from common.errors import Unavailable
 from common.slots import SLOT_COUNT
 
 _log = logs.get_logger("location")
@@ -180,6 +181,38 @@ class LocationCache:
         """Drops what is known of a memory."""
         self._memory.pop(memory_id, None)
         await self._ask(lambda redis: redis.delete(_key(memory_id)))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is a Redis."""
+        return self._redis is not None
+
+    @property
+    def is_believed(self) -> bool:
+        """Whether what this router remembers is used."""
+        return self._believes()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many locations this router remembers, and how many it may."""
+        return len(self._memory), int(self._memory.maxsize)
+
+    async def ping(self) -> None:
+        """Asks Redis whether it is there, whatever its breaker says, which hears of it. Raises Unavailable."""
+        if self._redis is None:
+            return
+        try:
+            await self._redis.ping()
+        except Exception as error:  # Whatever its client raises, it is no answer to a ping.
+            raise Unavailable("Redis does not answer", reason="REDIS_UNAVAILABLE") from error
+        self.breaker.probe_succeeded()
+
+    def flush(self) -> int:
+        """Forgets all that this router remembers, and goes on remembering; how much that was."""
+        self._forgettings += 1
+        count = len(self._memory)
+        self._memory.clear()
+        return count
 
     async def close(self) -> None:
         """Closes the connections to Redis."""

@@ -7,11 +7,11 @@ from common.deadline import Deadline
 from common.errors import InvalidArgument, Unavailable, Unimplemented
 from common.level import Fallback
 from common.rpc import add_trailer
+from common.topology import CLUSTER
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import filters, validate
 from router.consistency import Consistency
-from router.levels import CLUSTER
 from router.listings import newest
 from router.merge import merge
 from router.parts import Parts

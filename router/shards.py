@@ -85,6 +85,7 @@ GET: Rpc[shard_pb2.GetRequest, shard_pb2.GetResponse] = Rpc("Get", Kind.RETRIEVE
 LIST: Rpc[shard_pb2.ListRequest, shard_pb2.ListResponse] = Rpc("List", Kind.RETRIEVE)
 SEARCH: Rpc[shard_pb2.SearchRequest, shard_pb2.SearchResponse] = Rpc("Search", Kind.SEARCH)
 DESCRIBE: Rpc[shard_pb2.DescribeRequest, shard_pb2.DescribeResponse] = Rpc("Describe", Kind.RETRIEVE)
+RECYCLE_POOL: Rpc[shard_pb2.RecyclePoolRequest, shard_pb2.RecyclePoolResponse] = Rpc("RecyclePool", Kind.STORE)
 
 
 class Shards:
@@ -107,22 +108,41 @@ class Shards:
         write is left in doubt; DeadlineExceeded.
         """
         self.admit(shard, rpc)
-        remaining_s = self._for_next_hop(deadline.remaining_s())
-        if remaining_s <= 0:
-            raise DeadlineExceeded(f"no time left to ask {shard.shard_id}")
-        return await self._guarded(self.guards.of(shard.shard_id), shard.address, rpc, request, remaining_s)
+        return await self._call(shard, rpc, request, deadline)
+
+    async def probe(self, shard: Shard, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> R:
+        """The same, whatever the shard's degradation level refuses. Raises like `call`."""
+        self._admit_by_status(shard, rpc)
+        return await self._call(shard, rpc, request, deadline)
 
     async def call_replica(self, shard: Shard, replica: Replica, rpc: Rpc[Q, R], request: Q, *, timeout_s: float) -> R:
         """The answer of one of the shard's replicas, within `timeout_s`. Raises like `call`."""
         guard = self.guards.of(shard.shard_id, replica.replica_id)
         return await self._guarded(guard, replica.address, rpc, request, timeout_s)
 
-    async def describe(self, address: str, name: str, *, timeout_s: float) -> shard_pb2.DescribeResponse:
+    async def describe(
+        self, address: str, name: str, *, timeout_s: float, without_owned: bool = False
+    ) -> shard_pb2.DescribeResponse:
         """What a server says of itself. It is asked whatever its breakers say: this is how they hear that it is back.
 
         Raises Unavailable, DeadlineExceeded.
         """
-        return await self._ask(address, name, DESCRIBE, shard_pb2.DescribeRequest(), timeout_s)
+        request = shard_pb2.DescribeRequest(without_owned=without_owned)
+        return await self._ask(address, name, DESCRIBE, request, timeout_s)
+
+    async def recycle_pool(self, address: str, name: str, *, timeout_s: float) -> int:
+        """Has a server replace its connections to its database; how many there were. Asked as in `describe`."""
+        return (await self._ask(address, name, RECYCLE_POOL, shard_pb2.RecyclePoolRequest(), timeout_s)).replaced
+
+    def reconnect(self, address: str) -> bool:
+        """Has the next call make a new connection. What is in flight on the old one has a minute to end.
+
+        Returns whether there was one.
+        """
+        if address not in self._channels:
+            return False
+        self._retire(address)
+        return True
 
     async def is_serving(self, address: str, *, timeout_s: float) -> bool:
         """Whether a server's health check says that it serves. Raises DeadlineExceeded when it says nothing in time."""
@@ -144,10 +164,7 @@ class Shards:
 
         Raises Unavailable / SHARD_MAINTENANCE, ReadOnly.
         """
-        if shard.status is ShardStatus.MAINTENANCE:
-            raise Unavailable(f"{shard.shard_id} is in maintenance", reason="SHARD_MAINTENANCE")
-        if rpc.writes and shard.status is ShardStatus.READONLY:
-            raise ReadOnly(f"{shard.shard_id} takes no writes for the time being")
+        self._admit_by_status(shard, rpc)
         if rpc.writes and not self.levels.effects(shard.shard_id).allow_writes:
             raise ReadOnly(f"{shard.shard_id} takes no writes at its degradation level")
 
@@ -175,10 +192,7 @@ class Shards:
             | {(shard.shard_id, replica.replica_id) for shard in topology.shards for replica in shard.replicas}
         )
         for address in self._channels.keys() - current:
-            self._stubs.pop(address, None)
-            closing = asyncio.create_task(self._channels.pop(address).close(grace=_CLOSE_GRACE_S))
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
+            self._retire(address)
 
     async def close(self) -> None:
         """Closes all channels."""
@@ -189,6 +203,24 @@ class Shards:
         await asyncio.gather(
             *self._closing, *(channel.close() for channel in channels.values()), return_exceptions=True
         )
+
+    def _admit_by_status(self, shard: Shard, rpc: Rpc[Any, Any]) -> None:
+        if shard.status is ShardStatus.MAINTENANCE:
+            raise Unavailable(f"{shard.shard_id} is in maintenance", reason="SHARD_MAINTENANCE")
+        if rpc.writes and shard.status is ShardStatus.READONLY:
+            raise ReadOnly(f"{shard.shard_id} takes no writes for the time being")
+
+    async def _call(self, shard: Shard, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> R:
+        remaining_s = self._for_next_hop(deadline.remaining_s())
+        if remaining_s <= 0:
+            raise DeadlineExceeded(f"no time left to ask {shard.shard_id}")
+        return await self._guarded(self.guards.of(shard.shard_id), shard.address, rpc, request, remaining_s)
+
+    def _retire(self, address: str) -> None:
+        self._stubs.pop(address, None)
+        closing = asyncio.create_task(self._channels.pop(address).close(grace=_CLOSE_GRACE_S))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     async def _guarded(self, guard: Guard, address: str, rpc: Rpc[Q, R], request: Q, timeout_s: float) -> R:
         try:

@@ -14,6 +14,7 @@ from memshard.internal.v1 import shard_pb2
 from shard import heartbeat, identity, purge
 from shard.commits import Commits
 from shard.database import Database, close_pool, open_pool
+from shard.disk import Disk
 from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
 from shard.primary import Newest, Primary
@@ -53,7 +54,8 @@ async def main(settings: ShardSettings) -> None:
         # A successor waits for nobody yet. The keeper says when it does.
         primary.on_change(durability.set_local)
         keeper = SyncKeeper(settings, owner, durability)
-        servicer = ShardServicer(settings, known, database, commits, durability, queue)
+        disk = Disk(settings.data_path)
+        servicer = ShardServicer(settings, known, database, commits, durability, queue, disk)
         server = lifecycle.Server(
             settings,
             [
@@ -74,6 +76,7 @@ async def main(settings: ShardSettings) -> None:
                 partial(heartbeat.run, primary.connect, interval_s=settings.heartbeat_interval_s),
                 partial(purge.run, database, retention, interval_s=settings.purge_interval_s),
                 queue.run,
+                disk.run,
                 *([keeper.run] if settings.sync_set == "managed" else []),
             ]
         )

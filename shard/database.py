@@ -72,6 +72,16 @@ class Database:
             raise
         return WriteConnection(connection, self._give_back)
 
+    def use(self) -> tuple[int, int]:
+        """How many connections there may be, and how many of them are in use."""
+        return self._pool.get_max_size(), len(self._lent)
+
+    async def recycle(self) -> int:
+        """Has every connection replaced, those in use once they are given back; how many there were."""
+        there_were: int = self._pool.get_size()
+        await self._pool.expire_connections()
+        return there_were
+
     async def _give_back(self, connection: "PoolConnectionProxy[asyncpg.Record]", *, read_only: bool) -> None:
         try:
             if read_only:

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from google.rpc import status_pb2
 
+from common import logs
 from common.config import ShardSettings
 from common.deadline import Deadline
 from common.errors import MemshardError, Unavailable
@@ -15,6 +16,7 @@ from memshard.v1 import memory_pb2 as pb
 from shard import changes, claims, erase, identity, reads, request_claims, store
 from shard.commits import Commits
 from shard.database import Database
+from shard.disk import Disk
 from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
 from shard.identity import Identity
@@ -37,6 +39,8 @@ W = TypeVar(
     shard_pb2.DeleteResponse,
 )
 
+_log = logs.get_logger("service")
+
 _RETRY_AFTER_S = 0.5
 
 
@@ -51,12 +55,14 @@ class ShardServicer(ReadServicer):
         commits: Commits,
         durability: Durability,
         queue: EmbeddingQueue,
+        disk: Disk,
     ) -> None:
         super().__init__(known, settings.page_bytes)
         self._database = database
         self._durability = durability
         self._writes = Writes(database, commits, durability)
         self._queue = queue
+        self._disk = disk
 
     async def Store(self, request: shard_pb2.StoreRequest, deadline: Deadline) -> shard_pb2.StoreResponse:
         slot = self._slot(request.route)
@@ -180,8 +186,9 @@ class ShardServicer(ReadServicer):
         return await self._receipted(write, deadline)
 
     async def Describe(self, request: shard_pb2.DescribeRequest, deadline: Deadline) -> shard_pb2.DescribeResponse:
+        pool_size, pool_in_use = self._database.use()
         async with self._database.reading(deadline) as connection:
-            described = await self._describe(connection)
+            described = await self._describe(connection, () if request.without_owned else None)
             here = await read_position(connection)
         described.writable = True
         described.position.CopyFrom(
@@ -189,7 +196,16 @@ class ShardServicer(ReadServicer):
         )
         described.durability = self._durability.of_commit(self._durability.begin(), here)
         described.sync_set.extend(sorted(self._durability.members))
+        described.pool_size, described.pool_in_use = pool_size, pool_in_use
+        described.disk_bytes, described.disk_free_bytes = self._disk.room.size_bytes, self._disk.room.free_bytes
         return described
+
+    async def RecyclePool(
+        self, request: shard_pb2.RecyclePoolRequest, deadline: Deadline
+    ) -> shard_pb2.RecyclePoolResponse:
+        replaced = await self._database.recycle()
+        _log.warning("connections are replaced", count=replaced)
+        return shard_pb2.RecyclePoolResponse(replaced=replaced)
 
     async def serve(self, read: Read[T], fresh: shard_pb2.Freshness | None, deadline: Deadline) -> T:
         """The primary is as fresh as can be, unless it has a successor that it does not know of."""

@@ -9,9 +9,10 @@ from common.breaker_settings import CACHE
 from common.errors import MemshardError, NotFound, ReadOnly, ResourceExhausted, Unavailable
 from common.level import Level
 from common.limiter import Priority
+from common.topology import CLUSTER
 from router.consistency import STRONG
 from router.guard import Guards, Kind
-from router.levels import CLUSTER, Levels
+from router.levels import Levels
 from tests.support.clock import Clock
 from tests.unit.router.scripted import router, servers
 
@@ -141,3 +142,15 @@ async def test_a_read_only_shard_refuses_writes_without_being_asked_and_serves_r
             await reader.store()
         assert not primary.asked
         assert await reader.get(STRONG) == "primary"
+
+
+def test_a_full_pool_reduces_its_shard_and_nobody_else() -> None:
+    watched = Watched()
+    watched.levels.pool_use["shard-0"] = 1.0
+    watched.watch(7)
+    assert watched.levels.vitals["shard-0"].pool_use == 1.0
+    assert watched.levels.of(["shard-0"]) is Level.REDUCED
+    assert watched.levels.of(["shard-1"]) is Level.NORMAL
+    del watched.levels.pool_use["shard-0"]
+    watched.watch(40)
+    assert watched.levels.of(["shard-0"]) is Level.NORMAL
