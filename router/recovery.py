@@ -129,7 +129,7 @@ class Recovery:
         self._limit = RateLimit(clock)
 
     async def recover(self, report: Report) -> list[Attempt]:
-        """Against all that is found wrong, on each thing one action after another; what was tried, or came too soon."""
+        """Against all that is found wrong, on each thing one action after the other; what was tried or too soon."""
         by_subject: dict[str, list[Action]] = {}
         for action in remedies(report.findings):
             by_subject.setdefault(action.subject, []).append(action)
