@@ -15,7 +15,9 @@ AWAY = "shard-0"
 TIMEOUT_S = 2.0
 # What a generator on a busy machine may add to a deadline before it is told.
 _GRACE_S = 0.5
-_CLEAN = ("OK", "UNAVAILABLE ", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED OVERLOADED")
+# By the breaker; or, as long as calls hang that began before it opened, by the limit of calls in flight.
+_REFUSED = ("UNAVAILABLE BREAKER_OPEN", "RESOURCE_EXHAUSTED OVERLOADED")
+_CLEAN = ("OK", "UNAVAILABLE ", "DEADLINE_EXCEEDED", *_REFUSED)
 
 
 async def scenario(
@@ -43,7 +45,7 @@ async def scenario(
     # find out whether somebody does again.
     opened = min(mine.where(outcome="UNAVAILABLE BREAKER_OPEN").ends())
     since_open = mine.where(since=opened)
-    at_once = since_open.where(outcome="UNAVAILABLE BREAKER_OPEN")
+    at_once = since_open.where(outcome=_REFUSED)
     failed_after = calls.where(group=AWAY, since=healed, outcome="failed").rows["at"]
     back_s = float(failed_after.max() - healed) if len(failed_after) else 0.0
     record(

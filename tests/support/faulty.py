@@ -1,4 +1,5 @@
-"""A cluster with a proxy before each of its parts: shards, replicas, Redis, the catalog, and the router itself.
+"""A cluster with a proxy before each of its parts: shards, replicas, Redis, the catalog, and the router itself; and
+before the shards' databases, where that is asked for.
 
 The catalog names the proxies where it named shards and replicas, so that every router goes through them. The one that
 tests call is a process of their own, with settings that lead it to Redis and the catalog through proxies too.
@@ -79,6 +80,7 @@ async def faulty_cluster(
     dimensions: int = 16,
     options: Sequence[str] = (),
     router_module: str = "router",
+    databases: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[FaultyCluster]:
     """Such a cluster, with nothing wrong. `settings` are the router's, beside those that the cluster gives its own."""
@@ -93,8 +95,15 @@ async def faulty_cluster(
         targets |= {replica.replica_id: replica.address for shard in topology.shards for replica in shard.replicas}
         targets |= {name: f"127.0.0.1:{ports[name]}" for name in (REDIS, CATALOG_SERVER)}
         targets[ROUTER] = f"127.0.0.1:{port}"
+        if databases:
+            servers = [name for shard in topology.shards for name in cluster.plan().shard_servers(shard.shard_id)]
+            targets |= {name: f"127.0.0.1:{ports[name]}" for name in servers}
         proxies = await stack.enter_async_context(Proxies(targets))
         await _name_in_catalog(cluster, topology, proxies.addresses)
+        if databases:
+            await asyncio.gather(
+                *(_lead_to_databases(cluster, shard.shard_id, targets, proxies) for shard in topology.shards)
+            )
         given = yaml.safe_load(cluster.layout.settings("router-0").read_text())
         for setting, name in (("redis_url", REDIS), ("catalog_dsn", CATALOG_SERVER)):
             assert targets[name] in given[setting]
@@ -113,6 +122,21 @@ async def _name_in_catalog(cluster: LocalCluster, topology: Topology, addresses:
             for shard in topology.shards
         }
         await catalog.set_replicas(connection, epoch, replicas)
+
+
+async def _lead_to_databases(
+    cluster: LocalCluster, shard_id: str, targets: Mapping[str, str], proxies: Proxies
+) -> None:
+    """Has a shard's service reach its PostgreSQL servers through proxies, which it does once it is started again."""
+    file = cluster.layout.settings(shard_id)
+    settings = file.read_text()
+    for name in cluster.plan().shard_servers(shard_id):
+        assert targets[name] in settings
+        settings = settings.replace(targets[name], proxies.addresses[name])
+    write_atomically(file, settings, durable=False)
+    before = cluster.kill(shard_id)
+    await eventually(lambda: cluster.pid(shard_id) != before, within_s=_START_S)
+    await eventually(cluster.healthy, within_s=_START_S)
 
 
 @asynccontextmanager

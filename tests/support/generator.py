@@ -96,10 +96,10 @@ class Calls:
         until: float = float("inf"),
         group: str | None = None,
         but_group: str | None = None,
-        outcome: str | None = None,
+        outcome: str | tuple[str, ...] | None = None,
         kinds: tuple[str, ...] = (),
     ) -> "Calls":
-        """Those that were due in a time, of a group, with an outcome (`failed`: any but OK)."""
+        """Those that were due in a time, of a group, with an outcome that begins so (`failed`: any but OK)."""
         rows = self.rows
         keep = (rows["at"] >= since) & (rows["at"] < until)
         if group is not None:
