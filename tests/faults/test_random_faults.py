@@ -245,13 +245,15 @@ async def listed(api: "MemoryServiceAsyncStub", user: str, options: pb.ReadOptio
             return memories
 
 
-async def fail_at_random(faulty: FaultyCluster, name: str, chance: random.Random, faults: Counter[str]) -> None:
-    """Faults of one hop until cancelled, which heals it."""
+async def fail_at_random(
+    faulty: FaultyCluster, name: str, share: float, chance: random.Random, faults: Counter[str]
+) -> None:
+    """Faults of one hop for a share of the time, until cancelled, which heals it."""
     try:
         while True:
             # Half a second on average, and as long between them as makes its share.
             lasts_s = chance.uniform(0.05, 0.95)
-            await asyncio.sleep(chance.expovariate(SHARE / (0.5 * (1 - SHARE))))
+            await asyncio.sleep(chance.expovariate(share / (0.5 * (1 - share))))
             fault = chance.choice(list(Fault))
             amount = {Fault.LATENCY: chance.uniform(0.01, 0.5), Fault.DRIP: 2000.0}.get(fault, 0.0)
             faults[fault] += 1
@@ -263,11 +265,11 @@ async def fail_at_random(faulty: FaultyCluster, name: str, chance: random.Random
 
 
 @asynccontextmanager
-async def random_faults(faulty: FaultyCluster, seed: int) -> AsyncIterator[Counter[str]]:
+async def random_faults(faulty: FaultyCluster, share: float, seed: int) -> AsyncIterator[Counter[str]]:
     """While it lasts, every hop fails at random."""
     faults: Counter[str] = Counter()
     hops = [
-        asyncio.create_task(fail_at_random(faulty, name, random.Random(f"{seed} {name}"), faults))
+        asyncio.create_task(fail_at_random(faulty, name, share, random.Random(f"{seed} {name}"), faults))
         for name in faulty.proxies.addresses
     ]
     try:
@@ -312,7 +314,7 @@ async def check_the_end(faulty: FaultyCluster, agents: Agents) -> int:
     return there
 
 
-async def scenario(record: Record, seconds: float) -> None:
+async def scenario(record: Record, seconds: float, share: float) -> None:
     seed = int(os.environ.get("MEMSHARD_FAULT_SEED", random.randrange(10**6)))
     print(f"MEMSHARD_FAULT_SEED={seed}")
     async with faulty_cluster(shards=2, replicas=1, databases=True) as faulty:
@@ -320,7 +322,7 @@ async def scenario(record: Record, seconds: float) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(agents.run())
             await asyncio.sleep(1)
-            async with random_faults(faulty, seed) as faults:
+            async with random_faults(faulty, share, seed) as faults:
                 await asyncio.sleep(seconds)
             agents.stop = True
         there = await check_the_end(faulty, agents)
@@ -344,10 +346,10 @@ async def scenario(record: Record, seconds: float) -> None:
 
 @pytest.mark.timeout(240)
 async def test_no_memory_is_lost_doubled_or_invented(record: Record) -> None:
-    await scenario(record, 8)
+    await scenario(record, 8, 4 * SHARE)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 async def test_no_memory_is_lost_doubled_or_invented_in_a_minute_of_faults(record: Record) -> None:
-    await scenario(record, 60)
+    await scenario(record, 60, SHARE)
