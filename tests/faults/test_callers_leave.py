@@ -107,14 +107,17 @@ async def scenario(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     async with faulty_cluster(shards=2, router_module="tests.support.counted_router") as faulty:
         users = faulty.users(SHARD, 10)
         chance = random.Random(0)
-        # As many at once as there will be, so that all connections are there that are kept.
-        for _ in range(3):
-            await leave(faulty, users, _AT_ONCE, chance)
+        # As many at once as there will be, so that all connections are there that are kept: a pool grows to its most.
+        await leave(faulty, users, _AT_ONCE, chance)
+        await stopped_reads(faulty, users * 4)
         before = await settled(faulty, socket)
         for _ in range(callers // _AT_ONCE):
             await leave(faulty, users, _AT_ONCE, chance)
-        stops_s = await stopped_reads(faulty, users)
-        after = await eventually(lambda: _no_more(faulty, socket, before), within_s=20)
+        stops_s = await stopped_reads(faulty, users * 4)
+        try:
+            after = await eventually(lambda: _no_more(faulty, socket, before), within_s=20)
+        except AssertionError as error:
+            raise AssertionError(f"{before}, then {await left_over(faulty, socket)}: {await counts(socket)}") from error
         async with memory_service(faulty.address) as api:
             began = time.monotonic()
             # More than the pool of a shard has connections: a slot that had leaked would be missed.
