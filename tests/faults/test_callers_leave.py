@@ -6,6 +6,7 @@ import time
 import uuid
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -35,13 +36,15 @@ WHERE datname = current_database() AND state <> 'idle' AND usename = 'memshard_a
 async def leave(faulty: FaultyCluster, users: list[str], callers: int, chance: random.Random) -> None:
     """Calls of all kinds at once, given up after a moment: by cancelling, or by the end of the whole connection."""
     async with memory_service(faulty.address) as api:
-        calls: list[grpc.aio.UnaryUnaryCall[object, object]] = []
+        calls: list[grpc.aio.UnaryUnaryCall[Any, Any]] = []
         for _ in range(callers):
             user = chance.choice(users)
             embedding = [chance.random() for _ in range(16)]
             match chance.randrange(4):
                 case 0:
-                    calls.append(api.StoreMemory(store_request(user, "leaving", str(uuid.uuid4()), embedding=embedding)))
+                    calls.append(
+                        api.StoreMemory(store_request(user, "leaving", str(uuid.uuid4()), embedding=embedding))
+                    )
                 case 1:
                     calls.append(api.ListMemories(pb.ListMemoriesRequest(user_id=user)))
                 case 2:
@@ -141,22 +144,20 @@ async def settled(faulty: FaultyCluster, socket: Path) -> dict[str, int]:
     """What is there once nothing is under way: the same twice, a second apart."""
     seen: list[dict[str, int]] = []
 
-    async def same() -> dict[str, int] | None:
+    async def same() -> dict[str, int]:
         seen.append(await left_over(faulty, socket))
         await asyncio.sleep(1)
         again = await left_over(faulty, socket)
-        return again if again == seen[-1] and again["statements"] == 0 else None
+        return again if again == seen[-1] and again["statements"] == 0 else {}
 
-    found = await eventually(same, within_s=30)
-    assert found is not None
-    return found
+    return await eventually(same, within_s=30)
 
 
-async def _no_more(faulty: FaultyCluster, socket: Path, before: dict[str, int]) -> dict[str, int] | None:
+async def _no_more(faulty: FaultyCluster, socket: Path, before: dict[str, int]) -> dict[str, int]:
     now = await left_over(faulty, socket)
     # Looks at health come and go: a few tasks, and a connection to Redis or to a database more or less.
     room = Counter({"tasks": 5, "router's files": 5, "shard's files": 5})
-    return now if all(now[name] <= before[name] + room[name] for name in before) else None
+    return now if all(now[name] <= before[name] + room[name] for name in before) else {}
 
 
 @pytest.mark.timeout(240)

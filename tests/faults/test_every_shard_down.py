@@ -69,7 +69,7 @@ async def scenario(
     answered = calls.where(since=gone, until=healed)
     record(
         f"every shard down: {name}",
-        "attempts reaching the shards ≤ 1.2 × offered load + 10/s per router; recovery without an operator",
+        "attempts reaching the shards ≤ 1.2 times the offered load + 10/s per router; recovery without an operator",
         f"{attempts} attempts for {offered} calls in {healed - gone:.0f} s (bound {bound:.0f}); "
         f"p99 of the errors {answered.percentile_ms(99):.0f} ms; all well {back_s:.1f} s after healing",
     )
@@ -90,9 +90,7 @@ async def test_shards_that_answer_nothing_are_not_asked_more_than_the_load(recor
 
 
 async def test_shards_without_databases_are_not_asked_more_than_the_load(record: Record, tmp_path: Path) -> None:
-    await scenario(
-        record, tmp_path, away_s=5, outage=databases_down, name="databases dead", back_within_s=3 + _START_S
-    )
+    await scenario(record, tmp_path, away_s=5, outage=databases_down, name="databases dead", back_within_s=3 + _START_S)
 
 
 @pytest.mark.slow

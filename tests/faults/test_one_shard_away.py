@@ -50,7 +50,7 @@ async def scenario(
     back_s = float(failed_after.max() - healed) if len(failed_after) else 0.0
     record(
         "one of 4 shards black-holed for 20 s",
-        "users of the others: 0 errors, p99 < 2 × before; its own: an answer or a clean error within the deadline, "
+        "users of the others: 0 errors, p99 < 2 times before; its own: an answer or a clean error within the deadline, "
         "at once when the breaker is open; back within 2 s",
         f"others: {others_failed.total()} of {len(before) + len(during)} failed, "
         f"p99 {before.percentile_ms(99):.0f} → {during.percentile_ms(99):.0f} ms; "

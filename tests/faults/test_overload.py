@@ -117,7 +117,7 @@ async def scenario(record: Record, tmp_path: Path, *, calibrate_s: float, overlo
     late = over.rows["late_s"]
     share = per_s(over, overload_s) / most
     record(
-        "3 × the sustainable load for 20 s",
+        "3 times the sustainable load for 20 s",
         "goodput ≥ 80 % of the maximum, refusals' p99 ≤ 20 ms, accepted p99 bounded, health checks answered",
         f"maximum {most:.0f}/s, offered {len(over) / overload_s:.0f}/s, goodput {per_s(over, overload_s):.0f}/s "
         f"({share:.0%}); {len(refused)} refused, p50 {refused.percentile_ms(50):.0f} ms, "
@@ -126,7 +126,9 @@ async def scenario(record: Record, tmp_path: Path, *, calibrate_s: float, overlo
         f"health checks answered, p99 {checks.p99_ms():.0f} ms",
     )
     print(dict(over.counts()))
-    print(f"of these times the generators themselves were late by: median {sorted(late)[len(late) // 2] * 1000:.1f} ms, ")
+    print(
+        f"of these times the generators themselves were late by: median {sorted(late)[len(late) // 2] * 1000:.1f} ms, "
+    )
     print(f"p99 {sorted(late)[int(len(late) * 0.99)] * 1000:.1f} ms; afterwards {dict(after.counts())}")
     assert share >= goodput
     assert refused.percentile_ms(99) <= 20

@@ -134,27 +134,27 @@ async def scenario(record: Record, phase_s: float) -> None:
         faulty_cluster(shards=3, settings={"location_cache_entries": 0}) as faulty,
         memory_service(faulty.address) as api,
         Redis.from_url(faulty.cluster.redis_url()) as redis,
+        at_work(api) as agents,
     ):
-        async with at_work(api) as agents:
+        await asyncio.sleep(phase_s)
+        figures = [f"p99 {agents.p99_ms():.0f} ms before"]
+        for name, fault, amount in (
+            ("dead", Fault.RESET, 0.0),
+            ("slow", Fault.LATENCY, 0.2),
+            ("rather slow", Fault.LATENCY, 0.03),
+            ("silent", Fault.BLACK_HOLE, 0.0),
+            ("trickling", Fault.DRIP, 200.0),
+            ("talking garbage", Fault.GARBAGE, 0.0),
+        ):
+            await faulty.proxies.inflict(fault, REDIS, amount=amount)
             await asyncio.sleep(phase_s)
-            figures = [f"p99 {agents.p99_ms():.0f} ms before"]
-            for name, fault, amount in (
-                ("dead", Fault.RESET, 0.0),
-                ("slow", Fault.LATENCY, 0.2),
-                ("rather slow", Fault.LATENCY, 0.03),
-                ("silent", Fault.BLACK_HOLE, 0.0),
-                ("trickling", Fault.DRIP, 200.0),
-                ("talking garbage", Fault.GARBAGE, 0.0),
-            ):
-                await faulty.proxies.inflict(fault, REDIS, amount=amount)
-                await asyncio.sleep(phase_s)
-                await faulty.proxies.heal(REDIS)
-                figures.append(f"{agents.p99_ms():.0f} {name}")
-            # From here on its breaker has to let it be asked again for the garbage to be seen.
-            await asyncio.sleep(3)
-            agents.took_s.clear()
-            entries = await fill_with_garbage(redis, agents, phase_s)
-            figures.append(f"{agents.p99_ms():.0f} full of garbage ({entries} entries)")
+            await faulty.proxies.heal(REDIS)
+            figures.append(f"{agents.p99_ms():.0f} {name}")
+        # From here on its breaker has to let it be asked again for the garbage to be seen.
+        await asyncio.sleep(3)
+        agents.took_s.clear()
+        entries = await fill_with_garbage(redis, agents, phase_s)
+        figures.append(f"{agents.p99_ms():.0f} full of garbage ({entries} entries)")
     record(
         "Redis dead, slow, silent, full of garbage",
         "0 failed requests, 0 wrong answers",

@@ -44,7 +44,7 @@ async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: f
     mine = [calls.where(group=SLOW, since=a, until=b) for a, b in ((began, slow_from), (slow_from, slow_until))]
     failed = calls.where(outcome="failed").counts()
     record(
-        "a shard 10 × slower",
+        "a shard 10 times slower",
         "its callers only; hedges ≤ 2 %",
         f"its own: p50 {mine[0].percentile_ms(50):.1f} → {mine[1].percentile_ms(50):.1f} ms; "
         f"others: p50 {others[0].percentile_ms(50):.1f} → {others[1].percentile_ms(50):.1f} ms, "

@@ -1,6 +1,6 @@
-"""The router, and beside it a socket that says how many tasks its event loop has: `python -m tests.support.counted_router`.
+"""`python -m tests.support.counted_router`: the router, and beside it a socket that says which tasks it has.
 
-Whoever connects to the Unix socket named in COUNTS_SOCKET is told the number, and what the tasks are.
+Whoever connects to the Unix socket that the environment names in SOCKET is told.
 """
 
 import argparse

@@ -108,7 +108,9 @@ class Calls:
             keep &= rows["group"] != self.groups.index(but_group)
         if outcome is not None:
             failed = outcome == "failed"
-            numbers = [n for n, name in enumerate(self.outcomes) if (name != OK if failed else name.startswith(outcome))]
+            numbers = [
+                n for n, name in enumerate(self.outcomes) if (name != OK if failed else name.startswith(outcome))
+            ]
             keep &= np.isin(rows["outcome"], numbers)
         if kinds:
             keep &= np.isin(rows["kind"], [self.kinds.index(kind) for kind in kinds])
@@ -218,10 +220,7 @@ class _Run:
         self._outcomes: dict[str, int] = {OK: 0, _NOT_SENT: 1}
         self._rows: list[tuple[float, float, float, int, int, int]] = []
         self._methods: list[Mapping[str, Any]] = [
-            {
-                kind: channel.unary_unary(_SERVICE + _METHODS[kind])
-                for kind in {*self._kinds, "batch"}
-            }
+            {kind: channel.unary_unary(_SERVICE + _METHODS[kind]) for kind in {*self._kinds, "batch"}}
             for channel in channels
         ]
         self._under_way: set[asyncio.Task[None]] = set()

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import grpc
 import pytest
@@ -134,7 +134,7 @@ async def test_requests_are_counted_and_those_without_a_field_are_not() -> None:
     await server.start()
     async with Proxies({"it": f"127.0.0.1:{port}"}) as proxies:
         async with grpc.aio.insecure_channel(proxies.addresses["it"]) as channel:
-            call = channel.unary_unary("/s/m")
+            call: Any = channel.unary_unary("/s/m")
             for size in (1, 100, 70_000, 0, 200_000):
                 assert len(await call(b"x" * size)) == size
             await asyncio.gather(*(call(b"12345") for _ in range(50)), *(call(b"") for _ in range(50)))
