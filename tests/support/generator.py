@@ -34,7 +34,8 @@ _SERVICE = "/memshard.v1.MemoryService/"
 # Calls of one generator under way: what a machine full of agents might have, and no more than memory bears.
 _MOST_UNDER_WAY = 20_000
 _BATCH = 20
-_PRELOAD_TIMEOUT_S = 10.0
+_PRELOAD_TIMEOUT_S = 30.0
+_PRELOAD_BATCH = 250
 OK = "OK"
 _NOT_SENT = "NOT_SENT"
 
@@ -225,17 +226,23 @@ class _Run:
         ]
         self._under_way: set[asyncio.Task[None]] = set()
         self._reads = pb.ReadOptions(level=pb.READ_LEVEL_EVENTUAL if plan.eventual else pb.READ_LEVEL_STRONG)
-        # What is remembered about everyone, so that a memory is no longer than it has to be to be told from others.
         self._embeddings = [[self._random.gauss(0, 1) for _ in range(plan.dimensions)] for _ in range(64)]
+        self._raw_stores = [
+            pb.StoreMemoryRequest(memory=pb.Memory(embedding=embedding)).SerializeToString()
+            for embedding in self._embeddings
+        ]
+        self._raw_searches = [
+            pb.SearchMemoriesRequest(embedding=embedding).SerializeToString() for embedding in self._embeddings
+        ]
 
     async def preload(self) -> None:
         """Something to read for each user."""
         for users in self._plan.users.values():
             for user in users:
                 ids = self._ids[user] = [new_id() for _ in range(self._plan.memories)]
-                for start in range(0, len(ids), 250):
+                for start in range(0, len(ids), _PRELOAD_BATCH):
                     batch = pb.BatchStoreMemoriesRequest(
-                        memories=[self._memory(user, memory_id) for memory_id in ids[start : start + 250]]
+                        memories=[self._memory(user, memory_id) for memory_id in ids[start : start + _PRELOAD_BATCH]]
                     )
                     raw = await self._methods[0]["batch"](batch.SerializeToString(), timeout=_PRELOAD_TIMEOUT_S)
                     results = pb.BatchStoreMemoriesResponse.FromString(raw).results
@@ -293,26 +300,31 @@ class _Run:
         group = self._random.randrange(len(self._groups))
         user = self._random.choice(self._plan.users[self._groups[group]])
         (kind,) = self._random.choices(self._kinds, list(self._plan.mix.values()))
-        return _Prepared(group, self._kinds.index(kind), self._request(kind, user).SerializeToString())
+        return _Prepared(group, self._kinds.index(kind), self._request(kind, user))
 
-    def _request(self, kind: str, user: str) -> Any:
+    def _request(self, kind: str, user: str) -> bytes:
         match kind:
             case "store":
-                return pb.StoreMemoryRequest(memory=self._memory(user, new_id()))
+                memory_id = new_id()
+                memory = pb.Memory(id=memory_id, user_id=user, content=f"something about {memory_id}")
+                # Two serialised messages, one after the other, are both merged: the numbers are there already.
+                request: Any = pb.StoreMemoryRequest(memory=memory)
+                return self._random.choice(self._raw_stores) + request.SerializeToString()
             case "batch":
-                return pb.BatchStoreMemoriesRequest(memories=[self._memory(user, new_id()) for _ in range(_BATCH)])
+                request = pb.BatchStoreMemoriesRequest(memories=[self._memory(user, new_id()) for _ in range(_BATCH)])
             case "get":
-                return pb.GetMemoryRequest(id=self._random.choice(self._ids[user]), user_id=user, read=self._reads)
+                request = pb.GetMemoryRequest(id=self._random.choice(self._ids[user]), user_id=user, read=self._reads)
             case "locate":
-                return pb.GetMemoryRequest(id=self._random.choice(self._ids[user]), read=self._reads)
+                request = pb.GetMemoryRequest(id=self._random.choice(self._ids[user]), read=self._reads)
             case "list":
-                return pb.ListMemoriesRequest(user_id=user, page_size=5, read=self._reads)
+                request = pb.ListMemoriesRequest(user_id=user, page_size=5, read=self._reads)
             case "search":
-                return pb.SearchMemoriesRequest(
-                    user_id=user, embedding=self._random.choice(self._embeddings), limit=5, read=self._reads
-                )
+                request = pb.SearchMemoriesRequest(user_id=user, limit=5, read=self._reads)
+                return self._random.choice(self._raw_searches) + request.SerializeToString()
             case unknown:
                 raise ValueError(unknown)
+        raw: bytes = request.SerializeToString()
+        return raw
 
     def _memory(self, user: str, memory_id: str) -> pb.Memory:
         embedding = self._random.choice(self._embeddings)
