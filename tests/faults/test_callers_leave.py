@@ -114,8 +114,10 @@ async def scenario(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         await leave(faulty, users, _AT_ONCE, chance)
         await stopped_reads(faulty, users * 4)
         before = await settled(faulty, socket)
+        began = time.monotonic()
         for _ in range(callers // _AT_ONCE):
             await leave(faulty, users, _AT_ONCE, chance)
+        left_s = time.monotonic() - began
         stops_s = await stopped_reads(faulty, users * 4)
         try:
             after = await eventually(lambda: _no_more(faulty, socket, before), within_s=20)
@@ -136,7 +138,7 @@ async def scenario(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         + ", ".join(f"{name} {before[name]} → {after[name]}" for name in before)
         + f"; {len(users) * 4} calls at once then took {works_s:.2f} s",
     )
-    print(dict(names))
+    print(f"they left within {left_s:.1f} s; {dict(names)}")
     assert stops_s < _STOPS_WITHIN_S
 
 

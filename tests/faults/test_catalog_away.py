@@ -51,6 +51,7 @@ async def scenario(record: Record, tmp_path: Path, *, away_s: float) -> None:
         f"{len(during)} calls, {failed.total()} failed; "
         f"p99 {before.percentile_ms(99):.0f} → {during.percentile_ms(99):.0f} ms",
     )
+    print(f"failed: {dict(failed)}")
     assert failed == {}
 
 
