@@ -309,7 +309,7 @@ class _Run:
                 memory = pb.Memory(id=memory_id, user_id=user, content=f"something about {memory_id}")
                 # Two serialised messages, one after the other, are both merged: the numbers are there already.
                 request: Any = pb.StoreMemoryRequest(memory=memory)
-                return self._random.choice(self._raw_stores) + request.SerializeToString()
+                return self._random.choice(self._raw_stores) + bytes(request.SerializeToString())
             case "batch":
                 request = pb.BatchStoreMemoriesRequest(memories=[self._memory(user, new_id()) for _ in range(_BATCH)])
             case "get":
@@ -320,7 +320,7 @@ class _Run:
                 request = pb.ListMemoriesRequest(user_id=user, page_size=5, read=self._reads)
             case "search":
                 request = pb.SearchMemoriesRequest(user_id=user, limit=5, read=self._reads)
-                return self._random.choice(self._raw_searches) + request.SerializeToString()
+                return self._random.choice(self._raw_searches) + bytes(request.SerializeToString())
             case unknown:
                 raise ValueError(unknown)
         raw: bytes = request.SerializeToString()
