@@ -19,6 +19,9 @@ from common.window import SlidingCount
 
 Clock = Callable[[], float]
 
+# Seconds that a failure says something: twice as long as the health monitor takes between two stores of its own.
+_FAILURE_HOLDS_S = 20.0
+
 # Seconds that a tally looks back on: longer than a level takes to be entered, so that single seconds do not flap it.
 _TALLY_S = 10
 
@@ -51,6 +54,8 @@ class Guard:
         self.tally = Tally(clock)
         self.breakers = {kind: logged(name, SHARD, kind.value, clock) for kind in Kind}
         self._clock = clock
+        # When a call of a kind was last found to have failed; nothing while the last one had an answer.
+        self._failed_at: dict[Kind, float] = {}
 
     @contextmanager
     def passing(self, kind: Kind, call: str, priority: Priority) -> Iterator[None]:
@@ -68,7 +73,12 @@ class Guard:
         except MemshardError as error:
             waited_s = self._clock() - began
             _judge(permit, error, waited_s)
-            (self.tally.failed if speaks_of_callee(error) else self.tally.answered).add()
+            if speaks_of_callee(error):
+                self.tally.failed.add()
+                self._failed_at[kind] = self._clock()
+            else:
+                self.tally.answered.add()
+                self._failed_at.pop(kind, None)
             if isinstance(error, DeadlineExceeded | ResourceExhausted):
                 admission.release(waited_s, dropped=True)
             elif not speaks_of_callee(error):
@@ -79,6 +89,7 @@ class Guard:
             permit.success(took_s)
             admission.release(took_s)
             self.tally.answered.add()
+            self._failed_at.pop(kind, None)
             if priority is Priority.INTERACTIVE:
                 self.tally.latency.add(took_s)
         finally:
@@ -96,6 +107,15 @@ class Guard:
     def refuses(self, kind: Kind) -> bool:
         """Whether a call of this kind would be turned away now by its breaker."""
         return self.breakers[kind].refused_for_s() > 0
+
+    def fails(self, kind: Kind) -> bool:
+        """Whether calls of this kind fail: the last one did, a short while ago, and the breaker is not closed.
+
+        Not whenever the breaker is not closed: one that is half-open and asked nothing knows nothing.
+        """
+        at = self._failed_at.get(kind)
+        closed = self.breakers[kind].state is State.CLOSED
+        return at is not None and not closed and self._clock() - at < _FAILURE_HOLDS_S
 
     @property
     def troubled(self) -> bool:

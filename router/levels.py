@@ -122,7 +122,7 @@ def _of_shard(guards: Mapping[str | None, Guard]) -> Vitals:
 def _writes_down(guards: Mapping[str | None, Guard]) -> bool:
     """Whether nothing can be stored, though there is a server to read from."""
     primary = guards.get(None)
-    if primary is None or primary.breakers[Kind.STORE].state is State.CLOSED:
+    if primary is None or not primary.fails(Kind.STORE):
         return False
     return any(guard.breakers[Kind.RETRIEVE].state is State.CLOSED for guard in guards.values())
 

@@ -135,6 +135,18 @@ def test_a_shard_that_stores_nothing_and_is_read_becomes_read_only_after_half_a_
     assert watched.levels.of(["shard-1"]) is Level.NORMAL
 
 
+def test_a_breaker_that_waits_for_somebody_to_try_it_is_no_reason_to_refuse_writes() -> None:
+    watched = Watched()
+    for _ in range(5):
+        watched.call("shard-0", Unavailable("gone"), kind=Kind.STORE, times=1)
+    watched.guards.of("shard-0").heard()
+    for _ in range(120):
+        watched.clock.pass_(1)
+        watched.call("shard-0", times=3, took_s=0.001)
+        watched.levels.look()
+        assert watched.levels.effects("shard-0").allow_writes
+
+
 async def test_a_read_only_shard_refuses_writes_without_being_asked_and_serves_reads() -> None:
     async with servers(0) as (primary, _), router(primary) as reader:
         reader.shards.levels.override({"shard-0": Level.READONLY})
