@@ -3,22 +3,35 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted, Unavailable
 from common.limiter import Limiter, Priority
+from common.waiting_room import WaitingRoom
 
 
-@dataclass(frozen=True, slots=True)
 class Admission:
-    """Which calls of a service pass its limit, and in which order of importance."""
+    """Which calls of a service pass its limit, and in which order of importance.
 
-    batches: frozenset[str] = frozenset()
-    """Names of rpcs that make way for the others."""
-    free: frozenset[str] = frozenset()
-    """Names of rpcs that are always let in, such as those that ask how the service is."""
-    clock: Callable[[], float] = time.monotonic
-    limiter: Limiter = field(default_factory=lambda: Limiter(time.monotonic))
+    `batches` are the names of rpcs that make way for the others, `free` of those that are always let in, such as those
+    that ask how the service is.
+    """
+
+    def __init__(
+        self,
+        batches: frozenset[str] = frozenset(),
+        free: frozenset[str] = frozenset(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.batches = batches
+        self.free = free
+        self.clock = clock
+        self.limiter = Limiter(clock)
+        self._queue = WaitingRoom(self.limiter, clock)
+
+    async def room(self, rpc: str) -> None:
+        """Waits for a place, for a short time; `of` is to be entered at once. Raises ResourceExhausted / OVERLOADED."""
+        if rpc not in self.free:
+            await self._queue.room(self._priority(rpc))
 
     @contextmanager
     def of(self, rpc: str) -> Iterator[None]:
@@ -26,7 +39,7 @@ class Admission:
         if rpc in self.free:
             yield
             return
-        place = self.limiter.admit(rpc, Priority.BATCH if rpc in self.batches else Priority.INTERACTIVE)
+        place = self.limiter.admit(rpc, self._priority(rpc))
         began = self.clock()
         try:
             yield
@@ -41,3 +54,6 @@ class Admission:
             raise
         finally:
             place.ignore()
+
+    def _priority(self, rpc: str) -> Priority:
+        return Priority.BATCH if rpc in self.batches else Priority.INTERACTIVE

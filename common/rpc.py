@@ -32,8 +32,12 @@ _current: "ContextVar[Context]" = ContextVar("the call being handled")
 class Admits(Protocol):
     """What refuses calls that are too many."""
 
+    async def room(self, rpc: str) -> None:
+        """Returns when there is room for a call of the rpc with this name. Raises MemshardError."""
+        ...
+
     def of(self, rpc: str) -> AbstractContextManager[None]:
-        """`with` it: one call of the rpc with this name. Raises MemshardError, before anything is done."""
+        """`with` it: the call, at once after `room`. Raises MemshardError, before anything is done."""
         ...
 
 
@@ -55,7 +59,6 @@ def generic_handler(
     `authorise` raises what a caller hears who may not call at all, `admission` what one hears who is too much; both
     before anything is looked at.
     """
-    admitted = admission.of if admission is not None else _everything
     return grpc.method_handlers_generic_handler(
         service.full_name,
         {
@@ -65,7 +68,7 @@ def generic_handler(
                     getattr(servicer, method.name, None) or _unimplemented(method),
                     default_deadline_s,
                     authorise or _everybody,
-                    admitted,
+                    admission or _EVERYTHING,
                 )
             )
             for method in service.methods
@@ -88,7 +91,7 @@ def _behavior(
     handler: Handler,
     default_deadline_s: float,
     authorise: "Callable[[Context], None]",
-    admitted: Callable[[str], AbstractContextManager[None]],
+    admission: Admits,
 ) -> _Behavior:
     request_class: type[Message] = GetMessageClass(method.input_type)
 
@@ -98,7 +101,8 @@ def _behavior(
         error: errors.MemshardError
         try:
             authorise(context)
-            with admitted(method.name):
+            await admission.room(method.name)
+            with admission.of(method.name):
                 async with deadline.bound():
                     response = await handler(_parse(request_class, raw), deadline)
             return response.SerializeToString()
@@ -120,8 +124,15 @@ def _behavior(
     return behavior
 
 
-def _everything(_: str) -> AbstractContextManager[None]:
-    return nullcontext()
+class _Everything:
+    async def room(self, rpc: str) -> None:
+        """There always is."""
+
+    def of(self, rpc: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+_EVERYTHING = _Everything()
 
 
 def _parse(request_class: type[Message], raw: bytes) -> Message:

@@ -1,8 +1,7 @@
 """The way in: when this process itself has too much to do, requests are refused before they cost anything."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 from common.errors import ResourceExhausted
 from common.limiter import OVERLOADED, Priority
@@ -24,20 +23,18 @@ class Entrance:
         """Requests refused since the start."""
         self.shedder = shedder or Shedder()
 
-    @contextmanager
-    def of(self, rpc: str) -> Iterator[None]:
-        """`with` it: one call. Raises ResourceExhausted / OVERLOADED."""
+    async def room(self, rpc: str) -> None:
+        """Raises ResourceExhausted / OVERLOADED when this process has too much to do."""
         priority = Priority.BATCH if rpc in _BATCHES else Priority.INTERACTIVE
         if not self.shedder.admits(priority):
             self.shed += 1
             raise ResourceExhausted(
                 "too many requests at the moment", reason=OVERLOADED, retry_after_s=_RETRY_AFTER_S[priority]
             )
-        self.shedder.at_work += 1
-        try:
-            yield
-        finally:
-            self.shedder.at_work -= 1
+
+    def of(self, rpc: str) -> AbstractContextManager[None]:
+        """Nothing is counted while a call is at work."""
+        return nullcontext()
 
     async def run(self) -> None:
         """Looks ten times a second, until cancelled, how much later than asked for this is woken."""

@@ -15,6 +15,7 @@ from common.breaker_settings import SHARD
 from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted
 from common.hedge import LatencyWindow
 from common.limiter import Admission, Limiter, Priority
+from common.waiting_room import WaitingRoom
 from common.window import SlidingCount
 
 Clock = Callable[[], float]
@@ -52,6 +53,7 @@ class Guard:
         self.name = name
         self.limiter = Limiter(clock)
         self.tally = Tally(clock)
+        self._queue = WaitingRoom(self.limiter, clock)
         self.breakers = {kind: logged(name, SHARD, kind.value, clock) for kind in Kind}
         self._clock = clock
         # When a call of a kind was last found to have failed; nothing while the last one had an answer.
@@ -96,6 +98,16 @@ class Guard:
             # Of a call that its caller gave up, and of one that failed at once, the time says nothing.
             permit.ignore()
             admission.ignore()
+
+    async def room(self, kind: Kind, priority: Priority) -> None:
+        """Waits for a place, for a short time; `passing` is to be entered at once. Raises ResourceExhausted."""
+        if self.breakers[kind].refused_for_s():
+            return  # Which `passing` will say.
+        try:
+            await self._queue.room(priority)
+        except ResourceExhausted:
+            self.tally.shed.add()
+            raise
 
     def _admitted(self, call: str, priority: Priority) -> Admission:
         try:

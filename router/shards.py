@@ -224,6 +224,7 @@ class Shards:
 
     async def _guarded(self, guard: Guard, address: str, rpc: Rpc[Q, R], request: Q, timeout_s: float) -> R:
         try:
+            await guard.room(rpc.kind, rpc.priority)
             with guard.passing(rpc.kind, rpc.name, rpc.priority):
                 return await self._ask(address, guard.name, rpc, request, timeout_s)
         except (DeadlineExceeded, Unavailable) as error:

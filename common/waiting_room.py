@@ -1,0 +1,64 @@
+"""A short queue in front of a limit: a burst waits for its turn, an overload does not.
+
+Who finds no room waits for up to 100 ms, but for 5 ms only when the queue has not been empty for the last 100 ms: then
+it is no burst, and waiting would help nobody. The rule and its numbers are those of B. Maurer, "Fail at Scale" (ACM
+Queue 13:8, 2015, section "Controlled delay"), after CoDel (RFC 8289).
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+from common.limiter import Limiter, Priority
+
+_BURST_S = 0.1
+_STANDING_S = 0.005
+# Longest queue: with a millisecond for each it is a quarter of a second's work, which is no burst any more.
+_LONGEST = 256
+
+
+class WaitingRoom:
+    """The queue of one limiter, in order of arrival."""
+
+    def __init__(self, limiter: Limiter, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limiter = limiter
+        self._clock = clock
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._empty_at = clock()
+        limiter.on_room = self._wake
+
+    async def room(self, priority: Priority) -> None:
+        """Returns when the limiter has room for one more; its `admit` is to be called at once, before anything else.
+
+        Raises ResourceExhausted / OVERLOADED when there was none in time.
+        """
+        if not self._waiting:
+            self._empty_at = self._clock()
+            if self._limiter.has_room(priority):
+                return
+        if len(self._waiting) >= _LONGEST:
+            raise self._limiter.refusal(priority)
+        until = self._clock() + (_STANDING_S if self._clock() - self._empty_at > _BURST_S else _BURST_S)
+        while True:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                async with asyncio.timeout(max(0.0, until - self._clock())):
+                    await turn
+            except TimeoutError:
+                raise self._limiter.refusal(priority) from None
+            finally:
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+            if self._limiter.has_room(priority):
+                # There may be room for the next as well.
+                self._wake()
+                return
+
+    def _wake(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
