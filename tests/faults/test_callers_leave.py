@@ -55,7 +55,8 @@ async def leave(faulty: FaultyCluster, users: list[str], callers: int, chance: r
         if chance.random() < 0.5:
             for call in calls:
                 call.cancel()
-    await asyncio.gather(*calls, return_exceptions=True)
+    async with asyncio.timeout(20):
+        await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def left_over(faulty: FaultyCluster, socket: Path) -> dict[str, int]:
@@ -81,7 +82,7 @@ async def stopped_reads(faulty: FaultyCluster, users: list[str]) -> float:
     ):
         transaction = holder.transaction()
         await transaction.start()
-        await holder.execute("LOCK TABLE memories IN ACCESS EXCLUSIVE MODE")
+        await holder.execute("LOCK TABLE memories IN ACCESS EXCLUSIVE MODE", timeout=20)
         async with memory_service(faulty.address) as api:
             calls = [
                 asyncio.ensure_future(api.ListMemories(pb.ListMemoriesRequest(user_id=user), timeout=60))

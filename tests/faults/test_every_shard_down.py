@@ -73,7 +73,9 @@ async def scenario(
         f"{attempts} attempts for {offered} calls in {healed - gone:.0f} s (bound {bound:.0f}); "
         f"p99 of the errors {answered.percentile_ms(99):.0f} ms; all well {back_s:.1f} s after healing",
     )
-    print(dict(answered.counts()))
+    after = calls.where(since=healed, outcome="failed")
+    print(f"{dict(answered.counts())}; after healing {dict(after.counts())}")
+    print([(round(float(row["at"] - healed), 2), round(float(row["took_s"]), 2)) for row in after.rows][-20:])
     assert attempts <= bound
     assert back_s < back_within_s
     assert len(calls.where(since=healed + back_within_s)) > 0
