@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,17 @@ LOOKS = int(DEFAULT_HUNG_AFTER_S / INTERVAL_S)
 
 def looked(silences: Silences, clock: Clock, silent: dict[str, int], times: int) -> list[str]:
     """Whom so many looks, at the usual pace, have ended."""
-    ended = []
+    return [name for _, name in ended(silences, clock, silent, times)]
+
+
+def ended(silences: Silences, clock: Clock, silent: dict[str, int], times: int) -> list[tuple[float, str]]:
+    """The same, and when."""
+    found = []
     for _ in range(times):
         if (name := silences.looked(silent)) is not None:
-            ended.append(name)
+            found.append((clock(), name))
         clock.pass_(INTERVAL_S)
-    return ended
+    return found
 
 
 def test_one_is_ended_after_its_time_and_not_before() -> None:
@@ -56,8 +62,9 @@ def test_when_everything_is_silent_one_is_ended_a_minute_and_each_once_in_five()
     clock = Clock()
     silences = Silences(DEFAULT_HUNG_AFTER_S, clock)
     names = {"redis": 1, "router-0": 2, "shard-0": 3}
-    ended = looked(silences, clock, names, int(280 / INTERVAL_S))
-    assert ended == ["redis", "router-0", "shard-0"]
+    found = ended(silences, clock, names, int(280 / INTERVAL_S))
+    assert [name for _, name in found] == ["redis", "router-0", "shard-0"]
+    assert all(later - earlier >= 60 for (earlier, _), (later, _) in pairwise(found))
 
 
 async def test_a_process_that_is_silent_is_another_one_afterwards(

@@ -119,6 +119,7 @@ class Receiver:
     asked: int = 0
     status: int = 200
     silent: bool = False
+    drips: bool = False
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -130,6 +131,11 @@ class Receiver:
                 if self.silent:
                     await reader.read()
                     break
+                while self.drips:
+                    # A line of an answer that never ends.
+                    writer.write(b"x")
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
                 assert head.startswith("post /hook?key=secret http/1.1")
                 assert "content-type: application/json" in head
                 if self.status == 200:
@@ -200,5 +206,8 @@ async def test_a_receiver_that_fails_is_tried_again_and_one_that_hangs_holds_nob
             teller.tell(FULL)
         assert loop.time() - began < 2
         await eventually(lambda: receiver.asked == 3)
-        receiver.silent = False
+        receiver.silent, receiver.drips = False, True
+        asked = receiver.asked
+        await eventually(lambda: receiver.asked > asked + 1)
+        receiver.drips = False
         await eventually(lambda: len(receiver.bodies) > 5, within_s=20)
