@@ -40,9 +40,12 @@ class WaitingRoom:
         if len(self._waiting) >= _LONGEST:
             raise self._limiter.refusal(priority)
         until = self._clock() + (_STANDING_S if self._clock() - self._empty_at > _BURST_S else _BURST_S)
+        join = self._waiting.append
         while True:
             turn = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
+            join(turn)
+            # Who is called too early goes back to the head, not to the end.
+            join = self._waiting.appendleft
             try:
                 async with asyncio.timeout(max(0.0, until - self._clock())):
                     await turn
