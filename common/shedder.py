@@ -35,12 +35,12 @@ class ShedderSettings:
     least_openness: float = 0.02
     """It never lets in less: what is let in is how it finds out that it may let in more."""
 
-    stream: int = 20
-    """Requests in one look from which they may be what makes the loop late. With fewer it is others who keep the
-    machine busy, and to refuse those few would not help."""
+    undisturbed: int = 32
+    """Requests at work up to which nothing is refused, however late the loop is: with so few it is others who keep the
+    machine busy, and to refuse them would not help."""
 
     looks: int = 3
-    """Looks in a row that must have had so many: one burst is over before it could be refused."""
+    """Looks in a row that must have found more at work: one burst is over before it could be refused."""
 
     def __post_init__(self) -> None:
         if self.target_s <= 0 or not 0 < self.gain < 1 or not 0 < self.growth <= 1 or not 0 < self.least_openness <= 1:
@@ -53,8 +53,9 @@ class Shedder:
     def __init__(self, settings: ShedderSettings | None = None, uniform: Callable[[], float] = random.random) -> None:
         self._settings = settings or ShedderSettings()
         self._uniform = uniform
+        self.at_work = 0
+        """Requests that were let in, and are not answered yet. The caller counts."""
         self._openness = _ALL
-        self._arrived = 0
         self._looks_with_many = 0
 
     def share(self, priority: Priority) -> float:
@@ -66,15 +67,13 @@ class Shedder:
     def observe(self, late_s: float) -> None:
         """The event loop was this late, in seconds, on average since the last look."""
         settings = self._settings
-        self._looks_with_many = self._looks_with_many + 1 if self._arrived >= settings.stream else 0
-        self._arrived = 0
+        self._looks_with_many = self._looks_with_many + 1 if self.at_work > settings.undisturbed else 0
         room = min(max((settings.target_s - late_s) / settings.target_s, -1.0), settings.growth)
         openness = self._openness * (1 + settings.gain * room)
         self._openness = min(max(openness, settings.least_openness), _ALL)
 
     def admits(self, priority: Priority = Priority.INTERACTIVE) -> bool:
         """Whether to let one more in."""
-        self._arrived += 1
         if self._looks_with_many < self._settings.looks:
             return True
         share = self.share(priority)

@@ -1,7 +1,8 @@
 """The way in: when this process itself has too much to do, requests are refused before they cost anything."""
 
 import asyncio
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from common.errors import ResourceExhausted
 from common.limiter import OVERLOADED, Priority
@@ -32,9 +33,14 @@ class Entrance:
                 "too many requests at the moment", reason=OVERLOADED, retry_after_s=_RETRY_AFTER_S[priority]
             )
 
-    def of(self, rpc: str) -> AbstractContextManager[None]:
-        """Nothing is counted while a call is at work."""
-        return nullcontext()
+    @contextmanager
+    def of(self, rpc: str) -> Iterator[None]:
+        """Counts a call as long as it is at work."""
+        self.shedder.at_work += 1
+        try:
+            yield
+        finally:
+            self.shedder.at_work -= 1
 
     async def run(self) -> None:
         """Looks ten times a second, until cancelled, how much later than asked for this is woken."""
