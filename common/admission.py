@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted, Unavailable
 from common.limiter import Limiter, Priority
+from common.limiter_settings import SERVER
 from common.waiting_room import WaitingRoom
 
 
@@ -25,7 +26,7 @@ class Admission:
         self.batches = batches
         self.free = free
         self.clock = clock
-        self.limiter = Limiter(clock)
+        self.limiter = Limiter(clock, SERVER)
         self._queue = WaitingRoom(self.limiter, clock)
 
     async def room(self, rpc: str) -> None:

@@ -15,6 +15,7 @@ from common.breaker_settings import SHARD
 from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted
 from common.hedge import LatencyWindow
 from common.limiter import Admission, Limiter, Priority
+from common.limiter_settings import SERVER
 from common.waiting_room import WaitingRoom
 from common.window import SlidingCount
 
@@ -51,7 +52,7 @@ class Guard:
 
     def __init__(self, name: str, clock: Clock) -> None:
         self.name = name
-        self.limiter = Limiter(clock)
+        self.limiter = Limiter(clock, SERVER)
         self.tally = Tally(clock)
         self._queue = WaitingRoom(self.limiter, clock)
         self.breakers = {kind: logged(name, SHARD, kind.value, clock) for kind in Kind}
