@@ -19,12 +19,12 @@ _LONGEST = 256
 
 
 class WaitingRoom:
-    """The queue of one limiter, in order of arrival."""
+    """The queue of one limiter: in order of arrival, and batches after all others."""
 
     def __init__(self, limiter: Limiter, clock: Callable[[], float] = time.monotonic) -> None:
         self._limiter = limiter
         self._clock = clock
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: dict[Priority, deque[asyncio.Future[None]]] = {priority: deque() for priority in Priority}
         self._empty_at = clock()
         limiter.on_room = self._wake
 
@@ -33,35 +33,40 @@ class WaitingRoom:
 
         Raises ResourceExhausted / OVERLOADED when there was none in time.
         """
-        if not self._waiting:
+        waiting = self._waiting[priority]
+        if not any(self._waiting.values()):
             self._empty_at = self._clock()
-            if self._limiter.has_room(priority):
-                return
-        if len(self._waiting) >= _LONGEST:
+        if not waiting and self._limiter.has_room(priority):
+            return
+        if len(waiting) >= _LONGEST:
             raise self._limiter.refusal(priority)
         until = self._clock() + (_STANDING_S if self._clock() - self._empty_at > _BURST_S else _BURST_S)
-        join = self._waiting.append
+        join = waiting.append
         while True:
             turn = asyncio.get_running_loop().create_future()
             join(turn)
-            # Who is called too early goes back to the head, not to the end.
-            join = self._waiting.appendleft
             try:
                 async with asyncio.timeout(max(0.0, until - self._clock())):
                     await turn
-            except TimeoutError:
-                raise self._limiter.refusal(priority) from None
-            finally:
-                if turn in self._waiting:
-                    self._waiting.remove(turn)
+            except BaseException as error:
+                if turn in waiting:
+                    waiting.remove(turn)
+                else:
+                    self._wake()  # It was this one's turn, which is the next one's now.
+                if isinstance(error, TimeoutError):
+                    raise self._limiter.refusal(priority) from None
+                raise
             if self._limiter.has_room(priority):
                 # There may be room for the next as well.
                 self._wake()
                 return
+            # Who is called too early goes back to the head, not to the end.
+            join = waiting.appendleft
 
     def _wake(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
+        for priority, waiting in self._waiting.items():
+            while waiting and self._limiter.has_room(priority):
+                turn = waiting.popleft()
+                if not turn.done():
+                    turn.set_result(None)
+                    return

@@ -92,7 +92,7 @@ async def main(settings: RouterSettings) -> None:
                 tokens=Tokens(cluster.token_key, levels.of),
             )
         )
-        entrance = Entrance()
+        entrance = Entrance(levels.shed)
         checks = Checks(
             cluster=cluster,
             watch=watch,

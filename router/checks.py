@@ -11,7 +11,7 @@ from common.breaker import State
 from common.catalog import Cluster
 from common.deadline import Deadline
 from common.embedder import Embedder
-from common.errors import ReadOnly, Unavailable, WrongShard
+from common.errors import ReadOnly, ResourceExhausted, Unavailable, WrongShard
 from common.level import Level
 from common.topology import Replica, Shard
 from router.findings import Condition, Finding, Scale
@@ -189,6 +189,9 @@ class Checks:
         except ReadOnly:
             # By the shard's status in the catalog: somebody wants it so.
             return [Finding("synthetic", shard.shard_id, Condition.DEGRADED, message="takes no writes, as it was set")]
+        except ResourceExhausted:
+            # It answers. To give it new connections as well would not help.
+            return [Finding("synthetic", shard.shard_id, Condition.DEGRADED, message="has too much to do")]
         except WrongShard as stale:
             await self.watch.refresh(stale.epoch, deadline)
             return [_unknown("synthetic", shard.shard_id, "its slots are moving")]

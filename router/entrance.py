@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from common.errors import ResourceExhausted
 from common.limiter import OVERLOADED, Priority
 from common.shedder import Shedder
+from common.window import SlidingCount
 
 _BATCHES = frozenset({"BatchStoreMemories", "EraseUser"})
 
@@ -19,16 +20,16 @@ _RETRY_AFTER_S = {Priority.INTERACTIVE: 1.0, Priority.BATCH: 5.0}
 class Entrance:
     """Lets calls of MemoryService in. `run` watches how late the event loop is."""
 
-    def __init__(self, shedder: Shedder | None = None) -> None:
-        self.shed = 0
-        """Requests refused since the start."""
+    def __init__(self, shed: SlidingCount, shedder: Shedder | None = None) -> None:
+        """`shed` counts the requests that are refused."""
+        self.shed = shed
         self.shedder = shedder or Shedder()
 
     async def room(self, rpc: str) -> None:
         """Raises ResourceExhausted / OVERLOADED when this process has too much to do."""
         priority = Priority.BATCH if rpc in _BATCHES else Priority.INTERACTIVE
         if not self.shedder.admits(priority):
-            self.shed += 1
+            self.shed.add()
             raise ResourceExhausted(
                 "too many requests at the moment", reason=OVERLOADED, retry_after_s=_RETRY_AFTER_S[priority]
             )

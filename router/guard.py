@@ -4,6 +4,7 @@ Each server has its own, so that one which is slow or gone costs those their tim
 that is refused here reaches nobody, and its caller hears so at once.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,11 +22,11 @@ from common.window import SlidingCount
 
 Clock = Callable[[], float]
 
-# Seconds that a failure says something: twice as long as the health monitor takes between two stores of its own.
-_FAILURE_HOLDS_S = 20.0
+# Seconds that a failure says something: longer than an open breaker lets nobody try.
+_FAILURE_HOLDS_S = SHARD.recovery_timeout_s + 10.0
 
 # Seconds that a tally looks back on: longer than a level takes to be entered, so that single seconds do not flap it.
-_TALLY_S = 10
+TALLY_S = 10
 
 
 class Kind(StrEnum):
@@ -40,10 +41,10 @@ class Tally:
     """What became of the calls of the last ten seconds, from which a level is decided (`router.levels`)."""
 
     def __init__(self, clock: Clock) -> None:
-        self.answered = SlidingCount(1.0, _TALLY_S, clock)
-        self.failed = SlidingCount(1.0, _TALLY_S, clock)
-        self.shed = SlidingCount(1.0, _TALLY_S, clock)
-        self.latency = LatencyWindow(_TALLY_S, clock)
+        self.answered = SlidingCount(1.0, TALLY_S, clock)
+        self.failed = SlidingCount(1.0, TALLY_S, clock)
+        self.shed = SlidingCount(1.0, TALLY_S, clock)
+        self.latency = LatencyWindow(TALLY_S, clock)
         """Of interactive calls that were answered, in seconds."""
 
 
@@ -57,6 +58,7 @@ class Guard:
         self._queue = WaitingRoom(self.limiter, clock)
         self.breakers = {kind: logged(name, SHARD, kind.value, clock) for kind in Kind}
         self._clock = clock
+        self._heard_at = -math.inf
         # When a call of a kind was last found to have failed; nothing while the last one had an answer.
         self._failed_at: dict[Kind, float] = {}
 
@@ -66,16 +68,20 @@ class Guard:
 
         Raises Unavailable / BREAKER_OPEN or ResourceExhausted / OVERLOADED, before anything is asked.
         """
-        breaker = self.breakers[kind]
-        admission = None if breaker.refused_for_s() else self._admitted(call, priority)
-        permit = breaker.admit()
-        assert admission is not None, "admitted by a breaker that had just refused"
+        permit = self.breakers[kind].admit()
+        try:
+            admission = self._admitted(call, priority)
+        except ResourceExhausted:
+            permit.ignore()
+            raise
         began = self._clock()
         try:
             yield
         except MemshardError as error:
             waited_s = self._clock() - began
             _judge(permit, error, waited_s)
+            if isinstance(error, DeadlineExceeded) and waited_s < SHARD.fair_timeout_s:
+                raise  # Of a caller in a hurry: it says nothing, and nobody else is to feel it.
             if speaks_of_callee(error):
                 self.tally.failed.add()
                 self._failed_at[kind] = self._clock()
@@ -136,7 +142,11 @@ class Guard:
         return any(breaker.state is not State.CLOSED for breaker in self.breakers.values())
 
     def heard(self) -> None:
-        """The server has answered a health check: calls may try it again."""
+        """The server has answered a health check: calls may try it again, a few each second."""
+        now = self._clock()
+        if now - self._heard_at < SHARD.first_probe_s:
+            return  # What hangs though health checks are answered is not to be given more and more calls.
+        self._heard_at = now
         for breaker in self.breakers.values():
             breaker.probe_succeeded()
 

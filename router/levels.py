@@ -13,14 +13,18 @@ import psutil
 
 from common import logs
 from common.breaker import CircuitBreaker, State
-from common.level import Effects, Level, LevelDecider
+from common.level import Effects, Level, LevelDecider, LevelSettings
 from common.topology import CLUSTER
 from common.vitals import Vitals, of_cluster
-from router.guard import Clock, Guard, Guards, Kind
+from common.window import SlidingCount
+from router.guard import TALLY_S, Clock, Guard, Guards, Kind
 
 _log = logs.get_logger("levels")
 
 _EVERY_S = 1.0
+
+# What makes the cluster reduced, and not essential.
+_MOST_OF_HELPERS = LevelSettings().open_breakers.reduced
 
 
 class Levels:
@@ -29,6 +33,8 @@ class Levels:
     def __init__(self, guards: Guards, clock: Clock = time.monotonic) -> None:
         self.dependencies: list[CircuitBreaker] = []
         """The breakers of what all shards share."""
+        self.shed = SlidingCount(1.0, TALLY_S, clock)
+        """Requests that were refused because the router itself has too much to do."""
         self._guards = guards
         self._clock = clock
         self._deciders: dict[str, LevelDecider] = {CLUSTER: LevelDecider(clock)}
@@ -69,12 +75,14 @@ class Levels:
             if self._deciders[name].override is None:
                 del self._deciders[name]
         self.vitals = dict(shards)
-        own = Vitals(cpu=cpu, memory=memory, open_breakers=_share_not_closed(self.dependencies))
+        # Each of those has something that stands in for it: without them the cluster is reduced, and no less than that.
+        helpers = min(_share_open(self.dependencies), _MOST_OF_HELPERS)
+        own = Vitals(cpu=cpu, memory=memory, open_breakers=helpers)
         calls = [guard.tally for guards in self._guards.by_shard().values() for guard in guards.values()]
         own = own.with_calls(
             answered=sum(tally.answered.total() for tally in calls),
             failed=0,
-            shed=sum(tally.shed.total() for tally in calls),
+            shed=sum(tally.shed.total() for tally in calls) + self.shed.total(),
             p99_latency_s=0.0,
         )
         self.vitals[CLUSTER] = of_cluster(own, list(shards.values()))
@@ -108,7 +116,7 @@ def _of_shard(guards: Mapping[str | None, Guard]) -> Vitals:
     tallies = [guard.tally for guard in guards.values()]
     slowest = [p99 for tally in tallies if (p99 := tally.latency.quantile(0.99)) is not None]
     vitals = Vitals(
-        open_breakers=_share_not_closed([b for guard in guards.values() for b in guard.breakers.values()]),
+        open_breakers=_share_open([b for guard in guards.values() for b in guard.breakers.values()]),
         writes_down=_writes_down(guards),
     )
     return vitals.with_calls(
@@ -127,7 +135,8 @@ def _writes_down(guards: Mapping[str | None, Guard]) -> bool:
     return any(guard.breakers[Kind.RETRIEVE].state is State.CLOSED for guard in guards.values())
 
 
-def _share_not_closed(breakers: Collection[CircuitBreaker]) -> float:
+def _share_open(breakers: Collection[CircuitBreaker]) -> float:
+    """The share that is open. One that is half-open may be tried, and as long as nobody does, it knows nothing."""
     if not breakers:
         return 0.0
-    return sum(breaker.state is not State.CLOSED for breaker in breakers) / len(breakers)
+    return sum(breaker.state is State.OPEN for breaker in breakers) / len(breakers)

@@ -201,11 +201,19 @@ class LocationCache:
         """Asks Redis whether it is there, whatever its breaker says, which hears of it. Raises Unavailable."""
         if self._redis is None:
             return
+        began = time.monotonic()
         try:
-            await self._redis.ping()
+            answered = await self._redis.ping()
         except Exception as error:  # Whatever its client raises, it is no answer to a ping.
             raise Unavailable("Redis does not answer", reason="REDIS_UNAVAILABLE") from error
+        if answered is not True:
+            raise Unavailable("Redis answers something else", reason="REDIS_UNAVAILABLE")
+        took_s = time.monotonic() - began
+        # Enough of them close it, though nobody may be asking it anything at the moment.
         self.breaker.probe_succeeded()
+        for _ in range(self.breaker.settings.probes):
+            if not self.breaker.refused_for_s():
+                self.breaker.admit().success(took_s)
 
     def flush(self) -> int:
         """Forgets all that this router remembers, and goes on remembering; how much that was."""

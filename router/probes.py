@@ -6,10 +6,13 @@ long as nothing has, the calls to it say all there is to know.
 
 import asyncio
 
+from common import logs
 from common.errors import MemshardError
 from common.topology import Shard
 from router.shards import Shards
 from router.topology_watch import TopologyWatch
+
+_log = logs.get_logger("probes")
 
 # With the second that a channel takes to come back at most, calls reach a primary within two seconds of its return.
 _EVERY_S = 0.25
@@ -41,6 +44,10 @@ class Probes:
                 return
             said = await self._shards.describe(shard.address, shard.shard_id, timeout_s=_EVERY_S)
         except MemshardError:
+            return
+        except Exception as bug:
+            # The looks at all others, and the router with them, would end.
+            _log.error("a look at a primary failed by a bug", **logs.describe_bug(bug))
             return
         if said.shard_id == shard.shard_id:
             self._shards.guards.of(shard.shard_id).heard()

@@ -120,8 +120,10 @@ class _Reading(Generic[Q, R]):
         asked = {asyncio.create_task(self._timed(timer, name))}
         try:
             await asyncio.wait(asked, timeout=after_s)
-            if not all(task.done() for task in asked) and self._reads.hedges.spend():
-                asked.add(asyncio.create_task(self._timed(timer, names.pop(0) if names else PRIMARY)))
+            second = names[0] if names else PRIMARY
+            if second != name and not all(task.done() for task in asked) and self._reads.hedges.spend():
+                del names[:1]
+                asked.add(asyncio.create_task(self._timed(timer, second)))
             return await _first_answer(asked)
         finally:
             for task in asked:
@@ -221,14 +223,19 @@ class _Reading(Generic[Q, R]):
 
 
 async def _first_answer(asked: Collection[asyncio.Task[T | None]]) -> T | None:
-    """The first result that is one, or the first error; None when there is none."""
-    pending = set(asked)
+    """The first result that is one; else the first error; None when there is neither."""
+    pending, failed = set(asked), None
     while pending:
         done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        results = [task.result() for task in done]
-        for result in results:
-            if result is not None:
+        for task in done:
+            error = task.exception()
+            if error is not None:
+                # Of two, the one may be overloaded while the other answers.
+                failed = failed or error
+            elif (result := task.result()) is not None:
                 return result
+    if failed is not None:
+        raise failed
     return None
 
 

@@ -23,6 +23,10 @@ from common.retry import RetryBudget, RetrySettings
 
 T = TypeVar("T")
 
+# Twice what calls keep for the way back (router/shards.py).
+_KEPT_SHARE = 0.1
+_MOST_KEPT_S = 0.5
+
 # What says nothing of an earlier attempt of the same write, whose answer did not come.
 _UNDECIDED = (Unavailable, DeadlineExceeded, ResourceExhausted, ReadOnly, WrongShard)
 
@@ -41,6 +45,8 @@ class Retries:
         did not settle it.
         """
         self.budget.deposit()
+        # What is kept of the time is for the way back, with what other shards have said; not for one more attempt.
+        last = deadline.less(min(_KEPT_SHARE * deadline.remaining_s(), _MOST_KEPT_S))
         in_doubt: OutcomeUnknown | None = None
         number = 1
         while True:
@@ -49,7 +55,7 @@ class Retries:
             except MemshardError as error:
                 in_doubt = error if isinstance(error, OutcomeUnknown) else in_doubt
                 number += 1
-                delay_s = self._settings.delay_before_attempt(number, error, deadline.remaining_s())
+                delay_s = self._settings.delay_before_attempt(number, error, last.remaining_s())
                 if delay_s is None or not self.budget.withdraw():
                     if in_doubt not in (None, error) and isinstance(error, _UNDECIDED):
                         raise in_doubt from error

@@ -3,8 +3,11 @@
 import asyncio
 from collections.abc import Callable
 
+from common import logs
 from router.findings import Report
 from router.recovery import Recovery, remedies
+
+_log = logs.get_logger("recovery")
 
 _EVERY_S = 1.0
 # Longer than a failover takes and a restart, which end by themselves.
@@ -34,4 +37,8 @@ async def run(report: Callable[[], Report], recovery: Recovery) -> None:
         await asyncio.sleep(_EVERY_S)
         exhausted = patience.exhausted(report())
         if exhausted.findings:
-            await recovery.recover(exhausted)
+            try:
+                await recovery.recover(exhausted)
+            except Exception as bug:
+                # A router that cannot help serves all the same.
+                _log.error("recovery failed by a bug", **logs.describe_bug(bug))

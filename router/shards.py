@@ -3,6 +3,7 @@
 from __future__ import annotations  # The asyncio stubs exist for type checkers only.
 
 import asyncio
+import time
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -224,7 +225,11 @@ class Shards:
 
     async def _guarded(self, guard: Guard, address: str, rpc: Rpc[Q, R], request: Q, timeout_s: float) -> R:
         try:
+            began = time.monotonic()
             await guard.room(rpc.kind, rpc.priority)
+            timeout_s -= time.monotonic() - began
+            if timeout_s <= 0:
+                raise guard.limiter.refusal(rpc.priority)
             with guard.passing(rpc.kind, rpc.name, rpc.priority):
                 return await self._ask(address, guard.name, rpc, request, timeout_s)
         except (DeadlineExceeded, Unavailable) as error:

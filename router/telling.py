@@ -14,6 +14,7 @@ _log = logs.get_logger("alerts")
 
 # A receiver that is away is not told of hours later.
 _MOST_WAITING = 100
+_AFTER_A_BUG_S = 60.0
 _ATTEMPTS = 3
 _BACKOFF_S = 1.0
 
@@ -43,9 +44,15 @@ class Telling:
         """Sends what waits, one after the other, until cancelled."""
         if self._url is None:
             await asyncio.Event().wait()
-        async with httpx.AsyncClient(timeout=self._timeout_s) as client:
-            while True:
-                await self._send(client, await self._waiting.get())
+        while True:
+            try:
+                async with httpx.AsyncClient(timeout=self._timeout_s) as client:
+                    while True:
+                        await self._send(client, await self._waiting.get())
+            except Exception as bug:
+                # Such as a proxy in the environment that httpx cannot use. Who cannot tell serves all the same.
+                _log.error("telling failed by a bug", **logs.describe_bug(bug))
+                await asyncio.sleep(_AFTER_A_BUG_S)
 
     async def _send(self, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
         assert self._url is not None

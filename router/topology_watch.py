@@ -13,6 +13,7 @@ from common import catalog, logs, postgres
 from common.breaker_log import logged
 from common.breaker_settings import CATALOG
 from common.deadline import Deadline
+from common.errors import Unavailable
 from common.postgres import Connection
 from common.topology import Topology
 
@@ -68,8 +69,12 @@ class TopologyWatch:
         backoff_s, longest_s = _BACKOFF_S
         while True:
             looks = self._looks
-            await asyncio.sleep(self.breaker.refused_for_s())
-            permit = self.breaker.admit()
+            try:
+                permit = self.breaker.admit()
+            except Unavailable as refused:
+                # uvloop wakes up to a millisecond early, which would be once more for nothing.
+                await asyncio.sleep((refused.retry_after_s or 0.0) + 0.001)
+                continue
             began = time.monotonic()
             try:
                 connection = await postgres.connect(self._dsn, what="the catalog")

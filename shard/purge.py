@@ -70,7 +70,8 @@ _REMOVE_PROBES = """
 WITH removed AS (
     DELETE FROM memories WHERE ctid = ANY (ARRAY(
         SELECT ctid FROM memories
-        WHERE deleted_at < now() - make_interval(secs => $2) AND starts_with(user_id, $3) LIMIT $1
+        WHERE deleted_at < now() - make_interval(secs => $2) AND deleted_at > now() - interval '1 hour'
+            AND starts_with(user_id, $3) LIMIT $1
         FOR UPDATE SKIP LOCKED
     ))
     RETURNING slot, user_id, id
@@ -116,7 +117,6 @@ async def purge(database: Database, retention: Retention, *, batch: int = _BATCH
 
     One statement takes at most `batch` rows. What the health monitor left is not counted: it would be all that is told.
     """
-    await _all_of(database, batch, _REMOVE_PROBES, (_PROBES_KEPT_S, PREFIX))
     changed = 0
     for statement, arguments in (
         (_EMPTY_EXPIRED, ()),
@@ -129,6 +129,8 @@ async def purge(database: Database, retention: Retention, *, batch: int = _BATCH
         (_REMOVE_VERSIONS, (retention.version_s,)),
     ):
         changed += await _all_of(database, batch, statement, arguments)
+    # Last, as it looks at each tombstone of an hour; what is older goes with the others.
+    await _all_of(database, batch, _REMOVE_PROBES, (_PROBES_KEPT_S, PREFIX))
     if changed:
         _log.info("purged", rows=changed)
     return changed

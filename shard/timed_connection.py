@@ -18,6 +18,7 @@ else:
 # default, and the longest that any statement may take.
 _STEPS_S = (1, 10)
 LONGEST_S = 30
+_UNKNOWN = 0
 
 
 class TimedConnection(_Base):
@@ -29,5 +30,7 @@ class TimedConnection(_Base):
         """Has the server end statements after `remaining_s` seconds, rounded up to one of a few steps."""
         wanted_s = next((step for step in _STEPS_S if remaining_s <= step), LONGEST_S)
         if wanted_s != self.statement_timeout_s:
+            # Cut off in the middle, nobody knows which of the two it is.
+            self.statement_timeout_s = _UNKNOWN
             await self.execute("SELECT set_config('statement_timeout', $1, false)", f"{wanted_s}s")
             self.statement_timeout_s = wanted_s
