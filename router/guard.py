@@ -22,8 +22,8 @@ from common.window import SlidingCount
 
 Clock = Callable[[], float]
 
-# Seconds that a failure says something: longer than an open breaker lets nobody try.
-_FAILURE_HOLDS_S = SHARD.recovery_timeout_s + 10.0
+# Seconds that a failure says something of a breaker that is half-open: the health monitor tries more often than that.
+_FAILURE_HOLDS_S = 20.0
 
 # Seconds that a tally looks back on: longer than a level takes to be entered, so that single seconds do not flap it.
 TALLY_S = 10
@@ -128,13 +128,15 @@ class Guard:
         return self.breakers[kind].refused_for_s() > 0
 
     def fails(self, kind: Kind) -> bool:
-        """Whether calls of this kind fail: the last one did, a short while ago, and the breaker is not closed.
+        """Whether calls of this kind fail: nobody may try at the moment, or who tried a short while ago failed.
 
         Not whenever the breaker is not closed: one that is half-open and asked nothing knows nothing.
         """
+        state = self.breakers[kind].state
+        if state is not State.HALF_OPEN:
+            return state is State.OPEN
         at = self._failed_at.get(kind)
-        closed = self.breakers[kind].state is State.CLOSED
-        return at is not None and not closed and self._clock() - at < _FAILURE_HOLDS_S
+        return at is not None and self._clock() - at < _FAILURE_HOLDS_S
 
     @property
     def troubled(self) -> bool:

@@ -1,8 +1,8 @@
 """A memory of a reserved user that is stored, fetched, searched and deleted in one shard, as an agent's would be.
 
-It passes the breakers as every call does, and so closes them again when nobody else dares: of a shard that refuses
-writes because they failed, no other would ever find out that they work again. For that it passes by the level's
-refusal of writes.
+It passes the breakers as every call does, and after some rounds closes them again when nobody else dares: of a shard
+that refuses writes because they failed, no other would ever find out that they work again. For that it passes
+by the level's refusal of writes.
 """
 
 import hashlib
@@ -24,12 +24,6 @@ _CONTENT = "a probe of the health monitor"
 _TTL_S = 600
 
 
-class Broken(Unavailable):
-    """Every call was answered, and one of them wrongly."""
-
-    default_reason = "WRONG_ANSWER"
-
-
 @dataclass(frozen=True, slots=True)
 class Synthetic:
     """Makes the round in one shard."""
@@ -40,7 +34,7 @@ class Synthetic:
     async def round(self, topology: Topology, shard: Shard, now_s: float, deadline: Deadline) -> None:
         """One round in the shard's first slot; `now_s` is the time since 1970.
 
-        Raises what `Shards.call` raises, and Broken.
+        Raises what `Shards.call` raises, and Unavailable / WRONG_ANSWER.
         """
         slot = topology.ranges_of(shard.shard_id)[0][0]
         embedding = [1.0] + [0.0] * (self.cluster.dimensions - 1)
@@ -62,10 +56,15 @@ class Synthetic:
         await ask(STORE, shard_pb2.StoreRequest(memory=memory, digest=digest))
         got = await ask(GET, shard_pb2.GetRequest(id=memory.id, user_id=memory.user_id))
         if [found.memory.content for found in got.found] != [_CONTENT]:
-            raise Broken("what was stored was not found")
+            raise _wrong("what was stored was not found")
         wanted = shard_pb2.SearchRequest(user_id=memory.user_id, embedding=embedding, k=1)
         if not (await ask(SEARCH, wanted)).results:
-            raise Broken("what was stored was not found by a search")
+            raise _wrong("what was stored was not found by a search")
         deletion = shard_pb2.DeleteRequest(id=memory.id, user_id=memory.user_id, request_id=memory.id)
         if not (await ask(DELETE, deletion)).deleted:
-            raise Broken("what was stored could not be deleted")
+            raise _wrong("what was stored could not be deleted")
+
+
+def _wrong(what: str) -> Unavailable:
+    """Every call was answered, and one of them wrongly."""
+    return Unavailable(what, reason="WRONG_ANSWER")

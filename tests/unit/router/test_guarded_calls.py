@@ -180,7 +180,7 @@ async def test_a_health_check_half_opens_long_before_the_breaker_would_by_itself
         for _ in range(3):
             # Each round that fails doubles the wait.
             await open_for_reads(reader, primary)
-            reader.shards.guards.of("shard-0").heard()
+            reader.shards.guards.of("shard-0").breakers[Kind.RETRIEVE].probe_succeeded()
         await open_for_reads(reader, primary)
         assert reader.shards.guards.of("shard-0").breakers[Kind.RETRIEVE].refused_for_s() > 2
         primary.fails_next, primary.error, primary.serving = 0, None, True

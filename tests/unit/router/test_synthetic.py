@@ -13,7 +13,7 @@ from common.topology import ShardStatus
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router.guard import Kind
-from router.synthetic import Broken, Synthetic
+from router.synthetic import Synthetic
 from tests.support.eventually import eventually
 from tests.unit.router.memories import cluster
 from tests.unit.router.scripted import Router, Server, router
@@ -68,7 +68,7 @@ async def test_a_round_leaves_nothing_behind() -> None:
 async def test_an_answer_that_is_wrong_is_found() -> None:
     async with Keeping() as shard, router(shard) as reader:
         shard.forgetful = True
-        with pytest.raises(Broken, match="was not found"):
+        with pytest.raises(Unavailable, match="was not found"):
             await make_a_round(reader)
 
 
