@@ -187,7 +187,9 @@ class Agents:
             return True
         name = f"{error.code().name} {reason_of(error)}".strip()
         self.outcomes[name] += 1
-        if error.code() not in _CLEAN:
+        # What the caller's own gRPC makes of garbage has no reason of ours.
+        of_grpc = error.code() is grpc.StatusCode.UNKNOWN and not reason_of(error)
+        if error.code() not in _CLEAN and not of_grpc:
             self.unclean[name] += 1
         return reason_of(error) not in _REFUSED
 

@@ -25,8 +25,8 @@ _NO_LINGER = struct.pack("ii", 1, 0)
 _PREFACE_BYTES = 24
 _FRAME_HEADER_BYTES = 9
 _DATA = 0
-# A message in gRPC has five bytes before it: this many are a message without a field, like a health check.
-_EMPTY_MESSAGE_BYTES = 5
+# A message in gRPC has five bytes before it: up to this many have next to nothing in them, like a look at health.
+_LONGEST_LOOK_BYTES = 16
 
 
 class Fault(StrEnum):
@@ -268,7 +268,7 @@ class Proxy:
 class RequestCounter:
     """Counts the gRPC requests in what a client sends over one HTTP/2 connection.
 
-    A request is a stream whose first DATA frame holds more than an empty message.
+    A request is a stream whose first DATA frame holds more than a look at health does, which asks for next to nothing.
     """
 
     def __init__(self) -> None:
@@ -296,7 +296,7 @@ class RequestCounter:
                 # A client numbers its streams upwards, and 5 bytes are no message yet when more of it follows.
                 if kind == _DATA and stream > self._newest and length > 0:
                     self._newest = stream
-                    found += length > _EMPTY_MESSAGE_BYTES
+                    found += length > _LONGEST_LOOK_BYTES
         return found
 
 
