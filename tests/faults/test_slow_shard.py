@@ -15,8 +15,8 @@ SLOW = "shard-0"
 HEDGES_SHARE = 0.02
 # What a router may have saved up (`common.hedge.HedgeBudget`).
 _SAVED_UP = 10
-# Four calls every ten seconds to each of two shards (router/synthetic.py).
-OF_THE_MONITOR_PER_S = 0.8
+# Four calls every ten seconds to each of two shards (router/synthetic.py), by this router and by the cluster's own.
+OF_THE_MONITOR_PER_S = 1.6
 
 
 async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: float, others_slower: float) -> None:
