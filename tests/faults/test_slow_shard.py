@@ -56,7 +56,8 @@ async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: f
         f"{in_all - len(calls)} of all {len(calls)} ({in_all / len(calls) - 1:.1%}); {failed.total()} failed",
     )
     assert failed == {}
-    assert mine[1].percentile_ms(50) > 5 * mine[0].percentile_ms(50)
+    # 50 ms were added; on a busy machine that is no tenfold.
+    assert mine[1].percentile_ms(50) > mine[0].percentile_ms(50) + 30
     # Where it is a matter of few milliseconds, the machine's other work is seen.
     assert others[1].percentile_ms(50) < 1.5 * others[0].percentile_ms(50) + 10
     assert others[1].percentile_ms(99) < others_slower * others[0].percentile_ms(99)
