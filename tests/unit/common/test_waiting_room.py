@@ -92,3 +92,16 @@ async def test_the_queue_has_an_end() -> None:
         await place.enter()
     assert time.monotonic() - began < 0.05
     await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_a_batch_that_waits_keeps_nobody_else_out() -> None:
+    limiter = Limiter(time.monotonic, LimiterSettings(initial=10, least=10, most=10))
+    queue = WaitingRoom(limiter)
+    held = [limiter.admit() for _ in range(8)]
+    batch = asyncio.create_task(queue.room(Priority.BATCH))
+    await asyncio.sleep(0)
+    # Batches have seven places of ten, which are taken; the other three are not theirs to wait in front of.
+    await asyncio.wait_for(queue.room(Priority.INTERACTIVE), 0.01)
+    for admission in held[:2]:
+        admission.release(0.001)
+    await asyncio.wait_for(batch, 0.05)

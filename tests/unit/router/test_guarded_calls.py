@@ -259,3 +259,10 @@ async def test_the_quicker_answer_counts_whichever_it_is() -> None:
         # And where one of the two fails, the other's answer does.
         replicas[0].delay_s, primary.delay_s, primary.error = 0.3, 0.0, Unavailable("gone")
         assert await reader.get(EVENTUAL) == "replica-0"
+
+
+async def test_a_hedge_that_is_refused_does_not_fail_a_read_that_goes_well() -> None:
+    async with servers(1) as (primary, replicas), router(primary, *replicas, replica_timeout_s=5) as reader:
+        await read_until_hedging(reader)
+        replicas[0].delay_s, primary.error = 0.3, ResourceExhausted("too much", reason=OVERLOADED)
+        assert await reader.get(EVENTUAL) == "replica-0"

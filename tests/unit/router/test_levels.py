@@ -4,9 +4,10 @@ from contextlib import suppress
 
 import pytest
 
+from common.breaker import State
 from common.breaker_log import logged
-from common.breaker_settings import CACHE
-from common.errors import MemshardError, NotFound, ReadOnly, ResourceExhausted, Unavailable
+from common.breaker_settings import CACHE, SHARD
+from common.errors import DeadlineExceeded, MemshardError, NotFound, ReadOnly, ResourceExhausted, Unavailable
 from common.level import Level
 from common.limiter import Priority
 from common.topology import CLUSTER
@@ -77,6 +78,24 @@ def test_what_most_shards_have_the_cluster_has() -> None:
 def test_answers_that_callers_deserve_are_no_errors(error: Exception) -> None:
     watched = Watched()
     watched.watch(15, *_SHARDS, error=error)
+    assert watched.levels.of(_SHARDS) is Level.NORMAL
+
+
+def test_callers_in_a_hurry_degrade_nobody() -> None:
+    watched = Watched()
+    watched.watch(15, "shard-0", error=DeadlineExceeded("in a hurry"), took_s=0.01)
+    assert watched.levels.of(_SHARDS) is Level.NORMAL
+
+
+def test_a_breaker_that_nobody_tries_any_more_sets_no_level() -> None:
+    watched = Watched()
+    guard = watched.guards.of("shard-0", "replica-0")
+    for _ in range(SHARD.consecutive_failures):
+        with suppress(Unavailable), guard.passing(Kind.SEARCH, "Search", Priority.INTERACTIVE):
+            raise Unavailable("gone")
+    guard.heard()
+    watched.watch(60)
+    assert guard.breakers[Kind.SEARCH].state is State.HALF_OPEN
     assert watched.levels.of(_SHARDS) is Level.NORMAL
 
 
