@@ -1,8 +1,12 @@
 """The memshard command: `memshard up` and its kin run a cluster, the others work with what is in one."""
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
+
+# Before grpc is imported: `memshard up` starts processes, and gRPC would complain about each in between its lines.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import typer
 

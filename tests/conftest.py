@@ -10,6 +10,9 @@ import uuid
 import pytest
 from hypothesis import settings
 
+# Before grpc is imported: tests start processes while they use gRPC, whose handlers for fork would end some of them.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 settings.register_profile("memshard", deadline=None, print_blob=True)
 settings.register_profile("memshard-ci", settings.get_profile("memshard"), derandomize=True)
 settings.load_profile("memshard-ci" if os.environ.get("CI") else "memshard")

@@ -135,8 +135,11 @@ class Node:
 
     def _processes(self) -> list[psutil.Process]:
         assert self.process is not None
-        server = psutil.Process(self.process.pid)
-        return [server, *server.children(recursive=True)]
+        try:
+            server = psutil.Process(self.process.pid)
+            return [server, *server.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []  # It has ended meanwhile.
 
     async def execute(self, statement: str) -> None:
         """A statement of the superuser."""
