@@ -191,7 +191,10 @@ async def test_a_replica_that_answers_reads_is_not_given_up_for_being_too_busy_t
         replicas[0].leave_looks_unanswered()
         until = time.monotonic() + 1
         while time.monotonic() < until:
-            assert await reader.get(EVENTUAL) == "replica-0"
+            # On a busy machine single reads are late, and go to the primary.
+            await reader.get(EVENTUAL)
+            assert reader.known() == {"replica-0"}
+        assert replicas[0].answered > len(primary.asked)
         # Once nobody asks it anything, nothing is heard of it either.
         await reader.knows()
 
