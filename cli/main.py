@@ -5,7 +5,8 @@ import sys
 from importlib.metadata import version
 from typing import Annotated
 
-# Before grpc is imported: `memshard up` starts processes, and gRPC would complain about each in between its lines.
+# Before grpc is imported, which the clients do before `local` is: `memshard up` starts processes, and gRPC would
+# complain about each in between its lines.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import typer

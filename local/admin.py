@@ -2,13 +2,9 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
-
-# Before grpc is imported: this process starts others while it uses gRPC, whose handlers for fork would get in the way.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc.aio
 from google.protobuf.message import DecodeError

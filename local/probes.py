@@ -1,13 +1,9 @@
 """Whether a process answers: one question with a bound each, asked of the process itself."""
 
 import asyncio
-import os
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
-
-# This process starts others while it uses gRPC, whose handlers for fork would only get in the way.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import asyncpg
 import grpc.aio
