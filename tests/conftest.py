@@ -19,9 +19,11 @@ settings.load_profile("memshard-ci" if os.environ.get("CI") else "memshard")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who goes to which worker. Tests that share a cluster to one, so that it is started once: those of a file and, across
-    files, those of one kind of cluster. Fault scenarios too, one after the other: two at once, each with a load of its
-    own, would measure each other. What takes longest begins first.
+    """Who goes to which worker.
+
+    Tests that share a cluster go to one, so that it is started once: those of a file and, across files, those of one
+    kind of cluster. Fault scenarios too, one after the other: two at once, each with a load of its own, would measure
+    each other. What takes longest begins first.
     """
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
