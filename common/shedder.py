@@ -36,8 +36,8 @@ class ShedderSettings:
     """It never lets in less: what is let in is how it finds out that it may let in more."""
 
     undisturbed: int = 32
-    """Requests at work up to which nothing is refused, however late the loop is: with so few it is others who keep the
-    machine busy, and to refuse them would not help."""
+    """Young requests at work up to which nothing is refused, however late the loop is: with so few it is others who
+    keep the machine busy, and to refuse them would not help."""
 
     looks: int = 3
     """Looks in a row that must have found more at work: one burst is over before it could be refused."""
@@ -54,7 +54,8 @@ class Shedder:
         self._settings = settings or ShedderSettings()
         self._uniform = uniform
         self.at_work = 0
-        """Requests that were let in, and are not answered yet. The caller counts."""
+        """Requests that were let in lately, and are not answered yet. The caller counts. Those that have waited long
+        for somebody else, as for a shard that answers nothing, are no work of this process."""
         self._openness = _ALL
         self._looks_with_many = 0
 

@@ -47,7 +47,7 @@ async def scenario(record: Record, tmp_path: Path, *, full_s: float) -> None:
                 await asyncio.sleep(8)
                 calls = await generator.stop()
             async with database(cluster.shard_dsn(FULL, owner=True)) as connection:
-                there = await connection.fetchval("SELECT count(*) FROM memories")
+                there = await connection.fetchval("SELECT count(*) FROM memories WHERE user_id = ANY($1)", users[FULL])
     others_failed = calls.where(but_group=FULL, since=began, outcome="failed").counts()
     stores, reads = ("store",), ("get", "list", "search")
     refused = calls.where(group=FULL, since=filled, until=freed, kinds=stores, outcome="failed")

@@ -13,6 +13,8 @@ from tests.support.proxy import Fault
 
 SLOW = "shard-0"
 HEDGES_SHARE = 0.02
+# Ten times what a read takes: 5 ms to 10 ms on an idle machine, with what the generator adds.
+_ADDED_S = 0.05
 # What a router may have saved up (`common.hedge.HedgeBudget`).
 _SAVED_UP = 10
 # Four calls every ten seconds to each of two shards (router/synthetic.py), by this router and by the cluster's own.
@@ -32,8 +34,7 @@ async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: f
             began = time.monotonic() + 3
             await asyncio.sleep(3 + before_s)
             at_first, slow_from = await faulty.shard_requests(), time.monotonic()
-            # Ten times what a read took: 5 ms to 10 ms on an idle machine, with what the generator adds.
-            await faulty.proxies.inflict(Fault.LATENCY, SLOW, *faulty.replicas(SLOW), amount=0.05)
+            await faulty.proxies.inflict(Fault.LATENCY, SLOW, *faulty.replicas(SLOW), amount=_ADDED_S)
             await asyncio.sleep(slow_s)
             in_the_end, slow_until = await faulty.shard_requests(), time.monotonic()
             await faulty.proxies.heal()
@@ -56,8 +57,8 @@ async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: f
         f"{in_all - len(calls)} of all {len(calls)} ({in_all / len(calls) - 1:.1%}); {failed.total()} failed",
     )
     assert failed == {}
-    # 50 ms were added; on a busy machine that is no tenfold.
-    assert mine[1].percentile_ms(50) > mine[0].percentile_ms(50) + 30
+    # What was added is a floor, whatever else the machine does; a tenth are of the moment when it began.
+    assert mine[1].percentile_ms(10) >= _ADDED_S * 1000
     # Where it is a matter of few milliseconds, the machine's other work is seen.
     assert others[1].percentile_ms(50) < 1.5 * others[0].percentile_ms(50) + 10
     assert others[1].percentile_ms(99) < others_slower * others[0].percentile_ms(99)

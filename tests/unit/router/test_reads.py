@@ -196,7 +196,7 @@ async def test_a_replica_that_answers_reads_is_not_given_up_for_being_too_busy_t
             assert await reader.get(EVENTUAL) in {"replica-0", "primary"}
             assert reader.known() == {"replica-0"}
         # The primary has seen nothing but the hedges of reads that took long.
-        assert len(primary.asked) == reader.reads.hedges.sent
+        assert len(primary.asked) <= reader.reads.hedges.sent
         # Once nobody asks it anything, nothing is heard of it either.
         await reader.knows()
 
