@@ -51,8 +51,8 @@ proto: $(STAMP)  ## Generate the stubs in sdk/memshard from proto/
 docs: $(STAMP)  ## Generate docs/api.md from the contract's comments
 	$(BIN)/python docs/generate_api.py
 
-faults: $(STAMP)  ## The slow fault scenarios, with their figures
-	$(BIN)/pytest -m slow -s tests/faults tests/cluster $(ARGS)
+faults: $(STAMP)  ## The slow fault scenarios; their figures go into docs/reliability.md
+	MEMSHARD_FIGURES=1 $(BIN)/pytest -m slow -s tests/faults tests/cluster $(ARGS)
 
 clean:  ## Remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,5 @@
-"""The cluster commands of the memshard command line: up, down, status, failover, config."""
+"""The cluster commands of the memshard command line: up, down, status, failover, degrade, health and
+its kin, config."""
 
 # ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
 
@@ -9,11 +10,14 @@ from typing import Annotated
 
 import typer
 
+from cli.cluster_degrade import degrade
 from cli.cluster_failover import failover
+from cli.cluster_health import health, recover, stats
 from cli.cluster_options import DataDir, failures_shown
 from cli.terminal import fail
 
 DEFAULT_PORT = 50051
+DEFAULT_HUNG_AFTER_S = 30.0
 
 
 class EmbedderName(StrEnum):
@@ -47,6 +51,10 @@ def register(app: typer.Typer) -> None:
     app.command()(down)
     app.command()(status)
     app.command()(failover)
+    app.command()(degrade)
+    app.command()(health)
+    app.command()(recover)
+    app.command()(stats)
     config = typer.Typer(help="Write and check the settings files of the services.", no_args_is_help=True)
     config.command()(generate)
     config.command()(validate)
@@ -111,6 +119,15 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
             help="Language of keyword search, as PostgreSQL names it. Fixed when it is made. Default: english.",
         ),
     ] = None,
+    hung_after: Annotated[
+        float,
+        typer.Option(
+            "--hung-after",
+            metavar="SECONDS",
+            min=0,
+            help="How long a service or Redis may answer nothing before it is ended and started again; 0: for ever.",
+        ),
+    ] = DEFAULT_HUNG_AFTER_S,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; it runs on.")] = False,
 ) -> None:
     """Start a cluster on this machine; the first time, make it. Ctrl-C stops it.
@@ -136,7 +153,7 @@ def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
         text_language=text_language,
     )
     layout = Layout.of(data_dir)
-    request = foreground.Request(layout.root, options, port, routers)
+    request = foreground.Request(layout.root, options, port, routers, hung_after)
     terminal = Terminal(layout.root, detached=detach)
     with failures_shown():
         foreground.check(request)

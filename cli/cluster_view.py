@@ -11,6 +11,7 @@ from rich.text import Text
 
 from cli.options import DEFAULT_ADDRESS
 from cli.terminal import console
+from local.state import AUTO
 from local.status import ClusterStatus, ReplicaStatus
 from local.up import Ready
 
@@ -106,11 +107,12 @@ def show_status(status: ClusterStatus) -> None:
         )
     out.print(processes)
     if status.shards:
-        shards = Table("shard", "status", "slots", "primary", "writes", "replicas", box=None, pad_edge=False)
+        shards = Table("shard", "status", "level", "slots", "primary", "writes", "replicas", box=None, pad_edge=False)
         for shard in status.shards:
             shards.add_row(
                 shard.shard_id,
                 shard.status,
+                _level(shard.level),
                 str(shard.slots),
                 shard.primary or Text("none", style="red"),
                 shard.durability or "-",
@@ -121,11 +123,18 @@ def show_status(status: ClusterStatus) -> None:
     epoch = f"epoch {status.epoch}" if status.epoch is not None else "epoch unknown"
     silent = {"live": "", "last known": ", the last known; the catalog does not answer"}.get(status.catalog, "")
     out.print(f"\n{epoch}{silent}\ndata in {status.data_dir}", soft_wrap=True)
+    if status.level != AUTO:
+        out.print(f"The degradation level of the cluster was set to {status.level}.", style="yellow")
     if not status.runs():
         out.print(f"Nothing runs; `{_command('up', Path(status.data_dir))}` starts it.", soft_wrap=True)
     elif any(process.role == "supervisor" and process.pid is None for process in status.processes):
         again = _command("up", Path(status.data_dir))
         out.print(f"Nobody looks after what runs; `{again}` ends it and starts anew.", soft_wrap=True)
+
+
+def _level(level: str) -> Text:
+    """The degradation level that an operator has set."""
+    return Text(level, style="" if level == AUTO else "yellow")
 
 
 def _replica(replica: ReplicaStatus) -> str:

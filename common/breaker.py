@@ -22,7 +22,7 @@ BREAKER_OPEN = "BREAKER_OPEN"
 
 # Unavailable for a cause in the one request or slot, by answer of a callee that is well, or before it was asked.
 _NOT_OF_THE_CALLEE = frozenset(
-    {BREAKER_OPEN, "SLOT_BUSY", "TOPOLOGY_CHANGING", "SHARD_MAINTENANCE", "EMBEDDER_REFUSED"}
+    {BREAKER_OPEN, "SLOT_BUSY", "TOPOLOGY_CHANGING", "SHARD_MAINTENANCE", "REPLICA_BEHIND", "EMBEDDER_REFUSED"}
 )
 _SLICES = 10
 

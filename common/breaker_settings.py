@@ -64,6 +64,17 @@ EMBEDDER = BreakerSettings(
     slow_call_s=4.0,
     fair_timeout_s=1.0,
 )
+# No request needs it, but one that met a shard which knows of a newer topology: that one waits for a look.
+CATALOG = BreakerSettings(
+    consecutive_failures=5,
+    failure_rate=0.5,
+    window_s=30.0,
+    recovery_timeout_s=5.0,
+    slow_call_s=2.0,
+    fair_timeout_s=0.5,
+    # It is asked once, and then listened to.
+    probes=1,
+)
 # Redis gets 50 ms, since asking every shard takes less; an answer at 40 ms helps nobody. No caller's deadline is
 # shorter than its timeout on purpose, so 10 ms were a fair chance.
 CACHE = BreakerSettings(

@@ -12,11 +12,12 @@ from enum import StrEnum
 
 import asyncpg
 
+from common.level import Level
 from common.migrations import Migration, migrate
 from common.postgres import Connection
 from common.slots import share_out
 from common.sync_set import SyncSet
-from common.topology import Replica, Shard, ShardStatus, SlotRange, Topology
+from common.topology import CLUSTER, Replica, Shard, ShardStatus, SlotRange, Topology
 
 # Channel that a changed epoch is announced on; the payload is the epoch.
 CHANNEL = "memshard_topology"
@@ -70,6 +71,10 @@ class CatalogError(Exception):
 
 class EpochConflictError(CatalogError):
     """The topology has changed since the change at hand was planned; nothing was done."""
+
+
+class UnknownShardError(CatalogError):
+    """There is no such shard; nothing was done."""
 
 
 class SyncSetConflictError(CatalogError):
@@ -141,6 +146,16 @@ _MIGRATIONS = (
         );
         """,
     ),
+    Migration(
+        4,
+        "degradation levels set by operators",
+        """
+        CREATE TABLE levels (
+            shard_id text PRIMARY KEY,  -- Empty: the cluster. So it refers to no shard.
+            level text NOT NULL CHECK (level IN ('normal', 'reduced', 'essential', 'readonly', 'maintenance'))
+        );
+        """,
+    ),
 )
 
 _CREATE_CLUSTER = """
@@ -164,6 +179,10 @@ _SET_ADDRESS = "UPDATE shards SET address = $2 WHERE shard_id = $1 AND address <
 _READ_REPLICAS = "SELECT shard_id, replica_id, address FROM replicas ORDER BY shard_id, replica_id"
 _DROP_REPLICAS = "DELETE FROM replicas WHERE shard_id = $1"
 _CREATE_REPLICA = "INSERT INTO replicas (shard_id, replica_id, address) VALUES ($1, $2, $3)"
+_READ_LEVELS = "SELECT shard_id, level FROM levels ORDER BY shard_id"
+_DROP_LEVEL = "DELETE FROM levels WHERE shard_id = $1"
+_CREATE_LEVEL = "INSERT INTO levels (shard_id, level) VALUES ($1, $2)"
+_HAS_SHARD = "SELECT EXISTS (SELECT FROM shards WHERE shard_id = $1)"
 _READ_SYNC_SET = "SELECT primary_server, members, following, version FROM sync_sets WHERE shard_id = $1"
 _CREATE_SYNC_SET = """
 INSERT INTO sync_sets (shard_id, primary_server, members) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING
@@ -266,6 +285,7 @@ async def read_topology(connection: Connection) -> Topology:
         shards = await connection.fetch(_READ_SHARDS)
         ranges = await connection.fetch(_READ_RANGES)
         replicas = await connection.fetch(_READ_REPLICAS)
+        levels = await connection.fetch(_READ_LEVELS)
     try:
         return Topology(
             cluster_id=cluster.cluster_id,
@@ -285,6 +305,7 @@ async def read_topology(connection: Connection) -> Topology:
                 for row in shards
             ),
             ranges=tuple(SlotRange(row["first"], row["last"], row["shard_id"]) for row in ranges),
+            levels={row["shard_id"]: Level[row["level"].upper()] for row in levels},
         )
     except ValueError as error:
         raise CatalogError(f"the catalog's topology at epoch {epoch} cannot be: {error}") from error
@@ -311,6 +332,22 @@ async def set_replicas(connection: Connection, epoch: int, replicas: Mapping[str
         for shard_id, of_shard in replicas.items():
             await connection.execute(_DROP_REPLICAS, shard_id)
             await connection.executemany(_CREATE_REPLICA, [(shard_id, r.replica_id, r.address) for r in of_shard])
+    return raised
+
+
+async def set_level(connection: Connection, epoch: int, shard_id: str, level: Level | None) -> int:
+    """Sets the degradation level of a shard or of CLUSTER, or with None leaves it to the routers, if the topology is
+    still at `epoch`; returns the new epoch.
+
+    Raises EpochConflictError when it is not, UnknownShardError.
+    """
+    async with connection.transaction():
+        raised = await _raise_epoch(connection, epoch)
+        if shard_id != CLUSTER and not await connection.fetchval(_HAS_SHARD, shard_id):
+            raise UnknownShardError(f"there is no shard {shard_id!r}")
+        await connection.execute(_DROP_LEVEL, shard_id)
+        if level is not None:
+            await connection.execute(_CREATE_LEVEL, shard_id, level.name.lower())
     return raised
 
 

@@ -57,9 +57,15 @@ def _http_url(value: str) -> str:
     return value
 
 
+def _webhook_url(value: SecretStr) -> SecretStr:
+    _http_url(value.get_secret_value())
+    return value
+
+
 PostgresDsn = Annotated[SecretStr, AfterValidator(_postgres_dsn)]
 RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
+WebhookUrl = Annotated[SecretStr, AfterValidator(_webhook_url)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
@@ -184,8 +190,32 @@ class RouterSettings(EmbedderSettings):
     replica_poll_s: Seconds = 0.25
     """Seconds between looks at each replica, so that one that comes or goes is noticed within a second."""
 
+    admin_port: Port | None = None
+    """TCP port of ClusterService, by which operators look at the router and have it recover. None: there is none."""
+
+    admin_host: str = "127.0.0.1"
+    """Address that ClusterService listens on. Loopback by default, whatever `host` is."""
+
+    admin_token_file: Path | None = None
+    """File with the token that calls of ClusterService have to bring. Needed with `admin_port`."""
+
+    alert_webhook_url: WebhookUrl | None = None
+    """URL that alerts are posted to as JSON, one each. None: they are only in the log. It may hold a secret, as the
+    URLs of chat services do."""
+
+    alert_timeout_s: Seconds = 5.0
+    """Seconds that the webhook gets for one alert, of which there are three attempts. Nothing else waits for it."""
+
+    recovery: Literal["auto", "manual"] = "auto"
+    """Who has the router try what may help against what its health monitor finds. `auto`: the router itself, when it
+    has been so for 15 seconds. `manual`: whoever runs `memshard recover`."""
+
     @model_validator(mode="after")
     def _relations(self) -> Self:
+        if self.admin_port is not None and self.admin_token_file is None:
+            raise ValueError("admin_token_file is required with admin_port")
+        if self.admin_port == self.port:
+            raise ValueError("admin_port must be another than port")
         if self.embedder_timeout_s > self.default_deadline_s:
             raise ValueError("embedder_timeout_s must not exceed default_deadline_s")
         if self.shard_deadline_margin_s >= self.default_deadline_s:
@@ -219,6 +249,10 @@ class ShardSettings(EmbedderSettings):
     migration_dsn: PostgresDsn | None = None
     """URL of the same database as the role that owns the schema, and with `sync_set: managed` may set
     synchronous_standby_names. None: `database_dsn` is used for both."""
+
+    data_path: Path | None = None
+    """Directory on the file system that holds the database's data, to watch how much room is left there. None: it is
+    on another machine, and nobody watches from here."""
 
     pool_min_connections: Annotated[int, Field(ge=1, le=1000)] = 2
     """Connections kept open when idle."""

@@ -4,6 +4,7 @@ Which model, and how many dimensions, is fixed when the cluster is made; `check`
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -12,9 +13,14 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
+from common.breaker import CircuitBreaker, speaks_of_callee
+from common.breaker_log import logged
+from common.breaker_settings import EMBEDDER
 from common.config import EmbedderSettings
+from common.deadline import Deadline
 from common.errors import Unavailable
 from common.local_model import LOCAL_DIMENSIONS, local_model_name
+from common.retry import RetrySettings
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
 
@@ -23,6 +29,12 @@ _INLINE_CHARACTERS = 1000
 _MAX_HTTP_BATCH = 64
 # The reason when a server refuses what it was given, such as a text beyond its model's length, rather than being away.
 TEXT_REFUSED = "EMBEDDER_REFUSED"
+# Its own policy: one more attempt, as a text that is not embedded now is embedded later. No budget: the breaker keeps a
+# server that is down from hearing twice its load.
+_RETRY = RetrySettings(attempts=2, base_s=0.1, cap_s=0.5, least_attempt_s=0.05, longest_wait_s=1.0)
+# Where nobody waits, the limit of each exchange is enough.
+_NO_TIMEOUT_S = 86400.0
+_MAX_DIGITS = 6
 _NOT_THE_TEXT = frozenset((401, 403, 404, 408, 429))
 
 
@@ -36,8 +48,16 @@ class Embedder(Protocol):
     model: str
     dimensions: int
 
-    async def embed(self, texts: Sequence[str]) -> Vectors:
-        """Embeddings of shape (len(texts), dimensions), float32. Raises Unavailable / EMBEDDER_UNAVAILABLE."""
+    @property
+    def breaker(self) -> CircuitBreaker | None:
+        """That of its server, where it has one."""
+        ...
+
+    async def embed(self, texts: Sequence[str], timeout_s: float | None = None) -> Vectors:
+        """Embeddings of shape (len(texts), dimensions), float32, within `timeout_s` seconds.
+
+        Raises Unavailable: EMBEDDER_UNAVAILABLE, EMBEDDER_REFUSED for the texts, or BREAKER_OPEN.
+        """
         ...
 
     async def close(self) -> None:
@@ -87,10 +107,18 @@ class LocalEmbedder:
             cache_dir=Path(wordllama.__file__).parent, disable_download=True, trunc_dim=dimensions
         )
 
-    async def embed(self, texts: Sequence[str]) -> Vectors:
+    async def embed(self, texts: Sequence[str], timeout_s: float | None = None) -> Vectors:
         if sum(map(len, texts)) <= _INLINE_CHARACTERS:
             return self._embed(list(texts))
-        return await asyncio.to_thread(self._embed, list(texts))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.to_thread(self._embed, list(texts))
+        except TimeoutError as error:
+            raise _unavailable("it took too long") from error
+
+    @property
+    def breaker(self) -> None:
+        """It runs in this process."""
 
     async def close(self) -> None:
         """Nothing to let go of."""
@@ -106,6 +134,7 @@ class HttpEmbedder:
     def __init__(self, settings: EmbedderSettings, embedding_model: str, dimensions: int) -> None:
         self.model = settings.embedder_model or embedding_model
         self.dimensions = dimensions
+        self.breaker = logged("the embedder", EMBEDDER)
         key = settings.embedder_api_key
         self._client = httpx.AsyncClient(
             base_url=(settings.embedder_url or "").rstrip("/") + "/",
@@ -113,15 +142,49 @@ class HttpEmbedder:
             headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
         )
 
-    async def embed(self, texts: Sequence[str]) -> Vectors:
+    async def embed(self, texts: Sequence[str], timeout_s: float | None = None) -> Vectors:
+        until = Deadline.after(_NO_TIMEOUT_S if timeout_s is None else timeout_s)
         batches = [texts[start : start + _MAX_HTTP_BATCH] for start in range(0, len(texts), _MAX_HTTP_BATCH)]
         nothing = np.empty((0, self.dimensions), dtype=np.float32)
-        return np.concatenate([nothing, *[await self._batch(batch) for batch in batches]])
+        return np.concatenate([nothing, *[await self._batch(batch, until) for batch in batches]])
 
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _batch(self, texts: Sequence[str]) -> Vectors:
+    async def _batch(self, texts: Sequence[str], until: Deadline) -> Vectors:
+        attempt = 1
+        while True:
+            try:
+                return await self._guarded(texts, until)
+            except Unavailable as error:
+                attempt += 1
+                delay_s = _RETRY.delay_before_attempt(attempt, error, until.remaining_s())
+                if delay_s is None or error.reason == TEXT_REFUSED:
+                    raise
+            await asyncio.sleep(delay_s)
+
+    async def _guarded(self, texts: Sequence[str], until: Deadline) -> Vectors:
+        permit = self.breaker.admit()
+        began = time.monotonic()
+        try:
+            async with until.bound():
+                vectors = await self._post(texts)
+        except TimeoutError as error:
+            permit.timeout(time.monotonic() - began)
+            raise _unavailable("it took too long") from error
+        except Unavailable as error:
+            if speaks_of_callee(error):
+                permit.failure()
+            else:
+                permit.success(time.monotonic() - began)
+            raise
+        else:
+            permit.success(time.monotonic() - began)
+            return vectors
+        finally:
+            permit.ignore()
+
+    async def _post(self, texts: Sequence[str]) -> Vectors:
         try:
             answer = await self._client.post("embeddings", json={"model": self.model, "input": list(texts)})
             answer.raise_for_status()
@@ -133,7 +196,11 @@ class HttpEmbedder:
         except httpx.HTTPStatusError as error:
             status = error.response.status_code
             refused = 400 <= status < 500 and status not in _NOT_THE_TEXT
-            raise _unavailable(f"it answered {status}", reason=TEXT_REFUSED if refused else None) from error
+            raise _unavailable(
+                f"it answered {status}",
+                reason=TEXT_REFUSED if refused else None,
+                retry_after_s=_retry_after_s(error.response),
+            ) from error
         except httpx.HTTPError as error:
             raise _unavailable(type(error).__name__) from error
         except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -158,7 +225,13 @@ def _named(model: str) -> str:
     return f"the model {model!r}" if model else "no model (callers bring them)"
 
 
-def _unavailable(why: str, reason: str | None = None) -> Unavailable:
+def _unavailable(why: str, reason: str | None = None, retry_after_s: float | None = None) -> Unavailable:
     return Unavailable(
-        f"the embedder did not answer: {why}", reason=reason or "EMBEDDER_UNAVAILABLE", retry_after_s=1.0
+        f"the embedder did not answer: {why}", reason=reason or "EMBEDDER_UNAVAILABLE", retry_after_s=retry_after_s
     )
+
+
+def _retry_after_s(answer: httpx.Response) -> float | None:
+    """Seconds that a server asks to be left alone for, where it says so in seconds (RFC 9110, section 10.2.3)."""
+    header = answer.headers.get("Retry-After", "")
+    return float(header) if header.isdecimal() and len(header) < _MAX_DIGITS else None

@@ -20,6 +20,7 @@ from common.config import ConfigError, ServiceSettings
 _log = logs.get_logger("lifecycle")
 
 EXIT_FAILED = 1
+_BESIDE_GRACE_S = 0.5
 
 
 class StartError(Exception):
@@ -30,16 +31,24 @@ class StopError(Exception):
     """The service stopped by itself, because part of it failed; its log says where."""
 
 
-class Server:
-    """A gRPC server with health and reflection, NOT_SERVING until told otherwise."""
+class Listener:
+    """A gRPC server on one port with health and reflection, NOT_SERVING until told otherwise."""
 
     def __init__(
-        self, settings: ServiceSettings, handlers: Sequence[grpc.GenericRpcHandler], service_names: Sequence[str]
+        self,
+        settings: ServiceSettings,
+        handlers: Sequence[grpc.GenericRpcHandler],
+        service_names: Sequence[str],
+        *,
+        port: int | None = None,
+        host: str | None = None,
     ) -> None:
-        self._settings = settings
+        host = settings.host if host is None else host
+        # A bare IPv6 address has colons of its own.
+        host = f"[{host}]" if ":" in host and "[" not in host else host
+        self._address = f"{host}:{settings.port if port is None else port}"
         self._health = health.Health(service_names)
         self._serving: bool | None = None
-        self._stop = asyncio.Event()
         self._server = grpc.aio.server(
             options=[
                 # On by default, it would let a second server start on the same port, and steal half of the calls.
@@ -57,21 +66,13 @@ class Server:
 
     async def start(self) -> None:
         """Listens. Raises StartError when the port cannot be had."""
-        host = self._settings.host
-        # A bare IPv6 address has colons of its own.
-        address = (
-            f"[{host}]:{self._settings.port}" if ":" in host and "[" not in host else f"{host}:{self._settings.port}"
-        )
         await self.set_serving(False)
         try:
-            self._server.add_insecure_port(address)
+            self._server.add_insecure_port(self._address)
         except RuntimeError as error:
-            raise StartError(f"cannot listen on {address}: is something else using the port?") from error
+            raise StartError(f"cannot listen on {self._address}: is something else using the port?") from error
         await self._server.start()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        _log.info("listening", address=address)
+        _log.info("listening", address=self._address)
 
     async def set_serving(self, serving: bool) -> None:
         """Tells health checks whether calls can be answered."""
@@ -79,7 +80,39 @@ class Server:
             return
         self._serving = serving
         self._health.set(serving)
-        _log.info("health changed", serving=serving)
+        _log.info("health changed", serving=serving, address=self._address)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Says that it leaves, takes no new call, and gives those in flight their time."""
+        self._health.stop()
+        await self._server.stop(timeout_s)
+
+
+class Server(Listener):
+    """The listener that a service is there for. SIGTERM and SIGINT stop it, and with it the listener `beside` it."""
+
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        handlers: Sequence[grpc.GenericRpcHandler],
+        service_names: Sequence[str],
+        *,
+        beside: Listener | None = None,
+    ) -> None:
+        super().__init__(settings, handlers, service_names)
+        self._drain_timeout_s = settings.drain_timeout_s
+        self._beside = beside
+        self._stop = asyncio.Event()
+
+    async def start(self) -> None:
+        """Listens. Raises StartError when a port cannot be had."""
+        await super().start()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        if self._beside is not None:
+            await self._beside.start()
+            await self._beside.set_serving(True)
 
     async def run_until_stopped(self, background: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> None:
         """Runs the background tasks until SIGTERM or SIGINT, then drains.
@@ -101,9 +134,11 @@ class Server:
             raise StopError
 
     async def _drain(self) -> None:
-        _log.info("draining", timeout_s=self._settings.drain_timeout_s)
-        self._health.stop()
-        await self._server.stop(self._settings.drain_timeout_s)
+        _log.info("draining", timeout_s=self._drain_timeout_s)
+        await self.drain(self._drain_timeout_s)
+        if self._beside is not None:
+            # Last, so that a drain can be looked at.
+            await self._beside.drain(_BESIDE_GRACE_S)
         _log.info("stopped")
 
 

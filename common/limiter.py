@@ -55,12 +55,14 @@ class Admission:
         if self._limiter is not None:
             limiter, self._limiter = self._limiter, None
             limiter._released(self._kind, self._crowd, latency_s, dropped)
+            limiter.on_room()
 
     def ignore(self) -> None:
         """The call ended and its latency says nothing, as when its caller went. Harmless after a release."""
         if self._limiter is not None:
             limiter, self._limiter = self._limiter, None
             limiter.in_flight -= 1
+            limiter.on_room()
 
 
 class Limiter:
@@ -75,6 +77,8 @@ class Limiter:
         share of the limit itself would be grown back, or keep a low limit low."""
         self.batch_share = self.settings.batch_share
         """Share of the limit that batches may fill: less under degradation."""
+        self.on_room: Callable[[], None] = _nobody_waits
+        """Called when a place is given back."""
         self._clock = clock
         self._limit = float(self.settings.initial)
         self._quiet: dict[str, _Quiet] = {}
@@ -90,20 +94,27 @@ class Limiter:
 
     def admit(self, kind: str = "", priority: Priority = Priority.INTERACTIVE) -> Admission:
         """A place for a call now. Raises ResourceExhausted / OVERLOADED, which says when to come back."""
-        settings = self.settings
-        if self._probing_until is not None and self._clock() >= self._probing_until:
-            self._settle(self._clock())
-        batch = priority is Priority.BATCH
-        if self.in_flight >= self._room(batch):
-            self._period.refused = True
-            self._period.refused_interactive |= not batch
-            raise ResourceExhausted(
-                "too many requests at the moment",
-                reason=OVERLOADED,
-                retry_after_s=settings.batch_retry_after_s if batch else settings.retry_after_s,
-            )
+        if not self.has_room(priority):
+            raise self.refusal(priority)
         self.in_flight += 1
         return Admission(self, kind, self.in_flight)
+
+    def has_room(self, priority: Priority = Priority.INTERACTIVE) -> bool:
+        """Whether a call would be admitted now."""
+        if self._probing_until is not None and self._clock() >= self._probing_until:
+            self._settle(self._clock())
+        return self.in_flight < self._room(priority is Priority.BATCH)
+
+    def refusal(self, priority: Priority = Priority.INTERACTIVE) -> ResourceExhausted:
+        """What a call hears for which there is no room. That there was none is remembered."""
+        batch = priority is Priority.BATCH
+        self._period.refused = True
+        self._period.refused_interactive |= not batch
+        return ResourceExhausted(
+            "too many requests at the moment",
+            reason=OVERLOADED,
+            retry_after_s=self.settings.batch_retry_after_s if batch else self.settings.retry_after_s,
+        )
 
     def _released(self, kind: str, crowd: int, latency_s: float, dropped: bool) -> None:
         window = self._window
@@ -174,6 +185,10 @@ class Limiter:
         self._probing_until = None
         self._period = _Period(now, self._limit)
         self._window = _Window(now)
+
+
+def _nobody_waits() -> None:
+    """There is no queue."""
 
 
 @dataclass(slots=True)

@@ -53,3 +53,8 @@ class LimiterSettings:
             raise ValueError("the limits must be 1 <= least <= initial <= most")
         if not 0 < self.batch_share <= 1 or self.tolerance < 1:
             raise ValueError("batch_share is a share above 0 and up to 1, tolerance at least 1")
+
+
+# A server of a shard has some sixteen connections to its database. With four times as many calls in flight a queue is
+# still short, on whatever machine; below that, a team of agents on a busy laptop would be refused.
+SERVER = LimiterSettings(least=64, initial=128)

@@ -13,8 +13,9 @@ from common.errors import MemshardError
 from common.limiter import OVERLOADED
 from common.window import SlidingCount
 
-# Retryable, though not here: a breaker or a limiter refused at once so that the caller knows at once, and may wait.
-_FOR_THE_CALLER = frozenset({BREAKER_OPEN, OVERLOADED})
+# Retryable, though not here: a breaker, a limiter or an operator refused so that the caller knows at once, and may
+# wait; an answer that is too large stays so.
+_FOR_THE_CALLER = frozenset({BREAKER_OPEN, OVERLOADED, "SHARD_MAINTENANCE", "ANSWER_TOO_LARGE"})
 _SLICES = 10
 
 

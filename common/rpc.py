@@ -6,8 +6,9 @@ INVALID_ARGUMENT instead of INTERNAL, and a bug is the only thing that is ever I
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -27,22 +28,48 @@ INTERRUPTED = "INTERRUPTED"
 
 _current: "ContextVar[Context]" = ContextVar("the call being handled")
 
+
+class Admits(Protocol):
+    """What refuses calls that are too many."""
+
+    async def room(self, rpc: str) -> None:
+        """Returns when there is room for a call of the rpc with this name. Raises MemshardError."""
+        ...
+
+    def of(self, rpc: str) -> AbstractContextManager[None]:
+        """`with` it: the call, at once after `room`. Raises MemshardError, before anything is done."""
+        ...
+
+
 Handler = Callable[[Message, Deadline], Awaitable[Message]]
 _Behavior = Callable[[bytes, "Context"], Awaitable[bytes]]
 
 
 def generic_handler(
-    service: ServiceDescriptor, servicer: object, *, default_deadline_s: float
+    service: ServiceDescriptor,
+    servicer: object,
+    *,
+    default_deadline_s: float,
+    authorise: "Callable[[Context], None] | None" = None,
+    admission: Admits | None = None,
 ) -> grpc.GenericRpcHandler:
     """gRPC's handler of `service`: each rpc is the method of `servicer` that has its name.
 
     Methods take (request, deadline) and return the response. An rpc that the servicer lacks answers UNIMPLEMENTED.
+    `authorise` raises what a caller hears who may not call at all, `admission` what one hears who is too much; both
+    before anything is looked at.
     """
     return grpc.method_handlers_generic_handler(
         service.full_name,
         {
             method.name: grpc.unary_unary_rpc_method_handler(
-                _behavior(method, getattr(servicer, method.name, None) or _unimplemented(method), default_deadline_s)
+                _behavior(
+                    method,
+                    getattr(servicer, method.name, None) or _unimplemented(method),
+                    default_deadline_s,
+                    authorise or _everybody,
+                    admission or _EVERYTHING,
+                )
             )
             for method in service.methods
         },
@@ -55,7 +82,17 @@ def add_trailer(key: str, value: str | bytes) -> None:
     context.set_trailing_metadata((*(context.trailing_metadata() or ()), (key, value)))
 
 
-def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: float) -> _Behavior:
+def _everybody(_: "Context") -> None:
+    """May call."""
+
+
+def _behavior(
+    method: MethodDescriptor,
+    handler: Handler,
+    default_deadline_s: float,
+    authorise: "Callable[[Context], None]",
+    admission: Admits,
+) -> _Behavior:
     request_class: type[Message] = GetMessageClass(method.input_type)
 
     async def behavior(raw: bytes, context: "Context") -> bytes:
@@ -63,8 +100,11 @@ def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: fl
         deadline = Deadline.of(context, default_deadline_s)
         error: errors.MemshardError
         try:
-            async with deadline.bound():
-                response = await handler(_parse(request_class, raw), deadline)
+            authorise(context)
+            await admission.room(method.name)
+            with admission.of(method.name):
+                async with deadline.bound():
+                    response = await handler(_parse(request_class, raw), deadline)
             return response.SerializeToString()
         except errors.MemshardError as raised:
             error = raised
@@ -82,6 +122,17 @@ def _behavior(method: MethodDescriptor, handler: Handler, default_deadline_s: fl
         raise AssertionError("unreachable: abort raises")
 
     return behavior
+
+
+class _Everything:
+    async def room(self, rpc: str) -> None:
+        """There always is."""
+
+    def of(self, rpc: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+_EVERYTHING = _Everything()
 
 
 def _parse(request_class: type[Message], raw: bytes) -> Message:

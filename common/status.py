@@ -13,6 +13,8 @@ from common.errors import FieldViolation, MemshardError
 
 DOMAIN = "memshard"
 _PUSHBACK = "grpc-retry-pushback-ms"
+# Seconds after which to come back, unless the error knows better: about what a process takes to be restarted.
+_UNAVAILABLE_FOR_S = 1.0
 # Longer waits are the caller's to decide.
 _LONGEST_PUSHBACK_S = 5.0
 # Those of the largest int64.
@@ -63,9 +65,9 @@ def to_status(error: MemshardError) -> status_pb2.Status:
                 ]
             )
         )
-    if error.retry_after_s is not None:
+    if (retry_after_s := _retry_after_s(error)) is not None:
         delay = duration_pb2.Duration()
-        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        delay.FromMilliseconds(round(retry_after_s * 1000))
         attach(error_details_pb2.RetryInfo(retry_delay=delay))
     return status_pb2.Status(code=error.code.value[0], message=error.message, details=details)
 
@@ -74,8 +76,8 @@ async def abort(context: "grpc.aio.ServicerContext[bytes, bytes]", error: Memsha
     """Ends the call with `error`. Always raises, as grpc's own abort does."""
     status = rpc_status.to_status(to_status(error))
     trailers = tuple(status.trailing_metadata)
-    if error.code is grpc.StatusCode.UNAVAILABLE and error.retry_after_s is not None:
-        trailers += ((_PUSHBACK, str(pushback_ms(error.retry_after_s, context.time_remaining()))),)
+    if error.code is grpc.StatusCode.UNAVAILABLE and (retry_after_s := _retry_after_s(error)) is not None:
+        trailers += ((_PUSHBACK, str(pushback_ms(retry_after_s, context.time_remaining()))),)
     await context.abort(status.code, status.details, trailers)
 
 
@@ -88,6 +90,13 @@ def pushback_ms(retry_after_s: float, remaining_s: float | None) -> int:
     if retry_after_s > _LONGEST_PUSHBACK_S or (remaining_s is not None and retry_after_s >= remaining_s):
         return -1
     return round(retry_after_s * 1000)
+
+
+def _retry_after_s(error: MemshardError) -> float | None:
+    """Seconds that the caller is told to wait. Whoever is told UNAVAILABLE is told when to come back as well."""
+    if error.retry_after_s is None and error.code is grpc.StatusCode.UNAVAILABLE:
+        return _UNAVAILABLE_FOR_S
+    return error.retry_after_s
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> MemshardError | None:

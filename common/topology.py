@@ -1,10 +1,15 @@
 """A snapshot of who owns what: immutable, checked when it is made, replaced as a whole."""
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from common.level import Level
 from common.slots import SLOT_COUNT
+
+CLUSTER = ""
+"""Stands for the cluster where a shard is named."""
 
 
 class ShardStatus(StrEnum):
@@ -55,6 +60,8 @@ class Topology:
     epoch: int
     shards: tuple[Shard, ...]
     ranges: tuple[SlotRange, ...]
+    levels: Mapping[str, Level] = field(default_factory=dict, hash=False)
+    """Degradation levels that an operator has set, by shard or CLUSTER; whatever is not named decides for itself."""
     _firsts: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _by_id: dict[str, Shard] = field(init=False, repr=False, compare=False)
 

@@ -1,7 +1,6 @@
 """ClusterService: how `memshard failover` and its kin reach the supervisor. Loopback, and a token in a private file."""
 
 import asyncio
-import hmac
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -11,15 +10,21 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from common import errors, status
+from common.bearer import Bearer
+from common.deadline import Deadline
+from common.level import Level
+from common.rpc import generic_handler
 from local.appointment import RefusedError
+from local.cluster import Plan
+from local.degradation import set_level
 from local.errors import LocalClusterError
 from local.planned_failover import PlannedFailover, Progress, Step
 from local.ports import HOST
 from local.shard_servers import ShardServers
 from memshard.admin.v1 import cluster_pb2
 
-_HEADER = "authorization"
 _STOP_GRACE_S = 0.2
+_DEFAULT_DEADLINE_S = 30.0
 
 _STEPS = {
     Step.CHECKED: cluster_pb2.FAILOVER_STEP_CHECKED,
@@ -37,12 +42,17 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def serving(
-    port: int, token: str, shards: Mapping[str, ShardServers], log: logging.Logger
+    port: int, token: str, plan: Plan, shards: Mapping[str, ShardServers], log: logging.Logger
 ) -> AsyncIterator[None]:
     """Serves until the end of the block. Raises LocalClusterError when the port cannot be had."""
-    servicer = _Servicer(token, shards, log)
+    bearer = Bearer(token)
+    failovers = _Failovers(bearer, shards, log)
+    answers = generic_handler(
+        _SERVICE, _Answers(plan, log), default_deadline_s=_DEFAULT_DEADLINE_S, authorise=bearer.require
+    )
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers([servicer.handler()])
+    # The first handler that knows an rpc has it.
+    server.add_generic_rpc_handlers([failovers.handler(), answers])
     try:
         server.add_insecure_port(f"{HOST}:{port}")
     except RuntimeError as error:
@@ -52,18 +62,43 @@ async def serving(
         yield
     finally:
         await server.stop(_STOP_GRACE_S)
-        await servicer.close()
+        await failovers.close()
 
 
-class _Servicer:
-    def __init__(self, token: str, shards: Mapping[str, ShardServers], log: logging.Logger) -> None:
-        self._expected = f"Bearer {token}".encode()
+class _Answers:
+    """The rpcs with one answer each."""
+
+    def __init__(self, plan: Plan, log: logging.Logger) -> None:
+        self._plan = plan
+        self._log = log
+
+    async def SetDegradation(  # noqa: N802  # As the rpc is called.
+        self, request: cluster_pb2.SetDegradationRequest, deadline: Deadline
+    ) -> cluster_pb2.SetDegradationResponse:
+        try:
+            level = Level(request.level) if request.level else None
+        except ValueError as error:
+            raise errors.InvalidArgument.field("level", "INVALID_ENUM", "is no degradation level") from error
+        try:
+            epoch = await set_level(self._plan, request.shard_id, level)
+        except LocalClusterError as error:
+            raise errors.Unavailable(str(error), reason="CATALOG_UNAVAILABLE") from error
+        told = level.name.lower() if level else "auto"
+        self._log.warning("the degradation level of %s was set to %s", request.shard_id or "the cluster", told)
+        return cluster_pb2.SetDegradationResponse(epoch=epoch)
+
+
+class _Failovers:
+    """Failover, which tells each step."""
+
+    def __init__(self, bearer: Bearer, shards: Mapping[str, ShardServers], log: logging.Logger) -> None:
+        self._bearer = bearer
         self._shards = shards
         self._log = log
         self._at_work: set[asyncio.Task[None]] = set()
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """gRPC's handler of the service. Requests are parsed here, so that garbage is INVALID_ARGUMENT."""
+        """gRPC's handler of the rpc. Requests are parsed here, so that garbage is INVALID_ARGUMENT."""
         return grpc.method_handlers_generic_handler(
             _SERVICE.full_name, {"Failover": grpc.unary_stream_rpc_method_handler(self._failover)}
         )
@@ -76,7 +111,7 @@ class _Servicer:
 
     async def _failover(self, raw: bytes, context: "Context") -> AsyncIterator[bytes]:
         try:
-            self._authorise(context)
+            self._bearer.require(context)
             async for progress in self._steps(cluster_pb2.FailoverRequest.FromString(raw)):
                 yield _message(progress).SerializeToString()
         except DecodeError:
@@ -105,11 +140,6 @@ class _Servicer:
         while (progress := await steps.get()) is not None:
             yield progress
         await failover
-
-    def _authorise(self, context: "Context") -> None:
-        given = dict(context.invocation_metadata() or ()).get(_HEADER, "")
-        if not hmac.compare_digest(str(given).encode(), self._expected):
-            raise errors.Unauthenticated("this needs the token that is kept in the cluster's data directory")
 
 
 def _message(progress: Progress) -> cluster_pb2.FailoverProgress:

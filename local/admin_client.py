@@ -7,6 +7,7 @@ from typing import Any
 import grpc.aio
 
 from common import status
+from common.bearer import credentials
 from local.admin_token import read_token
 from local.cluster import ADMIN
 from local.errors import DataDirectoryError, LocalClusterError
@@ -14,7 +15,9 @@ from local.layout import Layout
 from local.ports import HOST
 from local.record import load_record
 from memshard.admin.v1 import cluster_pb2, cluster_pb2_grpc
+from memshard.v1.memory_pb2 import DegradationLevel
 
+_TIMEOUT_S = 30.0
 _OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
@@ -29,12 +32,23 @@ async def failover(layout: Layout, shard_id: str, to_server: str) -> AsyncIterat
             yield progress
 
 
+async def set_degradation(layout: Layout, shard_id: str, level: int) -> int:
+    """Sets the level of a shard, or (empty) of the cluster; 0 leaves it to the routers. The epoch that has it.
+
+    Raises LocalClusterError.
+    """
+    async with _service(layout) as (stub, metadata):
+        request = cluster_pb2.SetDegradationRequest(shard_id=shard_id, level=DegradationLevel.ValueType(level))
+        answer = await stub.SetDegradation(request, metadata=metadata, timeout=_TIMEOUT_S)
+        return int(answer.epoch)
+
+
 @asynccontextmanager
 async def _service(layout: Layout) -> AsyncIterator[tuple[Any, tuple[tuple[str, str], ...]]]:
     if not layout.exists():
         raise DataDirectoryError(f"there is no cluster in {layout.root}")
     port = load_record(layout).ports.get(ADMIN)
-    metadata = (("authorization", f"Bearer {read_token(layout)}"),)
+    metadata = credentials(read_token(layout))
     try:
         async with grpc.aio.insecure_channel(f"{HOST}:{port}", options=_OPTIONS) as channel:
             stub: Any = cluster_pb2_grpc.ClusterServiceStub(channel)  # Its type stubs leave out what it offers.

@@ -84,9 +84,20 @@ class Plan:
         return Server(name, self.layout.pgdata(name), self.record.ports[name], database)
 
 
-def port_names(record: Record) -> list[str]:
-    """The processes whose ports are kept."""
+def router_name(number: int) -> str:
+    """A router's name. Routers are counted from 0."""
+    return f"router-{number}"
+
+
+def admin_of(router: str) -> str:
+    """The name under which the port is kept on which a router serves operators."""
+    return f"{router}-admin"
+
+
+def port_names(record: Record, routers: int) -> list[str]:
+    """Whose ports are kept, with so many routers."""
     shard_ids = record.shard_ids()
     servers = [name for shard_id in shard_ids for name in record.server_names(shard_id)]
     replicas = [name for shard_id in shard_ids for name in record.replica_names(shard_id)]
-    return [CATALOG_SERVER, *servers, REDIS, *shard_ids, *replicas, ADMIN]
+    admins = [admin_of(router_name(number)) for number in range(routers)]
+    return [CATALOG_SERVER, *servers, REDIS, *shard_ids, *replicas, ADMIN, *admins]

@@ -91,6 +91,7 @@ def encode(request: Request) -> str:
             "options": asdict(request.options),
             "port": request.port,
             "routers": request.routers,
+            "hung_after_s": request.hung_after_s,
         }
     )
 
@@ -98,7 +99,9 @@ def encode(request: Request) -> str:
 def decode(text: str) -> Request:
     """The request from its argument."""
     given = json.loads(text)
-    return Request(Path(given["data_dir"]), Options(**given["options"]), given["port"], given["routers"])
+    return Request(
+        Path(given["data_dir"]), Options(**given["options"]), given["port"], given["routers"], given["hung_after_s"]
+    )
 
 
 def _follow(read_end: int, layout: Layout, observer: Observer) -> None:

@@ -46,6 +46,40 @@ async def serves(port: int, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+async def hangs(port: int, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
+    """Whether a gRPC server takes connections on `port` and answers nothing. Where nobody listens, nobody hangs."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, writer = await asyncio.open_connection(HOST, port)
+            writer.close()
+            await writer.wait_closed()
+            async with grpc.aio.insecure_channel(f"{HOST}:{port}", options=_CHANNEL_OPTIONS) as channel:
+                stub: Any = health_pb2_grpc.HealthStub(channel)
+                await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    except grpc.aio.AioRpcError as error:
+        return error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    return False
+
+
+async def redis_hangs(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
+    """Whether a Redis takes connections and answers nothing."""
+    client = redis.asyncio.Redis.from_url(url)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await client.ping()
+    except TimeoutError:
+        return True
+    except (OSError, redis.exceptions.RedisError):
+        return False
+    finally:
+        await client.aclose()
+    return False
+
+
 class Answer(Enum):
     """What PostgreSQL says to SELECT 1."""
 

@@ -53,6 +53,8 @@ class ProcessSpec:
     """What is done before each start, once nothing is left of the process. It may take its time."""
     died: Callable[[], Awaitable[None]] | None = None
     """What is done at once when it has ended by itself, before it is started again."""
+    hangs: Callable[[], Awaitable[bool]] | None = None
+    """Whether it takes connections and answers nothing, for one that may be ended for that."""
     current_role: Callable[[], Role] | None = None
     """Its role now, of a process whose role changes."""
     required: Callable[[], bool] = lambda: True
@@ -129,6 +131,12 @@ class Child:
         """Ends it; it is started again at once."""
         await self.hold()
         self.release()
+
+    def kill(self, pid: int) -> None:
+        """Ends it at once, if it is still the process with that pid; it is started again like any that died."""
+        process = self._process
+        if process is not None and process.returncode is None and process.pid == pid:
+            process.kill()
 
     async def _end(self) -> None:
         self._interrupted.set()

@@ -48,7 +48,7 @@ class Record(_Kept):
     placement: PlacementStrategy = PlacementStrategy.USER_BASED
     text_language: str = DEFAULT_TEXT_LANGUAGE
     ports: dict[str, int] = {}
-    """Port of every process but the routers, by name."""
+    """Port of every process but the routers, and of what the routers have beside theirs, by name."""
     complete: bool = False
     """Whether making it came to its end. Until then nobody has stored anything in it."""
 

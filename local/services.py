@@ -22,14 +22,15 @@ DRAIN_TIMEOUT_S = 10.0
 
 
 def shard_settings(
-    record: Record, shard_id: str, port: int, *, database: str, migration: str, catalog: str
+    record: Record, shard_id: str, port: int, *, data: Path, database: str, migration: str, catalog: str
 ) -> dict[str, Any]:
-    """A shard's settings; the last three are URLs."""
+    """A shard's settings; `data` is where its servers have their directories, and the others are URLs."""
     return {
         **_common(port, catalog),
         "shard_id": shard_id,
         "database_dsn": database,
         "migration_dsn": migration,
+        "data_path": str(data),
         **_embedder(record),
     }
 
@@ -39,9 +40,17 @@ def replica_settings(shard_id: str, port: int, *, database: str, catalog: str) -
     return {**_common(port, catalog), "shard_id": shard_id, "database_dsn": database}
 
 
-def router_settings(record: Record, port: int, *, catalog: str, redis: str) -> dict[str, Any]:
+def router_settings(
+    record: Record, port: int, *, admin_port: int, admin_token: Path, catalog: str, redis: str
+) -> dict[str, Any]:
     """A router's settings; the last two are URLs."""
-    return {**_common(port, catalog), "redis_url": redis, **_embedder(record)}
+    return {
+        **_common(port, catalog),
+        "redis_url": redis,
+        "admin_port": admin_port,
+        "admin_token_file": str(admin_token),
+        **_embedder(record),
+    }
 
 
 def write_settings(layout: Layout, name: str, settings: Mapping[str, Any]) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from local import leftovers, postgres, probes, redis, services
-from local.cluster import REDIS, Plan, Programs
+from local.cluster import REDIS, Plan, Programs, admin_of, router_name
 from local.postgres import APP, OWNER, Server, dsn_of_primary
 from local.process import ProcessSpec
 from local.services import Service
@@ -121,6 +121,9 @@ class Specs:
         async def is_up() -> bool:
             return await probes.answers_ping(url)
 
+        async def hangs() -> bool:
+            return await probes.redis_hangs(url)
+
         return ProcessSpec(
             name=REDIS,
             role="redis",
@@ -130,6 +133,7 @@ class Specs:
             log=plan.layout.log(REDIS),
             environment=postgres.environment(),
             probe=is_up,
+            hangs=hangs,
             stop_timeout_s=leftovers.REDIS_STOP_TIMEOUT_S,
             stop_order=2,
         )
@@ -141,6 +145,7 @@ class Specs:
             plan.record,
             shard_id,
             plan.record.ports[shard_id],
+            data=plan.layout.postgres,
             database=dsn_of_primary(servers, APP, plan.secrets.memshard_app),
             migration=dsn_of_primary(servers, OWNER, plan.secrets.memshard_owner),
             catalog=plan.catalog_server().app_dsn(plan.secrets),
@@ -180,13 +185,24 @@ class Specs:
 
     def _router(self, number: int, port: int) -> ProcessSpec:
         plan = self.plan
+        name = router_name(number)
+        admin_port = plan.record.ports[admin_of(name)]
         settings = services.router_settings(
-            plan.record, port, catalog=plan.catalog_server().app_dsn(plan.secrets), redis=plan.redis_url()
+            plan.record,
+            port,
+            admin_port=admin_port,
+            admin_token=plan.layout.admin_token,
+            catalog=plan.catalog_server().app_dsn(plan.secrets),
+            redis=plan.redis_url(),
         )
-        name = f"router-{number}"
         services.write_settings(plan.layout, name, settings)
         needs = (CATALOG_STEP, REDIS, *plan.record.shard_ids())
-        return self._service(name, "router", settings, needs=needs, stop_order=0)
+
+        async def is_up() -> bool:
+            # It begins with the public port. That one says NOT_SERVING in maintenance, in which a cluster may start.
+            return await probes.serves(admin_port)
+
+        return self._service(name, "router", settings, needs=needs, stop_order=0, probe=is_up)
 
     def _service(self, name: str, service: Service, settings: dict[str, Any], **more: Any) -> ProcessSpec:
         plan, port = self.plan, settings["port"]
@@ -194,6 +210,10 @@ class Specs:
         async def is_up() -> bool:
             return await probes.serves(port)
 
+        async def hangs() -> bool:
+            return await probes.hangs(port)
+
+        given: dict[str, Any] = {"probe": is_up, **more}
         return ProcessSpec(
             name=name,
             role=service,
@@ -203,7 +223,7 @@ class Specs:
             cwd=plan.layout.run,
             log=plan.layout.log(name),
             environment=services.environment(service, settings, plan.layout.root),
-            probe=is_up,
+            hangs=hangs,
             stop_timeout_s=leftovers.SERVICE_STOP_TIMEOUT_S,
-            **more,
+            **given,
         )

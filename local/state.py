@@ -4,10 +4,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from common.topology import Topology
+from common.topology import CLUSTER, Topology
 from local.layout import Layout, write_atomically
 
 Role = Literal["supervisor", "router", "shard", "replica", "postgres-primary", "postgres-standby", "redis"]
+
+AUTO = "auto"
+"""Of a degradation level: each router decides by what it sees."""
 
 
 class _State(BaseModel):
@@ -33,6 +36,8 @@ class ShardState(_State):
     slots: int
     address: str
     replicas: list[str] = []
+    level: str = AUTO
+    """The degradation level that an operator has set for it."""
 
 
 class TopologyState(_State):
@@ -40,6 +45,8 @@ class TopologyState(_State):
 
     epoch: int
     shards: list[ShardState]
+    level: str = AUTO
+    """The degradation level that an operator has set for the cluster."""
 
     @classmethod
     def of(cls, topology: Topology) -> "TopologyState":
@@ -53,9 +60,11 @@ class TopologyState(_State):
                     slots=topology.slot_count(shard.shard_id),
                     address=shard.address,
                     replicas=[replica.replica_id for replica in shard.replicas],
+                    level=_level_of(topology, shard.shard_id),
                 )
                 for shard in topology.shards
             ],
+            level=_level_of(topology, CLUSTER),
         )
 
 
@@ -70,6 +79,10 @@ class State(_State):
     def save(self, layout: Layout) -> None:
         """Writes it. Not durably: after a loss of power nothing of it is true anyway."""
         write_atomically(layout.state, self.model_dump_json(indent=2) + "\n", durable=False)
+
+
+def _level_of(topology: Topology, name: str) -> str:
+    return topology.levels[name].name.lower() if name in topology.levels else AUTO
 
 
 def load_state(layout: Layout) -> State:

@@ -14,7 +14,7 @@ from local.layout import Layout
 from local.postgres import Server
 from local.probes import Answer
 from local.record import load_record, load_secrets
-from local.state import ProcessState, Role, ShardState, State, TopologyState, load_state
+from local.state import AUTO, ProcessState, Role, ShardState, State, TopologyState, load_state
 from memshard.v1.memory_pb2 import Durability
 
 CATALOG_TIMEOUT_S = 2.0
@@ -43,7 +43,8 @@ class ReplicaStatus(BaseModel):
 class ShardStatus(BaseModel):
     """One shard. `primary` is the server that takes its writes now, null when none does; `address` its service's.
 
-    `durability` is what a write would be acknowledged with now, null when the service does not say.
+    `durability` is what a write would be acknowledged with now, null when the service does not say. `level` is the
+    degradation level that an operator has set, or `auto`.
     """
 
     shard_id: str
@@ -54,10 +55,12 @@ class ShardStatus(BaseModel):
     address: str
     durability: str | None
     replication: list[ReplicaStatus]
+    level: str
 
 
 class ClusterStatus(BaseModel):
-    """The cluster. `epoch` and `shards` come from the catalog, or are the last known ones; `catalog` says which."""
+    """The cluster. `epoch`, `shards` and `level`, what an operator has set for the whole, come from the catalog, or are
+    the last known ones; `catalog` says which."""
 
     epoch: int | None
     processes: list[ProcessStatus]
@@ -65,6 +68,7 @@ class ClusterStatus(BaseModel):
     catalog: str
     data_dir: str
     addresses: list[str]
+    level: str = AUTO
 
     def healthy(self) -> bool:
         """Whether everything is."""
@@ -94,6 +98,7 @@ async def status(layout: Layout) -> ClusterStatus:
         catalog="live" if topology else "last known" if last else "unknown",
         data_dir=str(layout.root),
         addresses=state.addresses,
+        level=last.level if last else AUTO,
     )
 
 
@@ -178,6 +183,7 @@ async def _shard(shard: ShardState, processes: Sequence[ProcessStatus]) -> Shard
         address=shard.address,
         durability=durability,
         replication=replication,
+        level=shard.level,
     )
 
 

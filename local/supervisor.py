@@ -86,6 +86,10 @@ class Supervisor:
         """A process by its name."""
         return next((child for child in self._children if child.spec.name == name), None)
 
+    def processes(self) -> Sequence[Child]:
+        """All of them."""
+        return self._children
+
     def stop(self) -> None:
         """Asks `run` to end everything and return."""
         self._stop.set()

@@ -22,6 +22,7 @@ from local.layout import Layout
 from local.record import Embedder, Options, Secrets, load_record, load_secrets, settle
 from local.shard_servers import ShardServers, Ties
 from local.shard_watch import ShardWatch
+from local.silence import DEFAULT_HUNG_AFTER_S, SilenceWatch
 from local.specs import Specs
 from local.standby import Maker
 from local.steps import Steps
@@ -43,6 +44,8 @@ class Request:
     options: Options = field(default_factory=Options)
     port: int = DEFAULT_PORT
     routers: int = DEFAULT_ROUTERS
+    hung_after_s: float = DEFAULT_HUNG_AFTER_S
+    """Seconds without an answer after which a service counts as hung, and is ended and started again; 0: never."""
 
     def router_ports(self) -> tuple[int, ...]:
         """One port for each router. Raises OptionsError."""
@@ -123,9 +126,11 @@ async def run(request: Request, observer: Observer) -> None:
             )
 
         hooks = Hooks(observer.progress, ready, observer.stopping)
+        # The routers want it too, when they start.
+        token = make_token(layout)
         shards = shard_servers(plan, programs, log)
-        supervisor = supervise(plan, programs, shards, hooks, log)
-        async with admin.serving(plan.record.ports[ADMIN], make_token(layout), shards, log):
+        supervisor = supervise(plan, programs, shards, hooks, log, hung_after_s=request.hung_after_s)
+        async with admin.serving(plan.record.ports[ADMIN], token, plan, shards, log):
             interruption.action = supervisor.stop
             await supervisor.run()
 
@@ -148,7 +153,7 @@ async def prepare(
     account = postgres_account()
     make_traversable(layout.postgres, account)
     try:
-        chosen = ports.choose(port_names(record), record.ports, avoid=router_ports)
+        chosen = ports.choose(port_names(record, len(router_ports)), record.ports, avoid=router_ports)
         record = record.model_copy(update={"ports": chosen})
         if record != kept:
             record.save(layout)  # First of all: the mark that this directory is ours.
@@ -199,15 +204,17 @@ def supervise(
     log: logging.Logger,
     *,
     services: bool = True,
+    hung_after_s: float = DEFAULT_HUNG_AFTER_S,
 ) -> Supervisor:
     """The supervisor of a cluster; without its `services` only the databases and what is in them."""
     steps = Steps(plan, shards)
     specs = Specs(plan, programs, shards)
+    silence = SilenceWatch(lambda: supervisor.processes(), log, hung_after_s)  # noqa: PLW0108  # It is made below.
     supervisor = Supervisor(
         plan.layout,
         [*specs.databases(), *(specs.services() if services else [])],
         steps.all(),
-        [*(ShardWatch(shard).run for shard in shards.values()), steps.follow_topology],
+        [*(ShardWatch(shard).run for shard in shards.values()), steps.follow_topology, silence.run],
         addresses=plan.addresses(),
         topology=lambda: steps.topology,
         hooks=hooks,

@@ -19,6 +19,7 @@ from replica.service import ReplicaServicer
 from shard import identity
 from shard.database import Database, close_pool, open_pool
 from shard.identity import Identity
+from shard.read_service import admission
 
 _log = logs.get_logger("replica")
 
@@ -44,7 +45,11 @@ async def main(settings: ReplicaSettings) -> None:
         servicer = ReplicaServicer(settings, known, Database(pool))
         server = lifecycle.Server(
             settings,
-            [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s)],
+            [
+                generic_handler(
+                    _SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission()
+                )
+            ],
             [_SERVICE.full_name],
         )
         await server.start()

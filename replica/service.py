@@ -74,6 +74,11 @@ class ReplicaServicer(ReadServicer):
         described.lag_ms = lag.in_ms(replayed.age_s)
         return described
 
+    async def RecyclePool(
+        self, request: shard_pb2.RecyclePoolRequest, deadline: Deadline
+    ) -> shard_pb2.RecyclePoolResponse:
+        return shard_pb2.RecyclePoolResponse(replaced=await self._database.recycle())
+
     async def Store(self, request: Message, deadline: Deadline) -> NoReturn:
         raise _not_primary("a replica takes no writes")
 

@@ -1,6 +1,7 @@
 """The router service: `python -m router [--config FILE]`."""
 
 import argparse
+import asyncio
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -10,22 +11,34 @@ import asyncpg
 from common import catalog, config, embedder, lifecycle, postgres
 from common.catalog import Cluster
 from common.config import RouterSettings
+from common.level import Effects
 from common.rpc import generic_handler
 from common.topology import Topology
 from memshard.v1 import memory_pb2
+from router import admin, self_healing
+from router.admin import AdminServicer
+from router.alerts import Alerts
+from router.checks import Checks
 from router.dispatch import Dispatch
 from router.embed import Embedding
+from router.entrance import Entrance
 from router.fanout import Fanout
+from router.findings import Report
 from router.invalidation import Invalidations
 from router.location import LocationCache
+from router.monitor import Monitor
 from router.parts import Parts
 from router.place import Placement
+from router.probes import Probes
 from router.reads import Reads
+from router.recovery import Recovery
 from router.replicas import Replicas
 from router.request_ids import RequestIds
+from router.retries import Retries
 from router.scatter import Scatter
 from router.service import MemoryServicer
 from router.shards import Shards
+from router.telling import Telling
 from router.tokens import Tokens
 from router.topology_watch import TopologyWatch
 
@@ -48,17 +61,22 @@ async def main(settings: RouterSettings) -> None:
         stack.push_async_callback(locations.close)
         shards = Shards(settings)
         stack.push_async_callback(shards.close)
-        replicas = Replicas(shards, topology, settings)
+        replicas, levels = Replicas(shards, topology, settings), shards.levels
 
         def follow(changed: Topology) -> None:
             replicas.follow(changed)
             shards.follow(changed)
+            levels.override(changed.levels)
 
         watch = TopologyWatch(
             settings.catalog_dsn.get_secret_value(), topology, poll_s=settings.catalog_poll_s, changed=follow
         )
-        reads = Reads(shards, replicas, settings)
-        placement, dispatch = Placement(cluster.placement), Dispatch(watch, reads)
+        levels.override(topology.levels)
+        levels.dependencies += [locations.breaker, watch.breaker]
+        if embeds is not None and embeds.breaker is not None:
+            levels.dependencies.append(embeds.breaker)
+        reads, retries = Reads(shards, replicas, settings), Retries()
+        placement, dispatch = Placement(cluster.placement), Dispatch(watch, reads, retries)
         servicer = MemoryServicer(
             Parts(
                 cluster=cluster,
@@ -66,22 +84,68 @@ async def main(settings: RouterSettings) -> None:
                 embedding=Embedding(embeds),
                 dispatch=dispatch,
                 request_ids=RequestIds(placement, dispatch),
-                scatter=Scatter(watch, shards),
-                fanout=Fanout(watch, reads, concurrency=settings.fanout_concurrency),
+                scatter=Scatter(watch, shards, retries),
+                fanout=Fanout(watch, reads, retries, concurrency=settings.fanout_concurrency),
                 locations=locations,
                 invalidations=invalidations,
-                tokens=Tokens(cluster.token_key),
+                levels=levels,
+                tokens=Tokens(cluster.token_key, levels.of),
             )
+        )
+        entrance = Entrance(levels.shed)
+        checks = Checks(
+            cluster=cluster,
+            watch=watch,
+            shards=shards,
+            replicas=replicas,
+            locations=locations,
+            embedder=embeds,
+            catalog_dsn=settings.catalog_dsn.get_secret_value(),
+        )
+        alerts, telling = Alerts(asyncio.get_running_loop().time), Telling(settings)
+
+        def tell(report: Report) -> None:
+            for alert in alerts.observe(report):
+                telling.tell(alert)
+
+        monitor = Monitor(checks.now, tell)
+        recovery = Recovery(shards, locations, lambda: watch.topology)
+        for_operators = AdminServicer(
+            monitor=monitor,
+            recovery=recovery,
+            watch=watch,
+            shards=shards,
+            retries=retries,
+            hedges=reads.hedges,
+            locations=locations,
         )
         server = lifecycle.Server(
             settings,
-            [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s)],
+            [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=entrance)],
             [_SERVICE.full_name],
+            beside=admin.listener(settings, for_operators),
         )
         await server.start()
-        await server.set_serving(True)
+        await server.set_serving(levels.effects().serving)
         listening = [partial(invalidations.run, locations)] if settings.redis_url else []
-        await server.run_until_stopped([watch.run, replicas.run, *listening])
+
+        async def obey(effects: Effects) -> None:
+            await server.set_serving(effects.serving)
+
+        healing = [partial(self_healing.run, monitor.report, recovery)] if settings.recovery == "auto" else []
+        await server.run_until_stopped(
+            [
+                watch.run,
+                replicas.run,
+                Probes(shards, watch).run,
+                partial(levels.run, obey),
+                entrance.run,
+                monitor.run,
+                telling.run,
+                *listening,
+                *healing,
+            ]
+        )
 
 
 async def _read_catalog(settings: RouterSettings) -> tuple[Cluster, Topology]:

@@ -15,8 +15,6 @@ from router.place import home_slot
 from router.resolve import slot_of_memory
 from router.shards import DELETE, ERASE, UPDATE
 
-# Seconds after which a standby that was behind may have caught up.
-_RETRY_AFTER_S = 1.0
 # Ids that the caches forget, and the shards hear of, at once: 2 MB.
 _MOST_FORGOTTEN = 50_000
 
@@ -84,7 +82,6 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
         raise Unavailable(
             f"erased, and not known to be on the standbys {', '.join(behind)}; the same request again settles it",
             reason="ERASE_UNCONFIRMED",
-            retry_after_s=_RETRY_AFTER_S,
             metadata={"standbys": ",".join(behind)},
         )
     return pb.EraseUserResponse(

@@ -1,4 +1,7 @@
-"""A call to the owner of one slot: by the snapshot, and once more by a newer one when the shard says it is stale."""
+"""A call to the owner of one slot: by the snapshot, and once more by a newer one when the shard says it is stale.
+
+What fails is tried again as a whole: after a failover, the owner has another address.
+"""
 
 from dataclasses import dataclass
 from typing import Generic
@@ -11,7 +14,9 @@ from common.topology import Shard, Topology
 from memshard.internal.v1 import shard_pb2
 from router.consistency import STRONG, Consistency
 from router.reads import Reads, Role
-from router.shards import RETRY_AFTER_S, Q, R, Rpc
+from router.report import Origin
+from router.retries import Retries
+from router.shards import Q, R, Rpc
 from router.topology_watch import TopologyWatch
 
 
@@ -23,13 +28,23 @@ class Answered(Generic[R]):
     answer: R
     served_by: Role
 
+    @property
+    def origin(self) -> Origin:
+        """For its report."""
+        return Origin.of_shards((self.shard.shard_id,), (self.served_by,))
+
 
 class Dispatch:
     """Sends requests about one slot to the shard that owns it."""
 
-    def __init__(self, watch: TopologyWatch, reads: Reads) -> None:
+    def __init__(self, watch: TopologyWatch, reads: Reads, retries: Retries) -> None:
         self._watch = watch
         self._reads = reads
+        self._retries = retries
+
+    def owner(self, slot: int) -> Shard:
+        """The owner of a slot by the snapshot."""
+        return self._watch.topology.owner(slot)
 
     async def to_owner(self, slot: int, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> tuple[Shard, R]:
         """The owner of `slot`, and the answer of its primary. Fills in the request's route.
@@ -46,14 +61,18 @@ class Dispatch:
 
         Raises what `Reads.ask` raises; Unavailable / TOPOLOGY_CHANGING when the newer topology is stale as well.
         """
-        try:
-            return await self._once(slot, rpc, request, consistency, deadline)
-        except WrongShard as stale:
-            await self._watch.refresh(stale.epoch, deadline)
-        try:
-            return await self._once(slot, rpc, request, consistency, deadline)
-        except WrongShard as stale:
-            raise still_moving() from stale
+
+        async def attempt() -> Answered[R]:
+            try:
+                return await self._once(slot, rpc, request, consistency, deadline)
+            except WrongShard as stale:
+                await self._watch.refresh(stale.epoch, deadline)
+            try:
+                return await self._once(slot, rpc, request, consistency, deadline)
+            except WrongShard as stale:
+                raise still_moving() from stale
+
+        return await self._retries.run(attempt, deadline)
 
     async def _once(
         self, slot: int, rpc: Rpc[Q, R], request: Q, consistency: Consistency, deadline: Deadline
@@ -78,6 +97,4 @@ def set_route(request: Message, topology: Topology, shard: Shard, ranges: list[t
 
 def still_moving() -> Unavailable:
     """Router and shards disagree on who owns what, even after a fresh look."""
-    return Unavailable(
-        "the memory is between two shards at the moment", reason="TOPOLOGY_CHANGING", retry_after_s=RETRY_AFTER_S
-    )
+    return Unavailable("the memory is between two shards at the moment", reason="TOPOLOGY_CHANGING")

@@ -1,6 +1,5 @@
 """Embeddings for what comes as text: at once, or, for a memory whose embedder is away, later."""
 
-import asyncio
 from collections.abc import Sequence
 
 from common import logs
@@ -10,8 +9,6 @@ from common.errors import InvalidArgument, Unavailable
 from memshard.v1 import memory_pb2 as pb
 
 _log = logs.get_logger("embed")
-
-_TOO_SLOW = "TOO_SLOW"
 
 Vector = Sequence[float]
 # An embedding that follows: the shard makes it when the embedder is back.
@@ -30,11 +27,7 @@ class Embedding:
         Half of the time that is left is the embedder's; in the other half words must be found instead. Raises
         InvalidArgument when there is no embedder or it knows nothing of the text, Unavailable.
         """
-        try:
-            async with asyncio.timeout(deadline.remaining_s() / 2):
-                (vector,) = await self._embed([text], "embedding")
-        except TimeoutError as error:
-            raise Unavailable("the embedder does not answer in time", reason=_TOO_SLOW) from error
+        (vector,) = await self._embed([text], "embedding", deadline)
         if not any(vector):
             raise _nothing_known("query")
         return vector
@@ -48,11 +41,9 @@ class Embedding:
         stored in the other half. Raises InvalidArgument when there is no embedder.
         """
         try:
-            async with asyncio.timeout(deadline.remaining_s() / 2):
-                vectors = await self._embed([memory.content for memory in memories], f"{fields[0]}.embedding")
-        except (Unavailable, TimeoutError) as error:
-            reason = error.reason if isinstance(error, Unavailable) else _TOO_SLOW
-            _log.warning("stored without an embedding, which will follow", reason=reason, memories=len(memories))
+            vectors = await self._embed([memory.content for memory in memories], f"{fields[0]}.embedding", deadline)
+        except Unavailable as error:
+            _log.warning("stored without an embedding, which will follow", reason=error.reason, memories=len(memories))
             return [LATER] * len(memories)
         return [
             vector if any(vector) else _nothing_known(f"{field}.content")
@@ -66,12 +57,12 @@ class Embedding:
             raise vector
         return vector
 
-    async def _embed(self, texts: Sequence[str], field: str) -> list[Vector]:
+    async def _embed(self, texts: Sequence[str], field: str, deadline: Deadline) -> list[Vector]:
         if self._embedder is None:
             raise InvalidArgument.field(
                 field, "EMBEDDING_REQUIRED", "is required: this cluster was made without an embedder"
             )
-        vectors: list[Vector] = (await self._embedder.embed(texts)).tolist()
+        vectors: list[Vector] = (await self._embedder.embed(texts, deadline.remaining_s() / 2)).tolist()
         return vectors
 
 

@@ -13,7 +13,9 @@ from memshard.v1 import memory_pb2 as pb
 from router.consistency import STRONG, Consistency
 from router.dispatch import set_route, still_moving
 from router.reads import Reads, Role
-from router.shards import RETRY_AFTER_S, Q, R, Rpc
+from router.report import Origin
+from router.retries import Retries
+from router.shards import Q, R, Rpc
 from router.topology_watch import TopologyWatch
 
 T = TypeVar("T")
@@ -28,21 +30,22 @@ class Gathered(Generic[R]):
     served_by: frozenset[Role] = frozenset()
     """The kinds of servers that answered."""
 
-    def summary(self) -> pb.ShardSummary:
-        """The shards section of a read report."""
-        return pb.ShardSummary(
+    @property
+    def origin(self) -> Origin:
+        """For its report."""
+        summary = pb.ShardSummary(
             total=len(self.answers) + len(self.failed),
             succeeded=len(self.answers),
             failed=[pb.ShardFailure(shard_id=shard.shard_id, status=to_status(error)) for shard, error in self.failed],
         )
+        asked = frozenset(shard.shard_id for shard, _ in (*self.answers, *self.failed))
+        return Origin(asked, self.served_by, summary)
 
     def require_all(self) -> None:
         """Raises Unavailable / SHARDS_MISSING when a shard failed."""
         if self.failed:
             names = ", ".join(f"{shard.shard_id} ({error.reason})" for shard, error in self.failed)
-            raise Unavailable(
-                f"these shards did not answer: {names}", reason="SHARDS_MISSING", retry_after_s=RETRY_AFTER_S
-            )
+            raise Unavailable(f"these shards did not answer: {names}", reason="SHARDS_MISSING")
 
     def require_any(self) -> None:
         """Raises Unavailable / SHARDS_MISSING when every shard failed: an empty answer would be a lie."""
@@ -53,9 +56,10 @@ class Gathered(Generic[R]):
 class Fanout:
     """Asks all shards that own slots, at most `concurrency` at a time for one question."""
 
-    def __init__(self, watch: TopologyWatch, reads: Reads, *, concurrency: int) -> None:
+    def __init__(self, watch: TopologyWatch, reads: Reads, retries: Retries, *, concurrency: int) -> None:
         self._watch = watch
         self._reads = reads
+        self._retries = retries
         self._concurrency = concurrency
 
     async def ask_all(
@@ -89,7 +93,9 @@ class Fanout:
             set_route(request, topology, shard, topology.ranges_of(shard.shard_id))
             try:
                 async with places:
-                    answer, role = await self._reads.ask(shard, rpc, request, consistency, deadline)
+                    answer, role = await self._retries.run(
+                        lambda: self._reads.ask(shard, rpc, request, consistency, deadline), deadline
+                    )
                 answers.append((shard, answer))
                 roles.add(role)
             except MemshardError as error:

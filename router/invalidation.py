@@ -25,7 +25,6 @@ from router.location import LocationCache
 _log = logs.get_logger("invalidation")
 
 _TIMEOUT_S = 1.0
-_RETRY_AFTER_S = 1.0
 # Kept back of an erasure's time for saying that it could not be confirmed.
 _MARGIN_S = 0.1
 
@@ -77,7 +76,6 @@ class Invalidations:
                 "everything is erased from the shards, but the caches could not be reached; the same request again "
                 "settles it",
                 reason="ERASE_UNCONFIRMED",
-                retry_after_s=_RETRY_AFTER_S,
             ) from error
 
     async def close(self) -> None:

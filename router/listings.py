@@ -8,7 +8,7 @@ from router import filters, validate
 from router.consistency import Consistency
 from router.merge import merge_page
 from router.parts import Parts
-from router.report import ONE_SHARD, report
+from router.report import Origin, report
 from router.resolve import slot_of_memory
 from router.shards import LIST, LIST_VERSIONS
 
@@ -29,20 +29,25 @@ async def list_memories(
         include_embedding=request.include_embedding,
         filter=request.filter if request.HasField("filter") else None,
     )
-    slot = parts.placement.user_slot(user_id)
+    memories, following, origin = await newest(parts, question, consistency, deadline)
+    token = parts.tokens.next_page(request, tokens_pb2.PageToken(after=following)) if following else ""
+    return pb.ListMemoriesResponse(memories=memories, next_page_token=token, report=report(parts.levels, origin))
+
+
+async def newest(
+    parts: Parts, question: shard_pb2.ListRequest, consistency: Consistency, deadline: Deadline
+) -> tuple[list[pb.Memory], shard_pb2.ListPosition | None, Origin]:
+    """A page of a user's memories, newest first, where the next one begins, and where they come from."""
+    slot = parts.placement.user_slot(question.user_id)
     if slot is not None:
         answered = await parts.dispatch.read(slot, LIST, question, consistency, deadline)
         page = answered.answer
-        memories, summary, served_by = list(page.memories), ONE_SHARD, frozenset((answered.served_by,))
-        following = page.next if page.HasField("next") else None
-    else:
-        gathered = await parts.fanout.ask_all(LIST, question, deadline, consistency)
-        # A page without one shard's memories would skip them for good.
-        gathered.require_all()
-        memories, following = merge_page([answer for _, answer in gathered.answers], page_size)
-        summary, served_by = gathered.summary(), gathered.served_by
-    token = parts.tokens.next_page(request, tokens_pb2.PageToken(after=following)) if following else ""
-    return pb.ListMemoriesResponse(memories=memories, next_page_token=token, report=report(summary, served_by))
+        return list(page.memories), page.next if page.HasField("next") else None, answered.origin
+    gathered = await parts.fanout.ask_all(LIST, question, deadline, consistency)
+    # A page without one shard's memories would skip them for good.
+    gathered.require_all()
+    memories, following = merge_page([answer for _, answer in gathered.answers], question.page_size)
+    return memories, following, gathered.origin
 
 
 async def list_versions(

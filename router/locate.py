@@ -12,6 +12,7 @@ from router.dispatch import Dispatch
 from router.fanout import Fanout
 from router.location import LocationCache
 from router.reads import Role
+from router.report import Origin
 from router.shards import GET
 
 
@@ -20,8 +21,7 @@ class Located:
     """A memory, and which shards were asked for it."""
 
     memory: pb.Memory
-    shards: pb.ShardSummary
-    served_by: frozenset[Role]
+    origin: Origin
 
 
 class Locator:
@@ -65,9 +65,7 @@ class Locator:
             found.extend(answered.answer.found)
         if not found:
             return None
-        return Located(
-            _only(found, request.id), pb.ShardSummary(total=len(asked), succeeded=len(asked)), frozenset(roles)
-        )
+        return Located(_only(found, request.id), Origin.of_shards(asked, roles))
 
     async def _everywhere(self, request: shard_pb2.GetRequest, consistency: Consistency, deadline: Deadline) -> Located:
         began = self._locations.moment()
@@ -81,7 +79,7 @@ class Locator:
         if not gathered.failed and gathered.served_by == {"primary"}:
             # What replicas know may be older than what the cache has been told by a store meanwhile.
             await self._locations.learn(request.id, frozenset(item.slot for item in found), since=began)
-        return Located(_only(found, request.id), gathered.summary(), gathered.served_by)
+        return Located(_only(found, request.id), gathered.origin)
 
 
 def _only(found: Sequence[shard_pb2.FoundMemory], memory_id: str) -> pb.Memory:

@@ -2,7 +2,7 @@
 
 It maps to slots, never to shards: slots move, a memory's slot does not. Usually an id has one slot; ids are unique per
 user only, so it may have several. What is found here is only where to look first, so a wrong entry costs a second
-look, and a Redis that is slow or dead costs at most its timeout, then nothing for a while.
+look, and a Redis that is slow or dead costs at most its timeout, and after a few calls nothing at all.
 
 What is erased is to be gone from here too, whatever is under way meanwhile. So nothing is written that was learnt
 before an erasure of which this router has heard since (`Moment.forgettings`), nor, in Redis, before one of which it has
@@ -23,7 +23,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
 from common import logs
+from common.breaker_log import logged
+from common.breaker_settings import CACHE
 from common.config import RouterSettings
+from common.errors import Unavailable
 from common.slots import SLOT_COUNT
 
 _log = logs.get_logger("location")
@@ -33,8 +36,6 @@ NOWHERE: Slots = frozenset()
 
 # An entry with more is not one of ours, or not worth following one by one.
 _MAX_SLOTS = 8
-# Seconds without Redis after it failed, so that a dead one costs its timeout once and not with every call.
-_REST_S = 1.0
 _MAX_CONNECTIONS = 64
 # Keys in one command: some milliseconds of Redis' one thread.
 _MAX_KEYS = 1000
@@ -92,7 +93,7 @@ class LocationCache:
         self._timeout_s = settings.redis_timeout_s
         self._redis = _connect(settings)
         self._write = self._redis.register_script(_WRITE) if self._redis is not None else None
-        self._resting_until = 0.0
+        self.breaker = logged("Redis", CACHE)
 
     async def find(self, memory_id: str) -> Slots:
         """The slots where a memory with this id was last known; empty when nothing is known."""
@@ -181,6 +182,46 @@ class LocationCache:
         self._memory.pop(memory_id, None)
         await self._ask(lambda redis: redis.delete(_key(memory_id)))
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is a Redis."""
+        return self._redis is not None
+
+    @property
+    def is_believed(self) -> bool:
+        """Whether what this router remembers is used."""
+        return self._believes()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many locations this router remembers, and how many it may."""
+        return len(self._memory), int(self._memory.maxsize)
+
+    async def ping(self) -> None:
+        """Asks Redis whether it is there, whatever its breaker says, which hears of it. Raises Unavailable."""
+        if self._redis is None:
+            return
+        began = time.monotonic()
+        try:
+            answered = await self._redis.ping()
+        except Exception as error:  # Whatever its client raises, it is no answer to a ping.
+            raise Unavailable("Redis does not answer", reason="REDIS_UNAVAILABLE") from error
+        if answered is not True:
+            raise Unavailable("Redis answers something else", reason="REDIS_UNAVAILABLE")
+        took_s = time.monotonic() - began
+        # Enough of them close it, though nobody may be asking it anything at the moment.
+        self.breaker.probe_succeeded()
+        for _ in range(self.breaker.settings.probes):
+            if not self.breaker.refused_for_s():
+                self.breaker.admit().success(took_s)
+
+    def flush(self) -> int:
+        """Forgets all that this router remembers, and goes on remembering; how much that was."""
+        self._forgettings += 1
+        count = len(self._memory)
+        self._memory.clear()
+        return count
+
     async def close(self) -> None:
         """Closes the connections to Redis."""
         if self._redis is not None:
@@ -205,21 +246,28 @@ class LocationCache:
         return dict(zip(entries, map(parse, replies), strict=True)) if isinstance(replies, list) else {}
 
     async def _ask(self, command: Callable[[Redis], Awaitable[object]]) -> object:
-        """Redis' reply, or None when there is no Redis, or it failed or rests."""
-        loop = asyncio.get_running_loop()
-        if self._redis is None or loop.time() < self._resting_until:
+        """Redis' reply, or None when there is no Redis, or it failed, or its breaker is open."""
+        if self._redis is None or self.breaker.refused_for_s():
             return None
+        permit = self.breaker.admit()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await command(self._redis)
+                reply = await command(self._redis)
         except ResponseError:
             # It answers, and refuses: there is something else than an entry under the key.
+            permit.success(time.monotonic() - began)
             return None
         except Exception as error:
             # A cache may fail a call in no way whatever, not even by an answer that its client chokes on.
-            self._resting_until = loop.time() + _REST_S
+            permit.failure()
             _log.warning("going on without Redis", error=type(error).__name__)
             return None
+        else:
+            permit.success(time.monotonic() - began)
+            return reply
+        finally:
+            permit.ignore()
 
 
 def made_just_now(memory_id: str) -> bool:

@@ -7,6 +7,7 @@ from router.dispatch import Dispatch
 from router.embed import Embedding
 from router.fanout import Fanout
 from router.invalidation import Invalidations
+from router.levels import Levels
 from router.location import LocationCache
 from router.place import Placement
 from router.request_ids import RequestIds
@@ -27,4 +28,5 @@ class Parts:
     fanout: Fanout
     locations: LocationCache
     invalidations: Invalidations
+    levels: Levels
     tokens: Tokens

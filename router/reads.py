@@ -3,23 +3,30 @@
 Replicas that look fresh enough come first, then those that may be by now, each for a short time, then the primary with
 what is left. When the primary is away too, a replica that was passed over may still catch up, and is waited for. What
 none of them can answer is UNAVAILABLE: an older answer than was asked for is never given.
+
+A read of one user that takes longer than most is asked of a second server as well (`router.hedges`).
 """
 
 import asyncio
-from typing import Any, Generic, Literal, TypeAlias
+from collections.abc import Collection
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from common import errors, logs
 from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import DeadlineExceeded, Unavailable, WrongShard
+from common.hedge import HedgeTimer
 from common.topology import Shard
 from memshard.internal.v1 import shard_pb2
 from router.balance import PRIMARY, Order, order
 from router.consistency import Consistency, Wanted
+from router.hedges import Hedges
 from router.replicas import Replicas
-from router.shards import RETRY_AFTER_S, Q, R, Rpc, Shards, admit
+from router.shards import Q, R, Rpc, Shards
 
 _log = logs.get_logger("reads")
+
+T = TypeVar("T")
 
 Role: TypeAlias = Literal["primary", "replica"]
 
@@ -41,6 +48,7 @@ class Reads:
     def __init__(self, shards: Shards, replicas: Replicas, settings: RouterSettings) -> None:
         self.shards = shards
         self.replicas = replicas
+        self.hedges = Hedges()
         self.wait_s = settings.freshness_wait_s
         self.timeout_s = settings.replica_timeout_s
         self._share = settings.reads == "all"
@@ -54,7 +62,7 @@ class Reads:
         Raises what the primary raises when it is asked, and no replica can stand in for it; Unavailable /
         NO_FRESH_SERVER when there are replicas, and none is fresh enough.
         """
-        admit(shard, rpc)
+        self.shards.admit(shard, rpc)
         if consistency.strong:
             return await self.shards.call(shard, rpc, request, deadline), "primary"
         reading = _Reading(self, shard, rpc, request, consistency.of(shard.shard_id), deadline)
@@ -82,48 +90,84 @@ class _Reading(Generic[Q, R]):
         self._deadline = deadline
         # What is left of the time that replicas may take to catch up: one read waits once, not at each of them.
         self._wait_s = reads.wait_s
+        # Why the primary had no answer, once it was asked.
+        self._failed: Unavailable | DeadlineExceeded | None = None
 
     async def run(self, going: Order) -> tuple[R, Role]:
-        """Asks one after the other."""
-        failed: Unavailable | DeadlineExceeded | None = None
-        for name in going.first:
-            part = Deadline.after(self._deadline.remaining_s() / 2)
-            if name == PRIMARY:
-                try:
-                    return await self._ask_primary(part), "primary"
-                except (Unavailable, DeadlineExceeded) as error:
-                    failed = error
-                    continue
-            timeout_s = part.remaining_s() if self._wide() else min(part.remaining_s(), self._reads.timeout_s)
-            answer = await self._ask_replica(name, timeout_s, min(self._wait_s, timeout_s / 2))
-            if answer is not None:
-                return answer, "replica"
-        if failed is None:
-            try:
-                return await self._ask_primary(self._deadline.less(self._reserve_s(going))), "primary"
-            except (Unavailable, DeadlineExceeded) as error:
-                failed = error
-        answer = await self._outwait(going.last)
-        if answer is not None:
-            return answer, "replica"
-        raise self._explained(failed, going) from failed
+        """Asks one after the other, and two at once where the first takes long."""
+        names = list(going.first)
+        while names:
+            if (got := await self._ask_next(names)) is not None:
+                return got
+        if self._failed is None:
+            primary = self._ask_primary(self._deadline.less(self._reserve_s(going)))
+            if (got := await primary) is not None:
+                return got
+        if (got := await self._outwait(going.last)) is not None:
+            return got
+        assert self._failed is not None, "the primary has neither been asked nor failed"
+        raise self._explained(self._failed, going) from self._failed
 
-    async def _ask_primary(self, deadline: Deadline) -> R:
+    async def _ask_next(self, names: list[str]) -> tuple[R, Role] | None:
+        """The answer of the first of `names`, or of the one after it when that is hedged; both are taken off then."""
+        name = names.pop(0)
+        if self._wide() or not self._by_id:
+            return await self._ask_in_turn(name)
+        timer = self._reads.hedges.timer(self._shard.shard_id, self._rpc.name)
+        after_s = timer.delay_s()
+        if after_s is None:
+            return await self._timed(timer, name)
+        asked = {asyncio.create_task(self._timed(timer, name))}
+        try:
+            await asyncio.wait(asked, timeout=after_s)
+            second = names[0] if names else PRIMARY
+            if second != name and not all(task.done() for task in asked) and self._reads.hedges.spend():
+                del names[:1]
+                asked.add(asyncio.create_task(self._timed(timer, second)))
+            return await _first_answer(asked)
+        finally:
+            for task in asked:
+                # What became of the slower one is nobody's to hear, but the event loop would complain.
+                task.add_done_callback(_hear)
+                task.cancel()
+
+    async def _timed(self, timer: HedgeTimer, name: str) -> tuple[R, Role] | None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            return await self._ask_in_turn(name)
+        finally:
+            timer.observe(loop.time() - began)
+
+    async def _ask_in_turn(self, name: str) -> tuple[R, Role] | None:
+        """The answer of a server that is not the last hope, and so gets a part of the time."""
+        part = Deadline.after(self._deadline.remaining_s() / 2)
+        if name == PRIMARY:
+            return await self._ask_primary(part)
+        timeout_s = part.remaining_s() if self._wide() else min(part.remaining_s(), self._reads.timeout_s)
+        return await self._ask_replica(name, timeout_s, min(self._wait_s, timeout_s / 2))
+
+    async def _ask_primary(self, deadline: Deadline) -> tuple[R, Role] | None:
+        """The answer of the primary; None when it has none, which is kept."""
         # It is told what was asked for as well: one that has been replaced, and does not know it yet, is behind too.
-        self._ask_for_freshness(0.0)
-        return await self._reads.shards.call(self._shard, self._rpc, self._request, deadline)
+        request = self._asking_for_freshness(0.0)
+        try:
+            return await self._reads.shards.call(self._shard, self._rpc, request, deadline), "primary"
+        except (Unavailable, DeadlineExceeded) as error:
+            self._failed = error
+            return None
 
-    async def _ask_replica(self, name: str, timeout_s: float, wait_s: float) -> R | None:
+    async def _ask_replica(self, name: str, timeout_s: float, wait_s: float) -> tuple[R, Role] | None:
         """The answer of a replica; None when somebody else has to give it."""
         replica, replicas = self._by_id[name], self._reads.replicas
         if timeout_s <= 0:
             return None
-        self._ask_for_freshness(wait_s)
+        request = self._asking_for_freshness(wait_s)
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
             answer = await self._reads.shards.call_replica(
-                self._shard, replica, self._rpc, self._request, timeout_s=timeout_s
+                self._shard, replica, self._rpc, request, timeout_s=timeout_s
             )
         except _GO_ON as error:
             if error.reason == BEHIND:
@@ -136,27 +180,31 @@ class _Reading(Generic[Q, R]):
                 _log.error("a replica failed a read by a bug", shard=self._shard.shard_id, replica=name)
             return None
         replicas.answered(self._shard, replica, self.wanted)
-        return answer
+        return answer, "replica"
 
-    async def _outwait(self, names: tuple[str, ...]) -> R | None:
+    async def _outwait(self, names: tuple[str, ...]) -> tuple[R, Role] | None:
         """The answer of a replica that catches up in time; None when none does."""
         # Without the last of the caller's time, in which to say that there is no answer.
         until = Deadline.after(min(_OUTWAIT_S, self._deadline.remaining_s() * 3 / 4))
         for number, name in enumerate(names):
             share_s = until.remaining_s() / (len(names) - number)
             # What is not waited is for the answer, or for hearing that there is none.
-            answer = await self._ask_replica(name, share_s, share_s - min(share_s / 2, self._reads.timeout_s))
-            if answer is not None:
-                return answer
+            got = await self._ask_replica(name, share_s, share_s - min(share_s / 2, self._reads.timeout_s))
+            if got is not None:
+                return got
         return None
 
     def _reserve_s(self, going: Order) -> float:
         """What is kept back from the primary, so that a replica can stand in for one that hangs."""
         return min(self._reads.timeout_s, self._deadline.remaining_s() / 4) if going.last else 0.0
 
-    def _ask_for_freshness(self, wait_s: float) -> None:
-        route: shard_pb2.Route = self._request.route  # type: ignore[attr-defined]  # Every request of a read has one.
+    def _asking_for_freshness(self, wait_s: float) -> Q:
+        """The request with what is asked of one server; a copy, as two may be asked at once."""
+        request = type(self._request)()
+        request.CopyFrom(self._request)
+        route: shard_pb2.Route = request.route  # type: ignore[attr-defined]  # Every request of a read has one.
         route.fresh.CopyFrom(self.wanted.freshness(self._shard.shard_id, int(wait_s * 1000)))
+        return request
 
     def _wide(self) -> bool:
         """Whether this may take long wherever it is asked. A replica that falls silent meanwhile is still found out:
@@ -171,5 +219,26 @@ class _Reading(Generic[Q, R]):
         return Unavailable(
             f"the primary of {self._shard.shard_id} does not answer, and no replica is fresh enough",
             reason="NO_FRESH_SERVER",
-            retry_after_s=RETRY_AFTER_S,
         )
+
+
+async def _first_answer(asked: Collection[asyncio.Task[T | None]]) -> T | None:
+    """The first result that is one; else the first error; None when there is neither."""
+    pending, failed = set(asked), None
+    while pending:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            error = task.exception()
+            if error is not None:
+                # Of two, the one may be overloaded while the other answers.
+                failed = failed or error
+            elif (result := task.result()) is not None:
+                return result
+    if failed is not None:
+        raise failed
+    return None
+
+
+def _hear(task: asyncio.Task[T]) -> None:
+    if not task.cancelled():
+        task.exception()

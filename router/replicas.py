@@ -9,9 +9,6 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import grpc
-from grpc_health.v1 import health_pb2
-
 from common import logs
 from common.config import RouterSettings
 from common.errors import DeadlineExceeded, MemshardError
@@ -19,11 +16,9 @@ from common.topology import Replica, Shard, Topology
 from memshard.internal.v1 import shard_pb2
 from router.balance import Standing
 from router.consistency import Position, Wanted
-from router.shards import DESCRIBE, Shards
+from router.shards import Shards
 
 _log = logs.get_logger("replicas")
-
-_HEALTH = "/grpc.health.v1.Health/Check"
 
 # A busy machine lets one look go by now and then. That makes a replica suspect, and no more than that.
 _LOST_AFTER_LOOKS = 2
@@ -100,7 +95,7 @@ class Replicas:
         try:
             async with asyncio.timeout(self._poll_s):
                 said = await self._ask(watched)
-        except TimeoutError:
+        except (TimeoutError, DeadlineExceeded):
             if watched.heard_at > began:
                 return  # It is busy, and so is this machine perhaps. What it answers it answers.
             watched.silent_looks += 1
@@ -123,6 +118,7 @@ class Replicas:
         elif watched.standing is not None and watched.suspected_at > began:
             return  # What was left unanswered came after what was just answered: the next look decides.
         else:
+            self._shards.guards.of(watched.shard.shard_id, watched.replica.replica_id).heard()
             position = Position(said.position.timeline, said.position.lsn)
             if watched.standing is None:
                 _log.info("a replica serves", **_names(watched), lag_ms=said.lag_ms)
@@ -132,25 +128,9 @@ class Replicas:
 
     async def _ask(self, watched: _Watched) -> shard_pb2.DescribeResponse | None:
         """What a replica says of itself; None when it does not serve, or is no replica of this shard any more."""
-        check = self._shards.channel(watched.replica.address).unary_unary(
-            _HEALTH,
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        try:
-            health = await check(health_pb2.HealthCheckRequest(), timeout=self._poll_s)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise TimeoutError from error
+        if not await self._shards.is_serving(watched.replica.address, timeout_s=self._poll_s):
             return None
-        if health.status != health_pb2.HealthCheckResponse.SERVING:
-            return None
-        try:
-            said = await self._shards.call_replica(
-                watched.shard, watched.replica, DESCRIBE, shard_pb2.DescribeRequest(), timeout_s=self._poll_s
-            )
-        except DeadlineExceeded:
-            raise TimeoutError from None
+        said = await self._shards.describe(watched.replica.address, watched.replica.replica_id, timeout_s=self._poll_s)
         known = (said.cluster_id, said.shard_id) == (self._cluster_id, watched.shard.shard_id)
         # One that takes writes has been promoted: the shard's own service answers for that server now.
         return said if known and not said.writable else None

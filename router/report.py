@@ -1,17 +1,32 @@
 """What a read says of itself."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from memshard.v1 import memory_pb2 as pb
+from router.levels import Levels
 from router.reads import Role
 
-ONE_SHARD = pb.ShardSummary(total=1, succeeded=1)
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an answer comes from: which shards were asked for it, and which kinds of servers gave it."""
+
+    shard_ids: frozenset[str]
+    served_by: frozenset[Role]
+    summary: pb.ShardSummary
+
+    @classmethod
+    def of_shards(cls, shard_ids: Iterable[str], served_by: Iterable[Role]) -> "Origin":
+        """Of shards that all answered."""
+        asked = frozenset(shard_ids)
+        return cls(asked, frozenset(served_by), pb.ShardSummary(total=len(asked), succeeded=len(asked)))
 
 
-def report(shards: pb.ShardSummary, served_by: Iterable[Role], *, fallback: bool = False) -> pb.ReadReport:
+def report(levels: Levels, origin: Origin, *, fallback: bool = False) -> pb.ReadReport:
     """Where an answer came from, and what it lacks. `fallback`: it was found in another way than was asked for."""
     return pb.ReadReport(
-        served_by=[*sorted(set(served_by)), *(["fallback"] if fallback else [])],
-        shards=shards,
-        degradation_level=pb.DEGRADATION_LEVEL_NORMAL,
+        served_by=[*sorted(origin.served_by), *(["fallback"] if fallback else [])],
+        shards=origin.summary,
+        degradation_level=pb.DegradationLevel.ValueType(levels.of(origin.shard_ids)),
     )

@@ -13,6 +13,7 @@ from common.slots import as_ranges
 from common.status import from_status
 from common.topology import Shard
 from router.dispatch import set_route, still_moving
+from router.retries import Retries
 from router.shards import Q, R, Rpc, Shards
 from router.topology_watch import TopologyWatch
 
@@ -45,9 +46,10 @@ class Scattered(Generic[R]):
 class Scatter:
     """Sends items by the snapshot, and those that met a stale shard once more by a newer one."""
 
-    def __init__(self, watch: TopologyWatch, shards: Shards) -> None:
+    def __init__(self, watch: TopologyWatch, shards: Shards, retries: Retries) -> None:
         self._watch = watch
         self._shards = shards
+        self._retries = retries
 
     async def send(self, sending: Sending[T, Q, R], items: Sequence[T], deadline: Deadline) -> Scattered[R]:
         """Sends every item once to the owner of its slot. No item's fault is another's."""
@@ -77,7 +79,9 @@ class Scatter:
             request = sending.request_of(group)
             set_route(request, topology, shard, as_ranges(sending.slot_of(item) for item in group))
             try:
-                answer = await self._shards.call(shard, sending.rpc, request, deadline)
+                answer = await self._retries.run(
+                    lambda: self._shards.call(shard, sending.rpc, request, deadline), deadline
+                )
             except MemshardError as error:
                 outcomes.update(dict.fromkeys(numbers, error))
                 return

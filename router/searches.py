@@ -5,14 +5,17 @@ from dataclasses import dataclass
 
 from common.deadline import Deadline
 from common.errors import InvalidArgument, Unavailable, Unimplemented
+from common.level import Fallback
 from common.rpc import add_trailer
+from common.topology import CLUSTER
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import filters, validate
 from router.consistency import Consistency
+from router.listings import newest
 from router.merge import merge
 from router.parts import Parts
-from router.report import ONE_SHARD, report
+from router.report import report
 from router.shards import SEARCH
 
 # How many of the memories in question have no embedding yet, and so cannot be found by meaning.
@@ -51,20 +54,50 @@ async def search(
     slot = parts.placement.user_slot(user_id) if user_id else None
     if slot is not None:
         answered = await parts.dispatch.read(slot, SEARCH, question, consistency, deadline)
-        answers, summary, served_by = [answered.answer], ONE_SHARD, frozenset((answered.served_by,))
+        answers, origin = [answered.answer], answered.origin
     else:
         gathered = await parts.fanout.ask_all(SEARCH, question, deadline, consistency)
         if request.require_all_shards:
             gathered.require_all()
         gathered.require_any()
         answers = [answer for _, answer in gathered.answers]
-        summary, served_by = gathered.summary(), gathered.served_by
+        origin = gathered.origin
+    if query.fallback and user_id and not any(answer.results for answer in answers):
+        recent = await _most_recent(parts, question, window, consistency, deadline)
+        if recent is not None:
+            return recent
     if unembedded := sum(answer.unembedded for answer in answers):
         add_trailer(UNEMBEDDED_TRAILER, str(unembedded))
     return pb.SearchMemoriesResponse(
         results=merge([answer.results for answer in answers], window),
         score_kind=pb.SCORE_KIND_TEXT_RANK if query.words else pb.SCORE_KIND_COSINE,
-        report=report(summary, served_by, fallback=query.fallback),
+        report=report(parts.levels, origin, fallback=query.fallback),
+    )
+
+
+async def _most_recent(
+    parts: Parts,
+    question: shard_pb2.SearchRequest,
+    window: validate.Window,
+    consistency: Consistency,
+    deadline: Deadline,
+) -> pb.SearchMemoriesResponse | None:
+    """The user's newest memories, where a level allows them to stand in for what neither meaning nor words found."""
+    slot = parts.placement.user_slot(question.user_id)
+    shard_id = parts.dispatch.owner(slot).shard_id if slot is not None else CLUSTER
+    if Fallback.MOST_RECENT not in parts.levels.effects(shard_id).fallbacks:
+        return None
+    listing = shard_pb2.ListRequest(
+        user_id=question.user_id,
+        page_size=question.k,
+        include_embedding=question.include_embedding,
+        filter=question.filter if question.HasField("filter") else None,
+    )
+    memories, _, origin = await newest(parts, listing, consistency, deadline)
+    return pb.SearchMemoriesResponse(
+        results=[pb.ScoredMemory(memory=memory) for memory in memories[window.offset :]],
+        score_kind=pb.SCORE_KIND_RECENCY,
+        report=report(parts.levels, origin, fallback=True),
     )
 
 

@@ -11,7 +11,7 @@ from router import changes, listings, searches, stores, validate
 from router.consistency import Consistency, consistency
 from router.locate import Locator
 from router.parts import Parts
-from router.report import ONE_SHARD, report
+from router.report import report
 from router.resolve import slot_of_memory
 from router.shards import GET
 
@@ -48,7 +48,7 @@ class MemoryServicer:
             located = await self._locator.get(
                 memory_id, deadline, include_embedding=request.include_embedding, consistency=wanted
             )
-            return pb.GetMemoryResponse(memory=located.memory, report=report(located.shards, located.served_by))
+            return pb.GetMemoryResponse(memory=located.memory, report=report(self._parts.levels, located.origin))
         missing = NotFound(f"this user has no memory {memory_id}")
         slot = await slot_of_memory(self._parts.placement, self._parts.dispatch, user_id, memory_id, deadline, wanted)
         if slot is None:
@@ -58,7 +58,7 @@ class MemoryServicer:
         if not answered.answer.found:
             raise missing
         return pb.GetMemoryResponse(
-            memory=answered.answer.found[0].memory, report=report(ONE_SHARD, (answered.served_by,))
+            memory=answered.answer.found[0].memory, report=report(self._parts.levels, answered.origin)
         )
 
     async def UpdateMemory(self, request: pb.UpdateMemoryRequest, deadline: Deadline) -> pb.UpdateMemoryResponse:

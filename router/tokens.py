@@ -4,12 +4,13 @@ import base64
 import binascii
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 from google.protobuf.message import DecodeError
 
 from common.errors import InvalidArgument
+from common.level import Level
 from common.tokens import BadTokenError, TokenSealer
 from memshard.internal.v1 import shard_pb2, tokens_pb2
 from memshard.v1 import memory_pb2 as pb
@@ -36,8 +37,10 @@ Listing: TypeAlias = pb.ListMemoriesRequest | pb.ListMemoryVersionsRequest
 class Tokens:
     """Makes and checks tokens with the cluster's key."""
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, level_of: Callable[[Iterable[str]], Level] = lambda _: Level.NORMAL) -> None:
+        """`level_of` gives the degradation level of what shards did together."""
         self._sealer = TokenSealer(key)
+        self._level_of = level_of
 
     def receipt(self, *commits: tuple[str, shard_pb2.Commit]) -> pb.WriteReceipt:
         """The receipt of a write to one or several shards: (shard id, commit) of each."""
@@ -48,7 +51,7 @@ class Tokens:
             consistency_token=self._token(positions),
             # Of several, the least: a receipt must not promise more than every part of it keeps.
             durability=min((commit.durability for _, commit in commits), default=pb.DURABILITY_UNSPECIFIED),
-            degradation_level=pb.DEGRADATION_LEVEL_NORMAL,
+            degradation_level=pb.DegradationLevel.ValueType(self._level_of(positions)),
         )
 
     def positions(self, options: pb.ReadOptions) -> dict[str, Position]:

@@ -5,11 +5,15 @@ longer owns one says so itself.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from common import catalog, logs, postgres
+from common.breaker_log import logged
+from common.breaker_settings import CATALOG
 from common.deadline import Deadline
+from common.errors import Unavailable
 from common.postgres import Connection
 from common.topology import Topology
 
@@ -34,6 +38,7 @@ class TopologyWatch:
         self._looked = asyncio.Condition()
         self._looks = 0
         self._looking = False
+        self.breaker = logged("the catalog", CATALOG)
 
     @property
     def topology(self) -> Topology:
@@ -41,9 +46,14 @@ class TopologyWatch:
         return self._topology
 
     async def refresh(self, epoch: int, deadline: Deadline) -> None:
-        """Returns once the topology has reached `epoch`, or the catalog has been looked at, or two seconds are over."""
+        """Returns once the topology has reached `epoch`, or the catalog has been looked at, or two seconds are over.
+
+        At once while the catalog's breaker is open.
+        """
         if 0 < epoch <= self._topology.epoch:
             return
+        if self.breaker.refused_for_s():
+            return  # Nobody is to wait for a catalog that is known to be away.
         # A look that is under way may have read the epoch before it was raised: it does not count.
         enough = self._looks + (2 if self._looking else 1)
         self._wanted.set()
@@ -60,16 +70,26 @@ class TopologyWatch:
         while True:
             looks = self._looks
             try:
+                permit = self.breaker.admit()
+            except Unavailable as refused:
+                # uvloop wakes up to a millisecond early, which would be once more for nothing.
+                await asyncio.sleep((refused.retry_after_s or 0.0) + 0.001)
+                continue
+            began = time.monotonic()
+            try:
                 connection = await postgres.connect(self._dsn, what="the catalog")
                 try:
                     await connection.add_listener(catalog.CHANNEL, self._notified)
                     connection.add_termination_listener(self._notified)
+                    await self._look(connection)
+                    permit.success(time.monotonic() - began)
                     await self._follow(connection)
                 finally:
                     connection.remove_termination_listener(self._notified)
                     # Without the round trip of a polite close, which would wait for a server that may be gone.
                     connection.terminate()
             except _EXPECTED as error:
+                permit.failure()
                 _log.warning(
                     "the catalog is out of reach; serving from the snapshot",
                     epoch=self._topology.epoch,
@@ -79,6 +99,8 @@ class TopologyWatch:
                 # Serving from the snapshot matters more than being told here and now: a router that left while the
                 # catalog is away could not start again.
                 _log.error("following the catalog failed by a bug", **logs.describe_bug(bug))
+            finally:
+                permit.ignore()
             if self._looks > looks:
                 backoff_s = _BACKOFF_S[0]
             await self._announce_look()
@@ -90,14 +112,17 @@ class TopologyWatch:
 
     async def _follow(self, connection: Connection) -> None:
         while True:
-            async with asyncio.timeout(_REFRESH_TIMEOUT_S):
-                # Cleared before the look: a wish that arrives during it leads to another look.
-                self._wanted.clear()
-                self._looking = True
-                if await catalog.read_epoch(connection) != self._topology.epoch:
-                    await self._take(connection)
-            await self._announce_look()
             await self._wait(self._poll_s)
+            await self._look(connection)
+
+    async def _look(self, connection: Connection) -> None:
+        async with asyncio.timeout(_REFRESH_TIMEOUT_S):
+            # Cleared before the look: a wish that arrives during it leads to another look.
+            self._wanted.clear()
+            self._looking = True
+            if await catalog.read_epoch(connection) != self._topology.epoch:
+                await self._take(connection)
+        await self._announce_look()
 
     async def _take(self, connection: Connection) -> None:
         topology = await catalog.read_topology(connection)

@@ -13,6 +13,7 @@ from google.protobuf import struct_pb2, timestamp_pb2
 
 from common.catalog import Cluster, Precision
 from common.errors import InvalidArgument
+from common.probe_user import PREFIX
 from memshard.ids import new_id
 from memshard.v1 import memory_pb2 as pb
 
@@ -147,6 +148,8 @@ def user_id(value: str, field: str) -> str:
 
 def optional_user_id(value: str, field: str) -> str:
     """A user, or empty for all."""
+    if value.startswith(PREFIX):
+        raise bad(field, "INVALID_USER_ID", f"must not begin with {PREFIX}, which is reserved")
     return _name(value, field, "INVALID_USER_ID")
 
 

@@ -14,10 +14,12 @@ from memshard.internal.v1 import shard_pb2
 from shard import heartbeat, identity, purge
 from shard.commits import Commits
 from shard.database import Database, close_pool, open_pool
+from shard.disk import Disk
 from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
 from shard.primary import Newest, Primary
 from shard.purge import Retention
+from shard.read_service import admission
 from shard.service import ShardServicer
 from shard.sync_keeper import SyncKeeper
 
@@ -52,10 +54,15 @@ async def main(settings: ShardSettings) -> None:
         # A successor waits for nobody yet. The keeper says when it does.
         primary.on_change(durability.set_local)
         keeper = SyncKeeper(settings, owner, durability)
-        servicer = ShardServicer(settings, known, database, commits, durability, queue)
+        disk = Disk(settings.data_path)
+        servicer = ShardServicer(settings, known, database, commits, durability, queue, disk)
         server = lifecycle.Server(
             settings,
-            [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s)],
+            [
+                generic_handler(
+                    _SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission()
+                )
+            ],
             [_SERVICE.full_name],
         )
         retention = Retention(
@@ -69,6 +76,7 @@ async def main(settings: ShardSettings) -> None:
                 partial(heartbeat.run, primary.connect, interval_s=settings.heartbeat_interval_s),
                 partial(purge.run, database, retention, interval_s=settings.purge_interval_s),
                 queue.run,
+                disk.run,
                 *([keeper.run] if settings.sync_set == "managed" else []),
             ]
         )

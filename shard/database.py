@@ -14,13 +14,13 @@ from common.deadline import Deadline
 from common.errors import InvalidArgument, OutcomeUnknown, Unavailable
 from common.postgres import CANNOT_NOW, CONNECT_TIMEOUT_S, CONNECTION_LOST, Connection, Pool
 from shard.primary import Primary, PrimaryConnection, timeline_of
+from shard.timed_connection import LONGEST_S, TimedConnection
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
 # Seconds after which a caller may try again: a primary that was killed is back in about one.
 _RETRY_AFTER_S = 1.0
-_STATEMENT_TIMEOUT_S = 30
 # Between attempts to connect to a primary that is there and does not let us in.
 _CONNECT_PAUSE_S = 0.05
 # Kept back from a caller's deadline, so that it hears what the matter was.
@@ -72,6 +72,16 @@ class Database:
             raise
         return WriteConnection(connection, self._give_back)
 
+    def use(self) -> tuple[int, int]:
+        """How many connections there may be, and how many of them are in use."""
+        return self._pool.get_max_size(), len(self._lent)
+
+    async def recycle(self) -> int:
+        """Has every connection replaced, those in use once they are given back; how many there were."""
+        there_were: int = self._pool.get_size()
+        await self._pool.expire_connections()
+        return there_were
+
     async def _give_back(self, connection: "PoolConnectionProxy[asyncpg.Record]", *, read_only: bool) -> None:
         try:
             if read_only:
@@ -88,17 +98,27 @@ class Database:
             try:
                 if self._primary is not None and not self._primary.is_available:
                     await self._primary.available(patience.remaining_s())
-                connection = await self._pool.acquire(timeout=deadline.remaining_s())
+                connection = await self._lend(deadline)
             except (*CONNECTION_LOST, *CANNOT_NOW) as error:
                 if not patience.remaining_s():
                     raise _unavailable() from error
                 await asyncio.sleep(_CONNECT_PAUSE_S)
                 continue
-            self._lent.add(connection)
             if not self._is_outdated(connection):
                 return connection
             await self._pool.expire_connections()
             await self._release(connection)
+
+    async def _lend(self, deadline: Deadline) -> "PoolConnectionProxy[asyncpg.Record]":
+        connection = await self._pool.acquire(timeout=deadline.remaining_s())
+        self._lent.add(connection)
+        try:
+            timed: Any = connection  # The pool's proxy has the methods of what it was told to make.
+            await timed.limit_statements(deadline.remaining_s())
+        except BaseException:
+            await self._release(connection)
+            raise
+        return connection
 
     async def _release(self, connection: "PoolConnectionProxy[asyncpg.Record]") -> None:
         self._lent.discard(connection)
@@ -153,8 +173,8 @@ async def open_pool(
     settings: ShardSettings | ReplicaSettings, application_name: str, primary: Primary | None = None
 ) -> Pool:
     """The pool that serves requests, as the role that can only read and write rows: to the primary, if one is given."""
-    lock_timeout_s = settings.lock_timeout_s if isinstance(settings, ShardSettings) else _STATEMENT_TIMEOUT_S
-    where: dict[str, Any] = {}
+    lock_timeout_s = settings.lock_timeout_s if isinstance(settings, ShardSettings) else LONGEST_S
+    where: dict[str, Any] = {"connection_class": TimedConnection}
     if primary is not None:
         where = {"connect": partial(_to_primary, primary), "connection_class": PrimaryConnection}
     return await asyncpg.create_pool(
@@ -175,7 +195,7 @@ async def open_pool(
             # A write that waits for a fence gives up before its commit begins, and may be sent again.
             "lock_timeout": f"{lock_timeout_s:.3f}s",
             # No statement here takes a second. One that does not end must not keep its connection for ever.
-            "statement_timeout": f"{_STATEMENT_TIMEOUT_S}s",
+            "statement_timeout": f"{LONGEST_S}s",
         },
     )
 

@@ -9,18 +9,14 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import asyncpg
 
 from common.dsn import hosts
 from common.postgres import CONNECT_ERRORS, Connection, explain
 from shard.position import TIMELINE
-
-if TYPE_CHECKING:
-    _Base: TypeAlias = asyncpg.Connection[asyncpg.Record]
-else:
-    _Base = asyncpg.Connection
+from shard.timed_connection import TimedConnection
 
 # Connecting to one server, or having an answer from it. A healthy one takes milliseconds.
 _TIMEOUT_S = 2.0
@@ -42,7 +38,7 @@ class NoPrimaryError(ConnectionError):
     """No server takes writes at the moment, as far as is known."""
 
 
-class PrimaryConnection(_Base):
+class PrimaryConnection(TimedConnection):
     """A connection to a server that took writes when it was made, and the timeline that it wrote."""
 
     timeline = 0

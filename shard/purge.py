@@ -8,6 +8,7 @@ import asyncpg
 from common import logs
 from common.deadline import Deadline
 from common.errors import Unavailable
+from common.probe_user import PREFIX
 from shard.database import Database
 
 _log = logs.get_logger("purge")
@@ -64,6 +65,28 @@ WITH removed AS (
 )
 SELECT count(*) FROM removed
 """
+# Nobody asks late for a probe of the health monitor, and there are thousands of them a day.
+_REMOVE_PROBES = """
+WITH removed AS (
+    DELETE FROM memories WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM memories
+        WHERE deleted_at < now() - make_interval(secs => $2) AND deleted_at > now() - interval '1 hour'
+            AND starts_with(user_id, $3) LIMIT $1
+        FOR UPDATE SKIP LOCKED
+    ))
+    RETURNING slot, user_id, id
+), forgotten AS (
+    DELETE FROM memory_versions USING removed
+    WHERE (memory_versions.slot, memory_versions.user_id, memory_versions.id)
+        = (removed.slot, removed.user_id, removed.id)
+), unasked AS (
+    DELETE FROM applied_requests USING removed
+    WHERE (applied_requests.slot, applied_requests.user_id, applied_requests.request_id)
+        = (removed.slot, removed.user_id, removed.id::text)
+)
+SELECT count(*) FROM removed
+"""
+_PROBES_KEPT_S = 60.0
 _REMOVE_REQUESTS = _REMOVE.format(table="applied_requests", since="applied_at")
 _REMOVE_REQUEST_CLAIMS = _REMOVE.format(table="request_claims", since="taken_at")
 _REMOVE_ERASURES = _REMOVE.format(table="erasures", since="applied_at")
@@ -92,7 +115,7 @@ async def run(database: Database, retention: Retention, *, interval_s: float) ->
 async def purge(database: Database, retention: Retention, *, batch: int = _BATCH) -> int:
     """Empties what has expired and removes what was kept for long enough; returns how many rows that was.
 
-    One statement takes at most `batch` rows.
+    One statement takes at most `batch` rows. What the health monitor left is not counted: it would be all that is told.
     """
     changed = 0
     for statement, arguments in (
@@ -105,13 +128,21 @@ async def purge(database: Database, retention: Retention, *, batch: int = _BATCH
         (_REMOVE_ERASED_IDS, (retention.tombstone_s,)),
         (_REMOVE_VERSIONS, (retention.version_s,)),
     ):
-        while True:
-            deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
-            async with deadline.bound(), database.reading(deadline) as connection:
-                count: int = await connection.fetchval(statement, batch, *arguments)
-            changed += count
-            if count < batch:
-                break
+        changed += await _all_of(database, batch, statement, arguments)
+    # Last, as it looks at each tombstone of an hour; what is older goes with the others.
+    await _all_of(database, batch, _REMOVE_PROBES, (_PROBES_KEPT_S, PREFIX))
     if changed:
         _log.info("purged", rows=changed)
     return changed
+
+
+async def _all_of(database: Database, batch: int, statement: str, arguments: tuple[object, ...]) -> int:
+    """Runs a statement until it finds no more; how many rows it changed."""
+    changed = 0
+    while True:
+        deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
+        async with deadline.bound(), database.reading(deadline) as connection:
+            count: int = await connection.fetchval(statement, batch, *arguments)
+        changed += count
+        if count < batch:
+            return changed

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
+from common.admission import Admission
 from common.deadline import Deadline
 from common.errors import InvalidArgument, WrongShard
 from common.postgres import Connection
@@ -16,6 +17,11 @@ from shard.ownership import NotOwnedError
 T = TypeVar("T")
 
 Read = Callable[[Connection], Awaitable[T]]
+
+
+def admission() -> Admission:
+    """The limit of one server of a shard. Who asks how it is gets through at any time."""
+    return Admission(batches=frozenset({"StoreBatch", "Erase"}), free=frozenset({"Describe"}))
 
 
 class ReadServicer(ABC):

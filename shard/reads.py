@@ -12,6 +12,7 @@ from uuid import UUID
 import asyncpg
 
 from common.postgres import Connection
+from common.probe_user import PREFIX
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from shard.filters import compile_filter
@@ -197,6 +198,8 @@ class _Question:
             self.whose = "slot + 0 IN (SELECT slot FROM owned)"
         if user_id:
             self.whose += f" AND user_id = {self.add(user_id)}"
+        else:
+            self.whose += f" AND NOT starts_with(user_id, {self.add(PREFIX)})"
 
     def add(self, value: Any) -> str:
         """A parameter with this value; returns its number as SQL."""

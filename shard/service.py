@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from google.rpc import status_pb2
 
+from common import logs
 from common.config import ShardSettings
 from common.deadline import Deadline
 from common.errors import MemshardError, Unavailable
@@ -15,6 +16,7 @@ from memshard.v1 import memory_pb2 as pb
 from shard import changes, claims, erase, identity, reads, request_claims, store
 from shard.commits import Commits
 from shard.database import Database
+from shard.disk import Disk
 from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
 from shard.identity import Identity
@@ -26,6 +28,18 @@ from shard.replayed import standbys_behind
 from shard.writes import Write, Writes
 
 T = TypeVar("T")
+W = TypeVar(
+    "W",
+    shard_pb2.StoreResponse,
+    shard_pb2.StoreBatchResponse,
+    shard_pb2.ClaimResponse,
+    shard_pb2.TakeRequestIdResponse,
+    shard_pb2.UpdateResponse,
+    shard_pb2.EraseResponse,
+    shard_pb2.DeleteResponse,
+)
+
+_log = logs.get_logger("service")
 
 _RETRY_AFTER_S = 0.5
 
@@ -41,12 +55,14 @@ class ShardServicer(ReadServicer):
         commits: Commits,
         durability: Durability,
         queue: EmbeddingQueue,
+        disk: Disk,
     ) -> None:
         super().__init__(known, settings.page_bytes)
         self._database = database
         self._durability = durability
         self._writes = Writes(database, commits, durability)
         self._queue = queue
+        self._disk = disk
 
     async def Store(self, request: shard_pb2.StoreRequest, deadline: Deadline) -> shard_pb2.StoreResponse:
         slot = self._slot(request.route)
@@ -58,9 +74,7 @@ class ShardServicer(ReadServicer):
                 self._queue.wake()
             return shard_pb2.StoreResponse(memory=stored.memory, deleted=stored.deleted), stored.repeated
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
-        return response
+        return await self._receipted(write, deadline)
 
     async def StoreBatch(
         self, request: shard_pb2.StoreBatchRequest, deadline: Deadline
@@ -83,9 +97,7 @@ class ShardServicer(ReadServicer):
             )
             return response, repeated
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
-        return response
+        return await self._receipted(write, deadline)
 
     async def Claim(self, request: shard_pb2.ClaimRequest, deadline: Deadline) -> shard_pb2.ClaimResponse:
         self._check_route(request.route)
@@ -98,9 +110,7 @@ class ShardServicer(ReadServicer):
             )
             return response, repeated
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
-        return response
+        return await self._receipted(write, deadline)
 
     async def TakeRequestId(
         self, request: shard_pb2.TakeRequestIdRequest, deadline: Deadline
@@ -114,9 +124,7 @@ class ShardServicer(ReadServicer):
             # Never a mere repetition: every attempt is counted, by a commit of its own.
             return shard_pb2.TakeRequestIdResponse(memory_slot=memory_slot), False
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
-        return response
+        return await self._receipted(write, deadline)
 
     async def ReleaseRequestId(
         self, request: shard_pb2.ReleaseRequestIdRequest, deadline: Deadline
@@ -142,9 +150,7 @@ class ShardServicer(ReadServicer):
                 self._queue.wake()
             return shard_pb2.UpdateResponse(memory=memory), repeated
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
-        return response
+        return await self._receipted(write, deadline)
 
     async def Erase(self, request: shard_pb2.EraseRequest, deadline: Deadline) -> shard_pb2.EraseResponse:
         self._check_route(request.route)
@@ -165,10 +171,9 @@ class ShardServicer(ReadServicer):
             )
             return response, erased.repeated
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
+        response = await self._receipted(write, deadline)
         # Of a repeated request as well: the first may have ended before they had.
-        response.unconfirmed.extend(await standbys_behind(self._database, commit.lsn, deadline))
+        response.unconfirmed.extend(await standbys_behind(self._database, response.commit.lsn, deadline))
         return response
 
     async def Delete(self, request: shard_pb2.DeleteRequest, deadline: Deadline) -> shard_pb2.DeleteResponse:
@@ -178,13 +183,12 @@ class ShardServicer(ReadServicer):
             deleted, repeated = await changes.delete(connection, slot, request.user_id, request.id, request.request_id)
             return shard_pb2.DeleteResponse(deleted=deleted), repeated
 
-        response, commit = await self._write(write, deadline)
-        response.commit.CopyFrom(commit)
-        return response
+        return await self._receipted(write, deadline)
 
     async def Describe(self, request: shard_pb2.DescribeRequest, deadline: Deadline) -> shard_pb2.DescribeResponse:
+        pool_size, pool_in_use = self._database.use()
         async with self._database.reading(deadline) as connection:
-            described = await self._describe(connection)
+            described = await self._describe(connection, () if request.without_owned else None)
             here = await read_position(connection)
         described.writable = True
         described.position.CopyFrom(
@@ -192,7 +196,16 @@ class ShardServicer(ReadServicer):
         )
         described.durability = self._durability.of_commit(self._durability.begin(), here)
         described.sync_set.extend(sorted(self._durability.members))
+        described.pool_size, described.pool_in_use = pool_size, pool_in_use
+        described.disk_bytes, described.disk_free_bytes = self._disk.room.size_bytes, self._disk.room.free_bytes
         return described
+
+    async def RecyclePool(
+        self, request: shard_pb2.RecyclePoolRequest, deadline: Deadline
+    ) -> shard_pb2.RecyclePoolResponse:
+        replaced = await self._database.recycle()
+        _log.warning("connections are replaced", count=replaced)
+        return shard_pb2.RecyclePoolResponse(replaced=replaced)
 
     async def serve(self, read: Read[T], fresh: shard_pb2.Freshness | None, deadline: Deadline) -> T:
         """The primary is as fresh as can be, unless it has a successor that it does not know of."""
@@ -203,6 +216,12 @@ class ShardServicer(ReadServicer):
                     "another server has taken the writes over", reason="REPLICA_BEHIND", retry_after_s=_RETRY_AFTER_S
                 )
             return await read(connection)
+
+    async def _receipted(self, write: Write[W], deadline: Deadline) -> W:
+        """What a write answers, with the commit in it."""
+        response, commit = await self._write(write, deadline)
+        response.commit.CopyFrom(commit)
+        return response
 
     async def _write(self, write: Write[T], deadline: Deadline) -> tuple[T, shard_pb2.Commit]:
         async def checked(connection: Connection) -> tuple[T, bool]:

@@ -19,12 +19,21 @@ settings.load_profile("memshard-ci" if os.environ.get("CI") else "memshard")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a cluster go to one worker, so that it is started once: those of a file and, across files, those
-    of one kind of cluster. What takes longest begins first."""
+    """Who goes to which worker.
+
+    Tests that share a cluster go to one, so that it is started once: those of a file and, across files, those of one
+    kind of cluster. Fault scenarios too, one after the other: two at once, each with a load of its own, would measure
+    each other. What takes longest begins first.
+    """
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        item.add_marker(pytest.mark.xdist_group(params.get("everywhere", item.location[0])))
-    items.sort(key=lambda item: "test_model" not in item.location[0])
+        group = "faults" if _is_fault(item) else params.get("everywhere", item.location[0])
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: ("test_model" not in item.location[0], not _is_fault(item)))
+
+
+def _is_fault(item: pytest.Item) -> bool:
+    return item.location[0].startswith("tests/faults/")
 
 
 @pytest.fixture

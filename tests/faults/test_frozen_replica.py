@@ -69,7 +69,8 @@ async def phase(readers: list[Reader], reads: int) -> Phase:
 
 async def scenario(reads: int) -> None:
     async with (
-        LocalCluster(shards=1, replicas=1) as cluster,
+        # Frozen for as long as the test likes.
+        LocalCluster(shards=1, replicas=1, options=["--hung-after", "0"]) as cluster,
         AsyncMemoryClient(cluster.address) as client,
     ):
         await eventually(cluster.healthy, within_s=60)

@@ -5,7 +5,6 @@ import hashlib
 import uuid
 from typing import TYPE_CHECKING
 
-import asyncpg
 import pytest
 
 from common.topology import Shard, Topology
@@ -18,7 +17,7 @@ from tests.integration.conftest import Somewhere
 from tests.integration.test_everywhere import contents, store_some, update_request
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
-from tests.support.wire import database, route, shard_service, store_request, topology_of, user_slot
+from tests.support.wire import database, pool_of_one, route, shard_service, store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
     from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
@@ -176,7 +175,7 @@ async def test_ids_that_nobody_asks_for_again_are_kept_for_a_day(
     await erase(cluster, user)
     _, shard = await owner_of(cluster, user)
     retention = Retention(tombstone_s=DAY_S, version_s=DAY_S)
-    async with asyncpg.create_pool(cluster.shard_dsn(shard.shard_id), min_size=1, max_size=1) as pool:
+    async with pool_of_one(cluster.shard_dsn(shard.shard_id)) as pool:
         for hours, left in ((0, 1), (23, 1), (2, 0)):
             await pool.execute("UPDATE erased_ids SET erased_at = erased_at - make_interval(hours => $1)", hours)
             await purge.purge(Database(pool), retention)

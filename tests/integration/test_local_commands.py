@@ -51,6 +51,7 @@ async def test_status_tells_every_process_and_shard(one_shard: LocalCluster) -> 
             "address": f"127.0.0.1:{shard['port']}",
             "durability": "LOCAL",
             "replication": [],
+            "level": "auto",
         }
     ]
     assert status["epoch"] == 1

@@ -23,6 +23,7 @@ from router.locate import Locator
 from router.location import LocationCache, era_key
 from router.reads import Reads
 from router.replicas import Replicas
+from router.retries import Retries
 from router.shards import Q, R, Rpc, Shards
 from router.topology_watch import TopologyWatch
 from tests.support.cluster import LocalCluster, free_port
@@ -74,8 +75,9 @@ async def router(topology: Topology, redis_url: str | None, era: bytes = b"") ->
         stack.push_async_callback(locations.close)
         locations.hear_era(era)
         watch = TopologyWatch("postgresql://unused", topology, poll_s=60, changed=shards.follow)
-        reads = Reads(shards, Replicas(shards, topology, settings), settings)
-        yield Router(Locator(locations, Dispatch(watch, reads), Fanout(watch, reads, concurrency=8)), shards)
+        reads, retries = Reads(shards, Replicas(shards, topology, settings), settings), Retries()
+        dispatch, fanout = Dispatch(watch, reads, retries), Fanout(watch, reads, retries, concurrency=8)
+        yield Router(Locator(locations, dispatch, fanout), shards)
 
 
 @pytest_asyncio.fixture(scope="session")

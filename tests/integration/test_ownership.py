@@ -20,7 +20,7 @@ from memshard.v1 import memory_pb2
 from shard.database import Database
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
-from tests.support.wire import database, reason_of, route, shard_service, topology_of, user_slot
+from tests.support.wire import database, pool_of_one, reason_of, route, shard_service, topology_of, user_slot
 
 if TYPE_CHECKING:
     from memshard.internal.v1.shard_pb2_grpc import ShardServiceAsyncStub
@@ -140,7 +140,8 @@ async def test_a_write_that_waits_for_a_fence_succeeds_once_the_fence_rolls_back
 
 async def test_a_deadline_ends_the_callers_wait_but_never_the_commit(cluster: LocalCluster, place: Place) -> None:
     async with held_fence(place) as fence:
-        write = asyncio.ensure_future(place.store(timeout=1.0))
+        # Above a second, the database has ten for the statement (shard/timed_connection.py).
+        write = asyncio.ensure_future(place.store(timeout=1.5))
         await somebody_waits_for_a_lock(cluster, place)
         with pytest.raises(grpc.aio.AioRpcError) as late:
             await write
@@ -205,7 +206,7 @@ async def test_the_serving_role_can_hold_a_slot_but_not_take_it(cluster: LocalCl
 )
 async def test_what_the_database_cannot_do_is_no_bug(cluster: LocalCluster, sqlstate: str, reason: str) -> None:
     deadline = Deadline.after(10)
-    async with asyncpg.create_pool(cluster.shard_dsn("shard-0"), min_size=1, max_size=1) as pool:
+    async with pool_of_one(cluster.shard_dsn("shard-0")) as pool:
         with pytest.raises((Unavailable, InvalidArgument)) as refused:
             async with (await Database(pool).to_write(deadline)).entered() as connection:
                 await connection.execute(f"DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '{sqlstate}'; END $$")

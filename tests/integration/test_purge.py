@@ -3,7 +3,6 @@
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-import asyncpg
 import grpc
 import pytest
 from google.protobuf import field_mask_pb2, timestamp_pb2
@@ -14,7 +13,7 @@ from shard.database import Database
 from shard.purge import Retention
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
-from tests.support.wire import store_request, topology_of, user_slot
+from tests.support.wire import pool_of_one, store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
     from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
@@ -30,7 +29,7 @@ async def test_what_has_expired_is_emptied_and_its_id_stays_taken_for_a_day(
     soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=1))
     stored = (await api.StoreMemory(store_request(user, "soon gone", expire_time=soon))).memory
     shard = (await topology_of(cluster.catalog_dsn())).owner(user_slot(user))
-    async with asyncpg.create_pool(cluster.shard_dsn(shard.shard_id), min_size=1, max_size=1) as pool:
+    async with pool_of_one(cluster.shard_dsn(shard.shard_id)) as pool:
         database = Database(pool)
 
         async def emptied() -> bool:
@@ -52,7 +51,7 @@ async def test_tombstones_and_request_ids_go_after_a_day_and_not_before(
         await api.DeleteMemory(pb.DeleteMemoryRequest(id=memory.id, user_id=user))
     kept = (await api.StoreMemory(store_request(user, "kept"))).memory
     shard = (await topology_of(cluster.catalog_dsn())).owner(user_slot(user))
-    async with asyncpg.create_pool(cluster.shard_dsn(shard.shard_id), min_size=1, max_size=1) as pool:
+    async with pool_of_one(cluster.shard_dsn(shard.shard_id)) as pool:
         database = Database(pool)
         assert await purge.purge(database, DAY) == 0
         for table, column in (("memories", "deleted_at"), ("applied_requests", "applied_at")):
@@ -86,7 +85,7 @@ async def test_versions_are_kept_for_their_retention_and_no_longer(
     await api.UpdateMemory(change)
     versions = pb.ListMemoryVersionsRequest(id=memory.id, user_id=user)
     shard = (await topology_of(cluster.catalog_dsn())).owner(user_slot(user))
-    async with asyncpg.create_pool(cluster.shard_dsn(shard.shard_id), min_size=1, max_size=1) as pool:
+    async with pool_of_one(cluster.shard_dsn(shard.shard_id)) as pool:
         database = Database(pool)
         await purge.purge(database, DAY)
         assert [v.content for v in (await api.ListMemoryVersions(versions)).versions] == ["version 2", "version 1"]

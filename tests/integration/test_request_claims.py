@@ -15,7 +15,7 @@ from shard.database import Database
 from shard.purge import Retention
 from tests.integration.test_everywhere import new_id
 from tests.support.cluster import LocalCluster
-from tests.support.wire import database
+from tests.support.wire import database, pool_of_one
 
 if TYPE_CHECKING:
     from common.postgres import Connection
@@ -67,7 +67,7 @@ async def test_a_request_id_is_kept_for_a_day_from_its_last_attempt(
     await take(shard, user)
     await shard.execute(older, user)
     retention = Retention(tombstone_s=86400.0, version_s=86400.0)
-    async with asyncpg.create_pool(cluster.shard_dsn("shard-0"), min_size=1, max_size=1) as pool:
+    async with pool_of_one(cluster.shard_dsn("shard-0")) as pool:
         await purge.purge(Database(pool), retention)
         with pytest.raises(InvalidArgument):
             await take(shard, user, OTHER)

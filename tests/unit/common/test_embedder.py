@@ -12,6 +12,7 @@ import pytest
 from pydantic import SecretStr
 
 from common import embedder
+from common.breaker import State
 from common.catalog import Cluster, PlacementStrategy, Precision
 from common.config import RouterSettings
 from common.embedder import Embedder, EmbedderMismatchError, HttpEmbedder, LocalEmbedder
@@ -210,8 +211,8 @@ async def test_server_that_answers_wrongly_is_unavailable(answer: tuple[int, byt
     with _server(lambda _: answer, headers) as url, pytest.raises(Unavailable) as caught:
         await _embed(url, ["first", "second"], embedder_api_key=SecretStr(_KEY))
     assert caught.value.reason == "EMBEDDER_UNAVAILABLE"
-    assert caught.value.retry_after_s is not None
-    assert headers == [f"Bearer {_KEY}"]
+    assert caught.value.retryable
+    assert headers == [f"Bearer {_KEY}"] * 2
     assert _KEY not in caught.value.message
     assert "first" not in caught.value.message
 
@@ -236,6 +237,51 @@ async def test_server_that_hangs_is_unavailable_after_the_timeout() -> None:
                 await _embed(url, ["a"], embedder_timeout_s=0.1)
         finally:
             released.set()
+
+
+async def test_a_failure_that_passes_is_not_seen() -> None:
+    answers = [(503, b""), _given([_ONE])]
+    with _server(lambda _: answers.pop(0)) as url:
+        assert len(await _embed(url, ["a"])) == 1
+    assert not answers
+
+
+async def test_a_text_that_is_refused_is_not_sent_again() -> None:
+    headers: list[str | None] = []
+    with _server(lambda _: (400, b""), headers) as url, pytest.raises(Unavailable) as caught:
+        await _embed(url, ["a"])
+    assert caught.value.reason == embedder.TEXT_REFUSED
+    assert len(headers) == 1
+
+
+async def test_a_server_that_keeps_failing_is_left_alone() -> None:
+    headers: list[str | None] = []
+    with _server(lambda _: (503, b""), headers) as url:
+        model = HttpEmbedder(_settings(embedder="http", embedder_url=url), *_model(_cluster()))
+        for _ in range(8):
+            with pytest.raises(Unavailable):
+                await model.embed(["a"])
+        await model.close()
+    assert model.breaker.state is State.OPEN
+    # Two attempts each, until ten have failed in a row.
+    assert len(headers) == 10
+
+
+async def test_who_cannot_wait_hears_that_it_takes_too_long() -> None:
+    released = threading.Event()
+
+    def hang(_: dict[str, Any]) -> tuple[int, bytes]:
+        released.wait(30)
+        return 500, b""
+
+    with _server(hang) as url:
+        model = HttpEmbedder(_settings(embedder="http", embedder_url=url), *_model(_cluster()))
+        try:
+            with pytest.raises(Unavailable, match="too long"):
+                await model.embed(["a"], 0.1)
+        finally:
+            released.set()
+            await model.close()
 
 
 async def test_key_is_sent_only_when_there_is_one() -> None:

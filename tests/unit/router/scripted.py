@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from common.config import RouterSettings
 from common.deadline import Deadline
-from common.errors import MemshardError, Unavailable
+from common.errors import MemshardError, OutcomeUnknown, Unavailable
 from common.rpc import generic_handler
 from common.topology import Replica, Shard, SlotRange, Topology
 from memshard.internal.v1 import shard_pb2
@@ -21,9 +21,11 @@ from memshard.v1 import memory_pb2 as pb
 from router.consistency import Consistency, Position
 from router.dispatch import Dispatch
 from router.fanout import Fanout
+from router.probes import Probes
 from router.reads import Reads
 from router.replicas import Replicas
-from router.shards import GET, Shards
+from router.retries import Retries
+from router.shards import GET, STORE, Shards
 from router.topology_watch import TopologyWatch
 from tests.support.eventually import eventually
 
@@ -43,6 +45,12 @@ class Server:
         self.lag_ms = 0
         self.serving = True
         self.error: MemshardError | None = None
+        self.fails_next = 0
+        """How many calls fail with UNAVAILABLE before the next that does not."""
+        self.loses_next = 0
+        """How many writes are done, and not answered for, before the next that is."""
+        self.delay_s = 0.0
+        self.stored: list[bytes] = []
         self.asked: list[shard_pb2.Route] = []
         self.answered = 0
         self.in_flight = 0
@@ -134,14 +142,31 @@ class Server:
         self.in_flight += 1
         try:
             await self._thawed.wait()
-            if self.error is not None:
-                raise self.error
+            await asyncio.sleep(self.delay_s)
+            self._fail()
             await self._be_fresh(request.route)
         finally:
             self.in_flight -= 1
         self.answered += 1
         memory = pb.Memory(id=request.id, content=self.name)
         return shard_pb2.GetResponse(found=[shard_pb2.FoundMemory(memory=memory)])
+
+    async def Store(self, request: shard_pb2.StoreRequest, deadline: Deadline) -> shard_pb2.StoreResponse:  # noqa: N802
+        self.asked.append(request.route)
+        await self._thawed.wait()
+        self._fail()
+        self.stored.append(request.digest)
+        if self.loses_next:
+            self.loses_next -= 1
+            raise OutcomeUnknown("the answer is lost")
+        return shard_pb2.StoreResponse(memory=request.memory)
+
+    def _fail(self) -> None:
+        if self.fails_next:
+            self.fails_next -= 1
+            raise Unavailable("not now", reason="DATABASE_UNAVAILABLE", retry_after_s=0.0)
+        if self.error is not None:
+            raise self.error
 
     async def _be_fresh(self, route: shard_pb2.Route) -> None:
         if not route.HasField("fresh"):
@@ -170,6 +195,7 @@ class Router:
     dispatch: Dispatch
     fanout: Fanout
     looking: "asyncio.Task[None]"
+    reads: Reads
     served: list[str] = field(default_factory=list)
 
     async def get(self, consistency: Consistency, *, timeout_s: float = 5.0) -> str:
@@ -180,6 +206,10 @@ class Router:
         name = found.memory.content
         assert answered.served_by == ("replica" if name.startswith("replica") else "primary")
         return name
+
+    async def store(self, digest: bytes = b"", *, timeout_s: float = 5.0) -> None:
+        """Stores something in the shard."""
+        await self.dispatch.to_owner(0, STORE, shard_pb2.StoreRequest(digest=digest), Deadline.after(timeout_s))
 
     def known(self) -> set[str]:
         """The replicas that serve, as far as is known."""
@@ -208,14 +238,25 @@ async def router(primary: Server, *replicas: Server, **settings: object) -> Asyn
         known = Replicas(shards, topology, configured)
         watch = TopologyWatch("postgresql://unused", topology, poll_s=60, changed=lambda _: None)
         reads = Reads(shards, known, configured)
+        retries = Retries()
         looking = asyncio.create_task(known.run())
+        probing = asyncio.create_task(Probes(shards, watch).run())
 
         async def stop() -> None:
             looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+            probing.cancel()
+            await asyncio.gather(looking, probing, return_exceptions=True)
 
         stack.push_async_callback(stop)
-        made = Router(topology, shards, known, Dispatch(watch, reads), Fanout(watch, reads, concurrency=8), looking)
+        made = Router(
+            topology,
+            shards,
+            known,
+            Dispatch(watch, reads, retries),
+            Fanout(watch, reads, retries, concurrency=8),
+            looking,
+            reads,
+        )
         await made.knows(*(replica.name for replica in replicas if replica.serving and not replica.writable))
         yield made
 

@@ -21,7 +21,7 @@ _DOWN = {"b": Unavailable("b does not answer", reason="SHARD_UNAVAILABLE"), "c":
 
 
 def test_report_counts_the_shards_and_says_why_some_failed() -> None:
-    summary = _gathered("a", failed=_DOWN).summary()
+    summary = _gathered("a", failed=_DOWN).origin.summary
     assert (summary.total, summary.succeeded) == (3, 1)
     assert [(failure.shard_id, failure.status.code, failure.status.message) for failure in summary.failed] == [
         ("b", 14, "b does not answer"),
@@ -33,7 +33,7 @@ def test_all_answers_are_enough_for_anybody() -> None:
     gathered = _gathered("a", "b")
     gathered.require_all()
     gathered.require_any()
-    assert (gathered.summary().total, gathered.summary().succeeded) == (2, 2)
+    assert (gathered.origin.summary.total, gathered.origin.summary.succeeded) == (2, 2)
 
 
 def test_partial_answer_is_an_error_only_to_those_who_require_all() -> None:
@@ -42,7 +42,7 @@ def test_partial_answer_is_an_error_only_to_those_who_require_all() -> None:
     with pytest.raises(Unavailable) as caught:
         gathered.require_all()
     assert caught.value.reason == "SHARDS_MISSING"
-    assert caught.value.retry_after_s
+    assert caught.value.retryable
     assert "b (SHARD_UNAVAILABLE), c (DEADLINE_EXCEEDED)" in caught.value.message
 
 

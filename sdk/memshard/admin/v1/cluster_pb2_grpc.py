@@ -40,6 +40,26 @@ class ClusterServiceStub:
                 request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverRequest.SerializeToString,
                 response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverProgress.FromString,
                 _registered_method=True)
+        self.SetDegradation = channel.unary_unary(
+                '/memshard.admin.v1.ClusterService/SetDegradation',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationResponse.FromString,
+                _registered_method=True)
+        self.GetHealth = channel.unary_unary(
+                '/memshard.admin.v1.ClusterService/GetHealth',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHealthRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHealthResponse.FromString,
+                _registered_method=True)
+        self.GetStats = channel.unary_unary(
+                '/memshard.admin.v1.ClusterService/GetStats',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsResponse.FromString,
+                _registered_method=True)
+        self.Recover = channel.unary_unary(
+                '/memshard.admin.v1.ClusterService/Recover',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RecoverRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RecoverResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -48,7 +68,37 @@ class ClusterServiceServicer:
 
     def Failover(self, request, context):
         """Hands a shard's writes over to one of its standbys, in order: nothing acknowledged is lost, and the old primary
-        follows the new one. FAILED_PRECONDITION / NOT_POSSIBLE: it could not be, and the old primary goes on.
+        follows the new one. FAILED_PRECONDITION / NOT_POSSIBLE: it could not be, and the old primary goes on. By the
+        supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetDegradation(self, request, context):
+        """Sets the degradation level of a shard or of the cluster, whatever the routers see, or leaves it to them again. Kept
+        in the catalog, so that it holds for every router and after a restart. By the supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetHealth(self, request, context):
+        """How everything is that a router needs, each with its figure. By a router.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStats(self, request, context):
+        """What a router keeps count of. By a router.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Recover(self, request, context):
+        """Tries what may help against what is found wrong, no action on the same thing more than once a minute. By a router.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +111,26 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Failover,
                     request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverRequest.FromString,
                     response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverProgress.SerializeToString,
+            ),
+            'SetDegradation': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetDegradation,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationResponse.SerializeToString,
+            ),
+            'GetHealth': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHealth,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHealthRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHealthResponse.SerializeToString,
+            ),
+            'GetStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStats,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'Recover': grpc.unary_unary_rpc_method_handler(
+                    servicer.Recover,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RecoverRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RecoverResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +161,114 @@ class ClusterService:
             '/memshard.admin.v1.ClusterService/Failover',
             memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverRequest.SerializeToString,
             memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetDegradation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/SetDegradation',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHealth(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/GetHealth',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHealthRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHealthResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/GetStats',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Recover(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/Recover',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.RecoverRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.RecoverResponse.FromString,
             options,
             channel_credentials,
             insecure,

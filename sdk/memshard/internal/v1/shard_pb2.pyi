@@ -1150,12 +1150,17 @@ class DescribeRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    WITHOUT_OWNED_FIELD_NUMBER: _builtins.int
+    without_owned: _builtins.bool
+    """The slots are not wanted: to go through them takes PostgreSQL ten milliseconds."""
     def __init__(
         self,
+        *,
+        without_owned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["without_owned", b"without_owned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1177,6 +1182,10 @@ class DescribeResponse(_message.Message):
     LAG_MS_FIELD_NUMBER: _builtins.int
     DURABILITY_FIELD_NUMBER: _builtins.int
     SYNC_SET_FIELD_NUMBER: _builtins.int
+    POOL_SIZE_FIELD_NUMBER: _builtins.int
+    POOL_IN_USE_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_FREE_BYTES_FIELD_NUMBER: _builtins.int
     cluster_id: _builtins.str
     shard_id: _builtins.str
     epoch: _builtins.int
@@ -1188,8 +1197,18 @@ class DescribeResponse(_message.Message):
     """Since the newest heartbeat of the primary that it has replayed. 0 on a primary."""
     durability: _memory_pb2.Durability.ValueType
     """What a write would be acknowledged with now. Of a primary."""
+    pool_size: _builtins.int
+    """Connections to the database that there may be."""
+    pool_in_use: _builtins.int
+    """Of them in use when this was asked, without the one that answers."""
+    disk_bytes: _builtins.int
+    """Size of the file system that holds the database. 0: not known."""
+    disk_free_bytes: _builtins.int
+    """Of it free for the database."""
     @_builtins.property
-    def owned(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotRange]: ...
+    def owned(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotRange]:
+        """Empty when they were not wanted."""
+
     @_builtins.property
     def position(self) -> Global___ShardPosition:
         """Up to where it has written the log, or on a standby replayed it."""
@@ -1211,14 +1230,57 @@ class DescribeResponse(_message.Message):
         lag_ms: _builtins.int = ...,
         durability: _memory_pb2.Durability.ValueType = ...,
         sync_set: _abc.Iterable[_builtins.str] | None = ...,
+        pool_size: _builtins.int = ...,
+        pool_in_use: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
+        disk_free_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "durability", b"durability", "epoch", b"epoch", "lag_bytes", b"lag_bytes", "lag_ms", b"lag_ms", "owned", b"owned", "position", b"position", "shard_id", b"shard_id", "sync_set", b"sync_set", "writable", b"writable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "disk_bytes", b"disk_bytes", "disk_free_bytes", b"disk_free_bytes", "durability", b"durability", "epoch", b"epoch", "lag_bytes", b"lag_bytes", "lag_ms", b"lag_ms", "owned", b"owned", "pool_in_use", b"pool_in_use", "pool_size", b"pool_size", "position", b"position", "shard_id", b"shard_id", "sync_set", b"sync_set", "writable", b"writable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+
+@_typing.final
+class RecyclePoolRequest(_message.Message):
+    """Asks for new connections. Without a route, as it concerns no slot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecyclePoolRequest: _TypeAlias = RecyclePoolRequest  # noqa: Y015
+
+@_typing.final
+class RecyclePoolResponse(_message.Message):
+    """They are on their way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLACED_FIELD_NUMBER: _builtins.int
+    replaced: _builtins.int
+    """Connections that there were."""
+    def __init__(
+        self,
+        *,
+        replaced: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replaced", b"replaced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecyclePoolResponse: _TypeAlias = RecyclePoolResponse  # noqa: Y015
 
 @_typing.final
 class SlotRange(_message.Message):

@@ -105,6 +105,11 @@ class ShardServiceStub:
                 request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.RecyclePool = channel.unary_unary(
+                '/memshard.internal.v1.ShardService/RecyclePool',
+                request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.RecyclePoolRequest.SerializeToString,
+                response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.RecyclePoolResponse.FromString,
+                _registered_method=True)
 
 
 class ShardServiceServicer:
@@ -209,6 +214,13 @@ class ShardServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecyclePool(self, request, context):
+        """Replaces every connection to the database; those in use once they are given back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ShardServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -281,6 +293,11 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.DescribeRequest.FromString,
                     response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.DescribeResponse.SerializeToString,
+            ),
+            'RecyclePool': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecyclePool,
+                    request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.RecyclePoolRequest.FromString,
+                    response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.RecyclePoolResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -662,6 +679,33 @@ class ShardService:
             '/memshard.internal.v1.ShardService/Describe',
             memshard_dot_internal_dot_v1_dot_shard__pb2.DescribeRequest.SerializeToString,
             memshard_dot_internal_dot_v1_dot_shard__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecyclePool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.internal.v1.ShardService/RecyclePool',
+            memshard_dot_internal_dot_v1_dot_shard__pb2.RecyclePoolRequest.SerializeToString,
+            memshard_dot_internal_dot_v1_dot_shard__pb2.RecyclePoolResponse.FromString,
             options,
             channel_credentials,
             insecure,

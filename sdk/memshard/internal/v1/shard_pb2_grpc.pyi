@@ -66,6 +66,8 @@ class ShardServiceStub:
     """The k memories nearest to an embedding, or that match words best, of one user or of all."""
     Describe: _grpc.UnaryUnaryMultiCallable[_shard_pb2.DescribeRequest, _shard_pb2.DescribeResponse]
     """Who this server is, what it owns and how far it has come."""
+    RecyclePool: _grpc.UnaryUnaryMultiCallable[_shard_pb2.RecyclePoolRequest, _shard_pb2.RecyclePoolResponse]
+    """Replaces every connection to the database; those in use once they are given back."""
 
 @_typing.type_check_only
 class ShardServiceAsyncStub(ShardServiceStub):
@@ -100,6 +102,8 @@ class ShardServiceAsyncStub(ShardServiceStub):
     """The k memories nearest to an embedding, or that match words best, of one user or of all."""
     Describe: _aio.UnaryUnaryMultiCallable[_shard_pb2.DescribeRequest, _shard_pb2.DescribeResponse]  # type: ignore[assignment]
     """Who this server is, what it owns and how far it has come."""
+    RecyclePool: _aio.UnaryUnaryMultiCallable[_shard_pb2.RecyclePoolRequest, _shard_pb2.RecyclePoolResponse]  # type: ignore[assignment]
+    """Replaces every connection to the database; those in use once they are given back."""
 
 class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
     """One shard's rows, for the routers of its cluster."""
@@ -215,5 +219,13 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_shard_pb2.DescribeResponse, _abc.Awaitable[_shard_pb2.DescribeResponse]]:
         """Who this server is, what it owns and how far it has come."""
+
+    @_abc_1.abstractmethod
+    def RecyclePool(
+        self,
+        request: _shard_pb2.RecyclePoolRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.RecyclePoolResponse, _abc.Awaitable[_shard_pb2.RecyclePoolResponse]]:
+        """Replaces every connection to the database; those in use once they are given back."""
 
 def add_ShardServiceServicer_to_server(servicer: ShardServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

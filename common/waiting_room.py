@@ -1,0 +1,72 @@
+"""A short queue in front of a limit: a burst waits for its turn, an overload does not.
+
+Who finds no room waits for up to 100 ms, but for 5 ms only when the queue has not been empty for the last 100 ms: then
+it is no burst, and waiting would help nobody. The rule and its numbers are those of B. Maurer, "Fail at Scale" (ACM
+Queue 13:8, 2015, section "Controlled delay"), after CoDel (RFC 8289).
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+from common.limiter import Limiter, Priority
+
+_BURST_S = 0.1
+_STANDING_S = 0.005
+# Longest queue: with a millisecond for each it is a quarter of a second's work, which is no burst any more.
+_LONGEST = 256
+
+
+class WaitingRoom:
+    """The queue of one limiter: in order of arrival, and batches after all others."""
+
+    def __init__(self, limiter: Limiter, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limiter = limiter
+        self._clock = clock
+        self._waiting: dict[Priority, deque[asyncio.Future[None]]] = {priority: deque() for priority in Priority}
+        self._empty_at = clock()
+        limiter.on_room = self._wake
+
+    async def room(self, priority: Priority) -> None:
+        """Returns when the limiter has room for one more; its `admit` is to be called at once, before anything else.
+
+        Raises ResourceExhausted / OVERLOADED when there was none in time.
+        """
+        waiting = self._waiting[priority]
+        if not any(self._waiting.values()):
+            self._empty_at = self._clock()
+        if not waiting and self._limiter.has_room(priority):
+            return
+        if len(waiting) >= _LONGEST:
+            raise self._limiter.refusal(priority)
+        until = self._clock() + (_STANDING_S if self._clock() - self._empty_at > _BURST_S else _BURST_S)
+        join = waiting.append
+        while True:
+            turn = asyncio.get_running_loop().create_future()
+            join(turn)
+            try:
+                async with asyncio.timeout(max(0.0, until - self._clock())):
+                    await turn
+            except BaseException as error:
+                if turn in waiting:
+                    waiting.remove(turn)
+                else:
+                    self._wake()  # It was this one's turn, which is the next one's now.
+                if isinstance(error, TimeoutError):
+                    raise self._limiter.refusal(priority) from None
+                raise
+            if self._limiter.has_room(priority):
+                # There may be room for the next as well.
+                self._wake()
+                return
+            # Who is called too early goes back to the head, not to the end.
+            join = waiting.appendleft
+
+    def _wake(self) -> None:
+        for priority, waiting in self._waiting.items():
+            while waiting and self._limiter.has_room(priority):
+                turn = waiting.popleft()
+                if not turn.done():
+                    turn.set_result(None)
+                    return

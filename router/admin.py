@@ -1,0 +1,171 @@
+"""ClusterService, a router's part of it: how it is, what it counts, and what it tries when something is wrong."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from common.bearer import Bearer
+from common.breaker import CircuitBreaker, State
+from common.config import RouterSettings
+from common.deadline import Deadline
+from common.lifecycle import Listener, StartError
+from common.rpc import generic_handler
+from memshard.admin.v1 import cluster_pb2 as pb
+from memshard.v1.memory_pb2 import DegradationLevel
+from router.findings import Finding, Report
+from router.hedges import Hedges
+from router.location import LocationCache
+from router.monitor import Monitor
+from router.recovery import Attempt, Outcome, Recovery
+from router.retries import Retries
+from router.shards import Shards
+from router.topology_watch import TopologyWatch
+
+SERVICE = pb.DESCRIPTOR.services_by_name["ClusterService"]
+
+# A look at everything takes as long as it takes to cut two checks off.
+_DEFAULT_DEADLINE_S = 30.0
+
+_STATES = {
+    State.CLOSED: pb.BREAKER_STATE_CLOSED,
+    State.OPEN: pb.BREAKER_STATE_OPEN,
+    State.HALF_OPEN: pb.BREAKER_STATE_HALF_OPEN,
+}
+_OUTCOMES = {
+    Outcome.DONE: pb.RECOVERY_OUTCOME_DONE,
+    Outcome.FAILED: pb.RECOVERY_OUTCOME_FAILED,
+    Outcome.LIMITED: pb.RECOVERY_OUTCOME_LIMITED,
+}
+
+
+def read_token(file: Path) -> str:
+    """The token that calls have to bring. Raises StartError."""
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"admin_token_file {file} cannot be read: {type(error).__name__}") from error
+    if not token:
+        raise StartError(f"admin_token_file {file} is empty: write a secret into it")
+    return token
+
+
+def listener(settings: RouterSettings, servicer: "AdminServicer") -> Listener | None:
+    """The port that operators call; None when the settings name none. Raises StartError."""
+    if settings.admin_port is None or settings.admin_token_file is None:
+        return None
+    bearer = Bearer(read_token(settings.admin_token_file))
+    handler = generic_handler(SERVICE, servicer, default_deadline_s=_DEFAULT_DEADLINE_S, authorise=bearer.require)
+    return Listener(settings, [handler], [SERVICE.full_name], host=settings.admin_host, port=settings.admin_port)
+
+
+@dataclass(frozen=True, slots=True)
+class AdminServicer:
+    """The router's side of memshard.admin.v1.ClusterService."""
+
+    monitor: Monitor
+    recovery: Recovery
+    watch: TopologyWatch
+    shards: Shards
+    retries: Retries
+    hedges: Hedges
+    locations: LocationCache
+    started_at: float = field(default_factory=time.monotonic)
+
+    async def GetHealth(self, request: pb.GetHealthRequest, deadline: Deadline) -> pb.GetHealthResponse:
+        look = request.fresh or not self.monitor.is_complete
+        report = await self.monitor.look() if look else self.monitor.report()
+        return pb.GetHealthResponse(report=_report(report))
+
+    async def Recover(self, request: pb.RecoverRequest, deadline: Deadline) -> pb.RecoverResponse:
+        before = await self.monitor.look()
+        attempts = await self.recovery.recover(before)
+        response = pb.RecoverResponse(attempts=map(_attempt, attempts), before=_report(before))
+        if request.test_after:
+            response.after.CopyFrom(_report(await self.monitor.look()))
+        return response
+
+    async def GetStats(self, request: pb.GetStatsRequest, deadline: Deadline) -> pb.GetStatsResponse:
+        entries, most = self.locations.size
+        return pb.GetStatsResponse(
+            epoch=self.watch.topology.epoch,
+            uptime_s=time.monotonic() - self.started_at,
+            breakers=self._breakers(),
+            retries=pb.RetryStats(budget_left=self.retries.budget.balance()),
+            hedges=pb.HedgeStats(sent=self.hedges.sent),
+            limits=self._limits(),
+            levels=self._levels(),
+            cache=pb.CacheStats(entries=entries, max_entries=most, believed=self.locations.is_believed),
+            recoveries=map(_attempt, self.recovery.log),
+        )
+
+    def _breakers(self) -> Iterable[pb.BreakerStats]:
+        for guards in self.shards.guards.by_shard().values():
+            for guard in guards.values():
+                for kind, breaker in guard.breakers.items():
+                    yield _breaker(breaker, kind.value)
+        for breaker in self.shards.levels.dependencies:
+            yield _breaker(breaker, "all")
+
+    def _limits(self) -> Iterable[pb.LimitStats]:
+        for guards in self.shards.guards.by_shard().values():
+            for guard in guards.values():
+                limiter = guard.limiter
+                yield pb.LimitStats(server=guard.name, limit=limiter.limit, in_flight=limiter.in_flight)
+
+    def _levels(self) -> Iterable[pb.LevelStats]:
+        levels = self.shards.levels
+        for name, vitals in sorted(levels.vitals.items()):
+            decider = levels.decider(name)
+            yield pb.LevelStats(
+                shard_id=name,
+                level=DegradationLevel.ValueType(decider.level),
+                set_by_operator=decider.override is not None,
+                error_rate=vitals.error_rate,
+                p99_latency_ms=vitals.p99_latency_s * 1000,
+                shed_share=vitals.shed_share,
+                open_breakers_share=vitals.open_breakers,
+                pool_use=vitals.pool_use,
+                cpu=vitals.cpu,
+                memory=vitals.memory,
+                writes_down=vitals.writes_down,
+            )
+
+
+def _breaker(breaker: CircuitBreaker, kind: str) -> pb.BreakerStats:
+    return pb.BreakerStats(callee=breaker.name, kind=kind, state=_STATES[breaker.state])
+
+
+def _report(report: Report) -> pb.HealthReport:
+    return pb.HealthReport(overall=pb.Condition.ValueType(report.overall), checks=map(_check, report.findings))
+
+
+def _check(finding: Finding) -> pb.Check:
+    return pb.Check(
+        name=finding.name,
+        subject=finding.subject,
+        condition=pb.Condition.ValueType(finding.condition),
+        figure=finding.figure,
+        unit=finding.unit,
+        message=finding.message,
+        check_time=_timestamp(finding.at),
+    )
+
+
+def _attempt(attempt: Attempt) -> pb.RecoveryAttempt:
+    return pb.RecoveryAttempt(
+        time=_timestamp(attempt.at),
+        action=attempt.action.kind.value,
+        subject=attempt.action.subject,
+        reason=attempt.action.reason,
+        outcome=_OUTCOMES[attempt.outcome],
+        message=attempt.message,
+    )
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    made = Timestamp()
+    made.FromMicroseconds(round(seconds * 1e6))
+    return made

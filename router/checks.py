@@ -1,0 +1,244 @@
+"""What the health monitor asks, how often, and from which figures on something is no longer well."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from common import catalog, postgres
+from common.breaker import State
+from common.catalog import Cluster
+from common.deadline import Deadline
+from common.embedder import Embedder
+from common.errors import ReadOnly, ResourceExhausted, Unavailable, WrongShard
+from common.level import Level
+from common.topology import Replica, Shard
+from router.findings import Condition, Finding, Scale
+from router.guard import Kind
+from router.location import LocationCache
+from router.monitor import Check
+from router.replicas import Replicas
+from router.shards import Shards
+from router.synthetic import Synthetic
+from router.topology_watch import TopologyWatch
+
+_MS = "ms"
+_SHARE = "share"
+
+# Often enough for a level, which is entered after five seconds, to be decided by more than one look at a pool.
+_DATABASE_EVERY_S = 2.0
+_DATABASE_CUT_OFF_S = 2.0
+_REPLICA_EVERY_S = 2.0
+# As often as levels are decided; nobody is asked for it.
+_CALLS_EVERY_S = 1.0
+_SYNTHETIC_EVERY_S = 10.0
+# As long as a call takes that meets a standby which is just being lost: two seconds, and then some.
+_SYNTHETIC_CUT_OFF_S = 5.0
+_HELPER_EVERY_S = 5.0
+# One text in ten seconds is all that a server of embeddings is asked for because of this.
+_EMBEDDER_EVERY_S = 10.0
+_HELPER_CUT_OFF_S = 2.0
+_EMBEDDER_CUT_OFF_S = 5.0
+
+# Half of the way to the 30 s after which a replica says by itself that it does not serve.
+LAG = Scale(degraded=15_000.0)
+# All but one of twenty, as in common/level.py.
+POOL = Scale(degraded=0.95)
+# PostgreSQL stops at a full disk. A tenth is time to act, a twentieth is hardly any.
+DISK = Scale(degraded=0.10, unhealthy=0.05, falling=True)
+
+
+# Where the cluster gives something up (common/level.py), but for the latency: what is merely not quick wakes nobody.
+ERRORS = Scale(degraded=0.05, unhealthy=0.10)
+LATENCY = Scale(degraded=500.0)
+# One breaker of a shard or one of what all share, whichever it is.
+BREAKERS = Scale(degraded=0.01)
+LEVEL = Scale(degraded=Level.REDUCED, unhealthy=Level.READONLY)
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """Everything that the router needs, as checks."""
+
+    cluster: Cluster
+    watch: TopologyWatch
+    shards: Shards
+    replicas: Replicas
+    locations: LocationCache
+    embedder: Embedder | None
+    catalog_dsn: str
+
+    def now(self) -> list[Check]:
+        """Those of the topology as it is now."""
+        topology = self.watch.topology
+        checks = [
+            Check(
+                "catalog",
+                "",
+                partial(_timed, "catalog", "", self._ask_catalog),
+                _HELPER_EVERY_S,
+                _HELPER_CUT_OFF_S,
+                failed=Condition.DEGRADED,
+            )
+        ]
+        if self.locations.is_shared:
+            checks.append(
+                Check(
+                    "redis",
+                    "",
+                    partial(_timed, "redis", "", self.locations.ping),
+                    _HELPER_EVERY_S,
+                    _HELPER_CUT_OFF_S,
+                    failed=Condition.DEGRADED,
+                )
+            )
+        if self.embedder is not None:
+            checks.append(
+                Check(
+                    "embedder",
+                    "",
+                    partial(_timed, "embedder", "", self._embed),
+                    _EMBEDDER_EVERY_S,
+                    _EMBEDDER_CUT_OFF_S,
+                    failed=Condition.DEGRADED,
+                )
+            )
+        checks.append(Check("calls", "", self._calls, _CALLS_EVERY_S, _HELPER_CUT_OFF_S))
+        serving = {shard.shard_id for shard in topology.serving()}
+        for shard in topology.shards:
+            checks.append(self._database(shard))
+            checks += [self._replica(shard, replica) for replica in shard.replicas]
+            if shard.shard_id in serving:
+                checks.append(self._synthetic(shard))
+        return checks
+
+    def _database(self, shard: Shard) -> Check:
+        return Check(
+            "database",
+            shard.shard_id,
+            partial(self._describe, shard),
+            _DATABASE_EVERY_S,
+            _DATABASE_CUT_OFF_S,
+            beside=("pool", "disk"),
+        )
+
+    def _replica(self, shard: Shard, replica: Replica) -> Check:
+        return Check(
+            "replica",
+            replica.replica_id,
+            partial(self._lag, shard, replica),
+            _REPLICA_EVERY_S,
+            _HELPER_CUT_OFF_S,
+            failed=Condition.DEGRADED,
+        )
+
+    def _synthetic(self, shard: Shard) -> Check:
+        breaker = self.shards.guards.of(shard.shard_id).breakers[Kind.STORE]
+        return Check(
+            "synthetic",
+            shard.shard_id,
+            partial(self._round, shard),
+            _SYNTHETIC_EVERY_S,
+            _SYNTHETIC_CUT_OFF_S,
+            eager=lambda: breaker.state is not State.CLOSED,
+        )
+
+    async def _describe(self, shard: Shard) -> Sequence[Finding]:
+        """The shard's service and its database, and what it says of pool and disk."""
+        pool_use = self.shards.levels.pool_use
+        pool_use.pop(shard.shard_id, None)
+        began = time.monotonic()
+        said = await self.shards.describe(
+            shard.address, shard.shard_id, timeout_s=_DATABASE_CUT_OFF_S, without_owned=True
+        )
+        took_ms = (time.monotonic() - began) * 1000
+        if said.shard_id != shard.shard_id or not said.writable:
+            raise Unavailable("somebody else answers there", reason="NOT_PRIMARY")
+        findings = [Finding("database", shard.shard_id, Condition.HEALTHY, took_ms, _MS)]
+        if said.pool_size:
+            use = pool_use[shard.shard_id] = said.pool_in_use / said.pool_size
+            told = f"{said.pool_in_use} of {said.pool_size} connections in use"
+            findings.append(Finding("pool", shard.shard_id, POOL.condition(use), use, _SHARE, told))
+        else:
+            findings.append(_unknown("pool", shard.shard_id))
+        if said.disk_bytes:
+            free = said.disk_free_bytes / said.disk_bytes
+            told = f"{said.disk_free_bytes / 1024**3:.1f} GiB free"
+            findings.append(Finding("disk", shard.shard_id, DISK.condition(free), free, _SHARE, told))
+        else:
+            findings.append(_unknown("disk", shard.shard_id))
+        return findings
+
+    async def _lag(self, shard: Shard, replica: Replica) -> Sequence[Finding]:
+        """What is known of the replica, which is looked at four times a second in any case."""
+        standing = self.replicas.serving(shard).get(replica.replica_id)
+        if standing is None:
+            return [Finding("replica", replica.replica_id, Condition.DEGRADED, message="does not serve")]
+        lag_ms = float(standing.lag_ms)
+        return [Finding("replica", replica.replica_id, LAG.condition(lag_ms), lag_ms, _MS)]
+
+    async def _round(self, shard: Shard) -> Sequence[Finding]:
+        topology = self.watch.topology
+        if not topology.ranges_of(shard.shard_id):
+            return [_unknown("synthetic", shard.shard_id, "owns no slots")]
+        deadline = Deadline.after(_SYNTHETIC_CUT_OFF_S)
+        began = time.monotonic()
+        try:
+            await Synthetic(self.cluster, self.shards).round(topology, shard, time.time(), deadline)
+        except ReadOnly:
+            # By the shard's status in the catalog: somebody wants it so.
+            return [Finding("synthetic", shard.shard_id, Condition.DEGRADED, message="takes no writes, as it was set")]
+        except ResourceExhausted:
+            # It answers. To give it new connections as well would not help.
+            return [Finding("synthetic", shard.shard_id, Condition.DEGRADED, message="has too much to do")]
+        except WrongShard as stale:
+            await self.watch.refresh(stale.epoch, deadline)
+            return [_unknown("synthetic", shard.shard_id, "its slots are moving")]
+        took_ms = (time.monotonic() - began) * 1000
+        return [Finding("synthetic", shard.shard_id, Condition.HEALTHY, took_ms, _MS)]
+
+    async def _ask_catalog(self) -> None:
+        try:
+            connection = await postgres.connect(self.catalog_dsn, what="the catalog")
+            try:
+                await catalog.read_epoch(connection)
+            finally:
+                connection.terminate()
+        except (postgres.DatabaseUnreachableError, *postgres.CONNECT_ERRORS) as error:
+            raise Unavailable("the catalog does not answer", reason="CATALOG_UNAVAILABLE") from error
+        self.watch.breaker.probe_succeeded()
+
+    async def _calls(self) -> Sequence[Finding]:
+        """What the router has seen of its calls lately, and the level that it has come to by it."""
+        levels = self.shards.levels
+        findings: list[Finding] = []
+        for name, vitals in levels.vitals.items():
+            level = levels.decider(name).level
+            findings += [
+                _figure("errors", name, ERRORS, vitals.error_rate, _SHARE),
+                _figure("latency", name, LATENCY, vitals.p99_latency_s * 1000, _MS),
+                _figure("breakers", name, BREAKERS, vitals.open_breakers, _SHARE),
+                replace(_figure("level", name, LEVEL, float(level), "level"), message=level.name.lower()),
+            ]
+        return findings
+
+    async def _embed(self) -> None:
+        assert self.embedder is not None
+        await self.embedder.embed(["health"], _EMBEDDER_CUT_OFF_S)
+
+
+async def _timed(name: str, subject: str, ask: Callable[[], Awaitable[None]]) -> Sequence[Finding]:
+    """Well, and how many milliseconds it took."""
+    began = asyncio.get_running_loop().time()
+    await ask()
+    took_ms = (asyncio.get_running_loop().time() - began) * 1000
+    return [Finding(name, subject, Condition.HEALTHY, took_ms, _MS)]
+
+
+def _figure(name: str, subject: str, scale: Scale, figure: float, unit: str) -> Finding:
+    return Finding(name, subject, scale.condition(figure), figure, unit)
+
+
+def _unknown(name: str, subject: str, why: str = "is not told") -> Finding:
+    return Finding(name, subject, Condition.UNKNOWN, message=why)

@@ -1,0 +1,190 @@
+"""What stands before a server of a shard: a limit of calls in flight, and a breaker for each kind of call.
+
+Each server has its own, so that one which is slow or gone costs those their time who need it, and nobody else. A call
+that is refused here reaches nobody, and its caller hears so at once.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+from common.breaker import Permit, State, speaks_of_callee
+from common.breaker_log import logged
+from common.breaker_settings import SHARD
+from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted
+from common.hedge import LatencyWindow
+from common.limiter import Admission, Limiter, Priority
+from common.limiter_settings import SERVER
+from common.waiting_room import WaitingRoom
+from common.window import SlidingCount
+
+Clock = Callable[[], float]
+
+# Seconds that a failure says something of a breaker that is half-open: the health monitor tries more often than that.
+_FAILURE_HOLDS_S = 20.0
+
+# Seconds that a tally looks back on: longer than a level takes to be entered, so that single seconds do not flap it.
+TALLY_S = 10
+
+
+class Kind(StrEnum):
+    """Kinds of calls that fail for causes of their own: a full disk stores nothing, and is read all the same."""
+
+    STORE = "store"
+    RETRIEVE = "retrieve"
+    SEARCH = "search"
+
+
+class Tally:
+    """What became of the calls of the last ten seconds, from which a level is decided (`router.levels`)."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.answered = SlidingCount(1.0, TALLY_S, clock)
+        self.failed = SlidingCount(1.0, TALLY_S, clock)
+        self.shed = SlidingCount(1.0, TALLY_S, clock)
+        self.latency = LatencyWindow(TALLY_S, clock)
+        """Of interactive calls that were answered, in seconds."""
+
+
+class Guard:
+    """The guard of one server. `name` is what agents may know it by."""
+
+    def __init__(self, name: str, clock: Clock) -> None:
+        self.name = name
+        self.limiter = Limiter(clock, SERVER)
+        self.tally = Tally(clock)
+        self._queue = WaitingRoom(self.limiter, clock)
+        self.breakers = {kind: logged(name, SHARD, kind.value, clock) for kind in Kind}
+        self._clock = clock
+        self._heard_at = -math.inf
+        # When a call of a kind was last found to have failed; nothing while the last one had an answer.
+        self._failed_at: dict[Kind, float] = {}
+
+    @contextmanager
+    def passing(self, kind: Kind, call: str, priority: Priority) -> Iterator[None]:
+        """`with` it: one call, whose errors say how it went. `call` names calls that take about as long as each other.
+
+        Raises Unavailable / BREAKER_OPEN or ResourceExhausted / OVERLOADED, before anything is asked.
+        """
+        permit = self.breakers[kind].admit()
+        try:
+            admission = self._admitted(call, priority)
+        except ResourceExhausted:
+            permit.ignore()
+            raise
+        began = self._clock()
+        try:
+            yield
+        except MemshardError as error:
+            waited_s = self._clock() - began
+            _judge(permit, error, waited_s)
+            if isinstance(error, DeadlineExceeded) and waited_s < SHARD.fair_timeout_s:
+                raise  # Of a caller in a hurry: it says nothing, and nobody else is to feel it.
+            if speaks_of_callee(error):
+                self.tally.failed.add()
+                self._failed_at[kind] = self._clock()
+            else:
+                self.tally.answered.add()
+                self._failed_at.pop(kind, None)
+            if isinstance(error, DeadlineExceeded | ResourceExhausted):
+                admission.release(waited_s, dropped=True)
+            elif not speaks_of_callee(error):
+                admission.release(waited_s)
+            raise
+        else:
+            took_s = self._clock() - began
+            permit.success(took_s)
+            admission.release(took_s)
+            self.tally.answered.add()
+            self._failed_at.pop(kind, None)
+            if priority is Priority.INTERACTIVE:
+                self.tally.latency.add(took_s)
+        finally:
+            # Of a call that its caller gave up, and of one that failed at once, the time says nothing.
+            permit.ignore()
+            admission.ignore()
+
+    async def room(self, kind: Kind, priority: Priority) -> None:
+        """Waits for a place, for a short time; `passing` is to be entered at once. Raises ResourceExhausted."""
+        if self.breakers[kind].refused_for_s():
+            return  # Which `passing` will say.
+        try:
+            await self._queue.room(priority)
+        except ResourceExhausted:
+            self.tally.shed.add()
+            raise
+
+    def _admitted(self, call: str, priority: Priority) -> Admission:
+        try:
+            return self.limiter.admit(call, priority)
+        except ResourceExhausted:
+            self.tally.shed.add()
+            raise
+
+    def refuses(self, kind: Kind) -> bool:
+        """Whether a call of this kind would be turned away now by its breaker."""
+        return self.breakers[kind].refused_for_s() > 0
+
+    def fails(self, kind: Kind) -> bool:
+        """Whether calls of this kind fail: nobody may try at the moment, or who tried a short while ago failed.
+
+        Not whenever the breaker is not closed: one that is half-open and asked nothing knows nothing.
+        """
+        state = self.breakers[kind].state
+        if state is not State.HALF_OPEN:
+            return state is State.OPEN
+        at = self._failed_at.get(kind)
+        return at is not None and self._clock() - at < _FAILURE_HOLDS_S
+
+    @property
+    def troubled(self) -> bool:
+        """Whether a breaker is not closed, so that it would help to hear from the server."""
+        return any(breaker.state is not State.CLOSED for breaker in self.breakers.values())
+
+    def heard(self) -> None:
+        """The server has answered a health check: calls may try it again, a few each second."""
+        now = self._clock()
+        if now - self._heard_at < SHARD.first_probe_s:
+            return  # What hangs though health checks are answered is not to be given more and more calls.
+        self._heard_at = now
+        for breaker in self.breakers.values():
+            breaker.probe_succeeded()
+
+
+class Guards:
+    """The guards of all servers, by shard and, within it, by replica; None is the primary."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._guards: dict[tuple[str, str | None], Guard] = {}
+
+    def of(self, shard_id: str, replica_id: str | None = None) -> Guard:
+        """The guard of one server, made when it is first needed."""
+        key = shard_id, replica_id
+        if key not in self._guards:
+            name = shard_id if replica_id is None else f"{shard_id}/{replica_id}"
+            self._guards[key] = Guard(name, self._clock)
+        return self._guards[key]
+
+    def keep(self, servers: set[tuple[str, str | None]]) -> None:
+        """Drops the guards of all others."""
+        for key in self._guards.keys() - servers:
+            del self._guards[key]
+
+    def by_shard(self) -> dict[str, dict[str | None, Guard]]:
+        """Those that there are, by shard and then by replica; None is the primary."""
+        grouped: dict[str, dict[str | None, Guard]] = {}
+        for (shard_id, replica_id), guard in self._guards.items():
+            grouped.setdefault(shard_id, {})[replica_id] = guard
+        return grouped
+
+
+def _judge(permit: Permit, error: MemshardError, waited_s: float) -> None:
+    if isinstance(error, DeadlineExceeded):
+        permit.timeout(waited_s)
+    elif speaks_of_callee(error):
+        permit.failure()
+    else:
+        permit.success(waited_s)

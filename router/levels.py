@@ -1,0 +1,142 @@
+"""The degradation levels of the cluster and of each shard, looked at once a second; what they mean for calls.
+
+`common.level` has the table of what each level does, and decides. Here is what it decides from, and where it takes
+effect. A level is this router's own view. What an operator sets is the same for all: it comes with the topology.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+
+import psutil
+
+from common import logs
+from common.breaker import CircuitBreaker, State
+from common.level import Effects, Level, LevelDecider, LevelSettings
+from common.topology import CLUSTER
+from common.vitals import Vitals, of_cluster
+from common.window import SlidingCount
+from router.guard import TALLY_S, Clock, Guard, Guards, Kind
+
+_log = logs.get_logger("levels")
+
+_EVERY_S = 1.0
+
+# What makes the cluster reduced, and not essential.
+_MOST_OF_HELPERS = LevelSettings().open_breakers.reduced
+
+
+class Levels:
+    """What is in force. `run` keeps it fresh."""
+
+    def __init__(self, guards: Guards, clock: Clock = time.monotonic) -> None:
+        self.dependencies: list[CircuitBreaker] = []
+        """The breakers of what all shards share."""
+        self.shed = SlidingCount(1.0, TALLY_S, clock)
+        """Requests that were refused because the router itself has too much to do."""
+        self._guards = guards
+        self._clock = clock
+        self._deciders: dict[str, LevelDecider] = {CLUSTER: LevelDecider(clock)}
+        self._told: dict[str, Level] = {}
+        self.pool_use: dict[str, float] = {}
+        """Share of each shard's connections in use, as the health monitor last heard."""
+        self.vitals: dict[str, Vitals] = {}
+        """The last look at each shard and, as CLUSTER, at the whole."""
+
+    def decider(self, name: str) -> LevelDecider:
+        """That of a shard, or of CLUSTER."""
+        if name not in self._deciders:
+            self._deciders[name] = LevelDecider(self._clock)
+        return self._deciders[name]
+
+    def of(self, shard_ids: Iterable[str] = ()) -> Level:
+        """The level of an answer that these shards have a part in."""
+        return max(self.decider(name).level for name in (CLUSTER, *shard_ids))
+
+    def effects(self, shard_id: str = CLUSTER) -> Effects:
+        """What the levels of a shard and of the cluster do together."""
+        whole = self._deciders[CLUSTER].effects
+        return whole if shard_id == CLUSTER else whole.strictest(self.decider(shard_id).effects)
+
+    def override(self, levels: Mapping[str, Level]) -> None:
+        """What an operator has set, by shard or CLUSTER; whatever is not named decides for itself again."""
+        for name in {*levels, *self._deciders}:
+            self.decider(name).override = levels.get(name)
+        self._apply()
+
+    def look(self, cpu: float = 0.0, memory: float = 0.0) -> None:
+        """Takes one look at everything. `cpu` and `memory` are the shares of this machine's that are used, 0 to 1."""
+        shards = {
+            shard_id: replace(_of_shard(guards), pool_use=self.pool_use.get(shard_id, 0.0))
+            for shard_id, guards in self._guards.by_shard().items()
+        }
+        for name in self._deciders.keys() - shards.keys() - {CLUSTER}:
+            if self._deciders[name].override is None:
+                del self._deciders[name]
+        self.vitals = dict(shards)
+        # Each of those has something that stands in for it: without them the cluster is reduced, and no less than that.
+        helpers = min(_share_open(self.dependencies), _MOST_OF_HELPERS)
+        own = Vitals(cpu=cpu, memory=memory, open_breakers=helpers)
+        calls = [guard.tally for guards in self._guards.by_shard().values() for guard in guards.values()]
+        own = own.with_calls(
+            answered=sum(tally.answered.total() for tally in calls),
+            failed=0,
+            shed=sum(tally.shed.total() for tally in calls) + self.shed.total(),
+            p99_latency_s=0.0,
+        )
+        self.vitals[CLUSTER] = of_cluster(own, list(shards.values()))
+        for name, vitals in self.vitals.items():
+            self.decider(name).observe(vitals)
+        self._apply()
+
+    async def run(self, changed: Callable[[Effects], Awaitable[None]]) -> None:
+        """Looks until cancelled; `changed` hears what the cluster's level does after each look."""
+        psutil.cpu_percent()  # The first answer means nothing; each is about the time since the one before.
+        while True:
+            await asyncio.sleep(_EVERY_S)
+            self.look(psutil.cpu_percent() / 100, psutil.virtual_memory().percent / 100)
+            await changed(self.effects())
+
+    def _apply(self) -> None:
+        for shard_id, guards in self._guards.by_shard().items():
+            effects = self.effects(shard_id)
+            for guard in guards.values():
+                guard.limiter.patience = effects.patience
+                guard.limiter.batch_share = guard.limiter.settings.batch_share * effects.batch_factor
+        for name, decider in self._deciders.items():
+            if (before := self._told.get(name, Level.NORMAL)) != decider.level:
+                self._told[name] = decider.level
+                log = _log.warning if decider.level > before else _log.info
+                log("level", of=name or "cluster", before=before.name.lower(), after=decider.level.name.lower())
+
+
+def _of_shard(guards: Mapping[str | None, Guard]) -> Vitals:
+    """What this router sees of one shard; `guards` are those of its primary (None) and replicas."""
+    tallies = [guard.tally for guard in guards.values()]
+    slowest = [p99 for tally in tallies if (p99 := tally.latency.quantile(0.99)) is not None]
+    vitals = Vitals(
+        open_breakers=_share_open([b for guard in guards.values() for b in guard.breakers.values()]),
+        writes_down=_writes_down(guards),
+    )
+    return vitals.with_calls(
+        answered=sum(tally.answered.total() for tally in tallies),
+        failed=sum(tally.failed.total() for tally in tallies),
+        shed=sum(tally.shed.total() for tally in tallies),
+        p99_latency_s=max(slowest, default=0.0),
+    )
+
+
+def _writes_down(guards: Mapping[str | None, Guard]) -> bool:
+    """Whether nothing can be stored, though there is a server to read from."""
+    primary = guards.get(None)
+    if primary is None or not primary.fails(Kind.STORE):
+        return False
+    return any(guard.breakers[Kind.RETRIEVE].state is State.CLOSED for guard in guards.values())
+
+
+def _share_open(breakers: Collection[CircuitBreaker]) -> float:
+    """The share that is open. One that is half-open may be tried, and as long as nobody does, it knows nothing."""
+    if not breakers:
+        return 0.0
+    return sum(breaker.state is State.OPEN for breaker in breakers) / len(breakers)

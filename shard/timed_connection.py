@@ -1,0 +1,36 @@
+"""A connection whose server ends a statement by itself, once nobody can be waiting for it any more.
+
+A read whose caller leaves is cancelled by this process. That is no help when this process lies still, or when the work
+is a write, which goes on without its caller: then the server's own `statement_timeout` is what bounds it. It ends
+before a commit begins (PostgreSQL's postgres.c, `finish_xact_command`), so that it never cuts one short.
+"""
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import asyncpg
+
+if TYPE_CHECKING:
+    _Base: TypeAlias = asyncpg.Connection[asyncpg.Record]
+else:
+    _Base = asyncpg.Connection
+
+# Seconds. Few, since each change costs a round trip: those who are in a hurry, those who wait as long as callers do by
+# default, and the longest that any statement may take.
+_STEPS_S = (1, 10)
+LONGEST_S = 30
+_UNKNOWN = 0
+
+
+class TimedConnection(_Base):
+    """Connections begin with the longest timeout, which the pool asks for when it makes them."""
+
+    statement_timeout_s = LONGEST_S
+
+    async def limit_statements(self, remaining_s: float) -> None:
+        """Has the server end statements after `remaining_s` seconds, rounded up to one of a few steps."""
+        wanted_s = next((step for step in _STEPS_S if remaining_s <= step), LONGEST_S)
+        if wanted_s != self.statement_timeout_s:
+            # Cut off in the middle, nobody knows which of the two it is.
+            self.statement_timeout_s = _UNKNOWN
+            await self.execute("SELECT set_config('statement_timeout', $1, false)", f"{wanted_s}s")
+            self.statement_timeout_s = wanted_s

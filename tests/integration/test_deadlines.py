@@ -1,0 +1,75 @@
+"""The caller's time reaches the database: what nobody waits for any more is ended there."""
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from common.deadline import Deadline
+from common.errors import OutcomeUnknown, Unavailable
+from memshard.v1 import memory_pb2 as pb
+from shard.database import Database
+from tests.support.cluster import LocalCluster
+from tests.support.eventually import eventually
+from tests.support.wire import database, pool_of_one, store_request, topology_of, user_slot
+
+if TYPE_CHECKING:
+    from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
+
+
+@pytest.mark.parametrize(("remaining_s", "timeout"), [(0.3, "1s"), (5, "10s"), (10, "10s"), (25, "30s")])
+async def test_a_statement_may_take_about_as_long_as_its_caller_waits(
+    cluster: LocalCluster, remaining_s: float, timeout: str
+) -> None:
+    async with pool_of_one(cluster.shard_dsn("shard-0")) as pool:
+        here = Database(pool)
+        for _ in range(2):
+            # On one connection, whatever it was used for before.
+            async with here.reading(Deadline.after(60)) as connection:
+                assert await connection.fetchval("SHOW statement_timeout") == "30s"
+            async with here.reading(Deadline.after(remaining_s)) as connection:
+                assert await connection.fetchval("SHOW statement_timeout") == timeout
+
+
+async def test_the_server_ends_a_read_and_a_write_by_itself(cluster: LocalCluster) -> None:
+    async with pool_of_one(cluster.shard_dsn("shard-0")) as pool:
+        here = Database(pool)
+        began = time.monotonic()
+        with pytest.raises(Unavailable):
+            async with here.reading(Deadline.after(0.5)) as connection:
+                await connection.execute("SELECT pg_sleep(20)")
+        with pytest.raises(OutcomeUnknown):
+            async with (await here.to_write(Deadline.after(0.5))).entered() as connection:
+                await connection.execute("SELECT pg_sleep(20)")
+        assert time.monotonic() - began < 10
+
+
+async def test_a_read_whose_caller_has_left_ends_in_the_database(
+    cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    """It waits for a lock that the test holds, and is gone long before that is given back."""
+    await api.StoreMemory(store_request(user, "there"))
+    shard = (await topology_of(cluster.catalog_dsn())).owner(user_slot(user))
+    async with (
+        database(cluster.shard_dsn(shard.shard_id, owner=True)) as holder,
+        database(cluster.shard_dsn(shard.shard_id, owner=True)) as watcher,
+        holder.transaction(),
+    ):
+        await holder.execute("LOCK TABLE memories IN ACCESS EXCLUSIVE MODE")
+        listing = api.ListMemories(pb.ListMemoriesRequest(user_id=user), timeout=30)
+
+        async def waiting() -> int:
+            count: int = await watcher.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name LIKE $1",
+                f"memshard {shard.shard_id}%",
+            )
+            return count
+
+        await eventually(waiting, within_s=5)
+        listing.cancel()
+
+        async def gone() -> bool:
+            return await waiting() == 0
+
+        await eventually(gone, within_s=5)
+    assert (await api.ListMemories(pb.ListMemoriesRequest(user_id=user))).memories

@@ -1,0 +1,107 @@
+"""Bursts wait for their turn, in order; what is more than a burst is refused soon."""
+
+import asyncio
+import time
+
+import pytest
+
+from common.errors import ResourceExhausted
+from common.limiter import Admission, Limiter, Priority
+from common.limiter_settings import LimiterSettings
+from common.waiting_room import WaitingRoom
+
+
+class Place:
+    """A limit of four that does not move, and its queue."""
+
+    def __init__(self) -> None:
+        self.limiter = Limiter(time.monotonic, LimiterSettings(initial=4, least=4, most=4))
+        self.queue = WaitingRoom(self.limiter)
+
+    async def enter(self, priority: Priority = Priority.INTERACTIVE) -> Admission:
+        await self.queue.room(priority)
+        return self.limiter.admit("", priority)
+
+
+async def test_with_room_nobody_waits() -> None:
+    place = Place()
+    for _ in range(4):
+        await asyncio.wait_for(place.enter(), 0.01)
+
+
+async def test_a_burst_gets_its_turns_in_order() -> None:
+    place = Place()
+    order: list[int] = []
+
+    async def call(number: int) -> None:
+        admission = await place.enter()
+        order.append(number)
+        await asyncio.sleep(0)
+        admission.release(0.001)
+
+    await asyncio.gather(*(call(number) for number in range(100)))
+    # Those who are woken together may change places.
+    assert all(abs(place_ - number) < 4 for place_, number in enumerate(order))
+    assert place.limiter.in_flight == 0
+
+
+async def test_who_waits_for_too_long_hears_it_in_a_tenth_of_a_second_and_holds_nothing() -> None:
+    place = Place()
+    held = [await place.enter() for _ in range(4)]
+    began = time.monotonic()
+    with pytest.raises(ResourceExhausted):
+        await place.enter()
+    assert 0.05 < time.monotonic() - began < 1
+    held[0].release(0.001)
+    await asyncio.wait_for(place.enter(), 0.01)
+
+
+async def test_where_the_queue_stands_nobody_waits_for_long() -> None:
+    place = Place()
+    for _ in range(4):
+        await place.enter()
+    waiting = [asyncio.create_task(place.enter()) for _ in range(20)]
+    await asyncio.sleep(0.08)  # Some of the first are about to give up; the queue has not been empty since.
+    waiting += [asyncio.create_task(place.enter())]
+    await asyncio.sleep(0.03)
+    began = time.monotonic()
+    outcomes = await asyncio.gather(*waiting, place.enter(), return_exceptions=True)
+    assert all(isinstance(outcome, ResourceExhausted) for outcome in outcomes)
+    assert time.monotonic() - began < 0.2
+
+
+async def test_one_who_leaves_makes_way() -> None:
+    place = Place()
+    held = [await place.enter() for _ in range(4)]
+    first, second = asyncio.create_task(place.enter()), asyncio.create_task(place.enter())
+    await asyncio.sleep(0)
+    first.cancel()
+    held[0].release(0.001)
+    assert await asyncio.wait_for(second, 1)
+    assert first.cancelled() or first.done()
+
+
+async def test_the_queue_has_an_end() -> None:
+    place = Place()
+    for _ in range(4):
+        await place.enter()
+    waiting = [asyncio.create_task(place.enter()) for _ in range(256)]
+    await asyncio.sleep(0)
+    began = time.monotonic()
+    with pytest.raises(ResourceExhausted):
+        await place.enter()
+    assert time.monotonic() - began < 0.05
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_a_batch_that_waits_keeps_nobody_else_out() -> None:
+    limiter = Limiter(time.monotonic, LimiterSettings(initial=10, least=10, most=10))
+    queue = WaitingRoom(limiter)
+    held = [limiter.admit() for _ in range(8)]
+    batch = asyncio.create_task(queue.room(Priority.BATCH))
+    await asyncio.sleep(0)
+    # Batches have seven places of ten, which are taken; the other three are not theirs to wait in front of.
+    await asyncio.wait_for(queue.room(Priority.INTERACTIVE), 0.01)
+    for admission in held[:2]:
+        admission.release(0.001)
+    await asyncio.wait_for(batch, 0.05)

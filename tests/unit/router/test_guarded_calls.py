@@ -1,0 +1,268 @@
+"""Calls over real gRPC to servers that fail as told: what is tried again, what is refused, what is asked twice."""
+
+import asyncio
+import time
+
+import pytest
+
+from common.breaker import BREAKER_OPEN, State
+from common.deadline import Deadline
+from common.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    OutcomeUnknown,
+    ReadOnly,
+    ResourceExhausted,
+    Unavailable,
+)
+from common.limiter import OVERLOADED
+from common.retry import RetryBudget, RetrySettings
+from router.consistency import EVENTUAL, STRONG
+from router.guard import Kind
+from router.retries import Retries
+from tests.support.eventually import eventually
+from tests.unit.router.scripted import Router, Server, router, servers
+
+# What opens a shard's breaker (common/breaker_settings.py).
+_IN_A_ROW = 5
+
+
+def states(reader: Router, replica: str | None = None) -> dict[Kind, State]:
+    """The states of a server's breakers."""
+    guard = reader.shards.guards.of("shard-0", replica)
+    return {kind: breaker.state for kind, breaker in guard.breakers.items()}
+
+
+async def open_for_reads(reader: Router, primary: Server) -> None:
+    """Fails calls until the breaker opens."""
+    primary.error = InvalidArgument("once it is asked again")
+    primary.fails_next = 1000
+    for _ in range(_IN_A_ROW):
+        if states(reader)[Kind.RETRIEVE] is not State.OPEN:
+            with pytest.raises(Unavailable):
+                await reader.get(STRONG)
+    assert states(reader)[Kind.RETRIEVE] is State.OPEN
+
+
+async def read_until_hedging(reader: Router) -> None:
+    """Reads until it is known how long reads take, and two hedges are paid for."""
+    for _ in range(150):
+        await reader.get(EVENTUAL)
+    await eventually(lambda: reader.reads.hedges.timer("shard-0", "Get").delay_s())
+
+
+async def test_a_failure_that_passes_is_not_seen() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.fails_next = 2
+        assert await reader.get(STRONG) == "primary"
+        assert len(primary.asked) == 3
+        primary.fails_next = 2
+        await reader.store(b"a")
+        assert primary.stored == [b"a"]
+
+
+async def test_there_are_three_attempts_and_no_more() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.fails_next = 3
+        with pytest.raises(Unavailable, match="not now"):
+            await reader.get(STRONG)
+        assert len(primary.asked) == 3
+
+
+@pytest.mark.parametrize("error", [InvalidArgument("no"), NotFound("no"), AlreadyExists("no"), ReadOnly("no")])
+async def test_what_will_not_change_is_not_tried_again(error: Exception) -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.error = error  # type: ignore[assignment]
+        with pytest.raises(type(error)):
+            await reader.store()
+        assert len(primary.asked) == 1
+        assert set(states(reader).values()) == {State.CLOSED}
+
+
+async def test_no_attempt_begins_that_the_deadline_would_end() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.error = Unavailable("later", retry_after_s=1.0)
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match="later"):
+            await reader.get(STRONG, timeout_s=0.5)
+        assert len(primary.asked) == 1
+        assert time.monotonic() - began < 0.5
+
+
+async def test_retries_end_with_their_budget() -> None:
+    budget = RetryBudget(asyncio.get_running_loop().time, share=0.2, per_s=0.1, window_s=10)
+    retries = Retries(RetrySettings(base_s=0.001), budget)
+    attempts = 0
+
+    async def fails() -> None:
+        nonlocal attempts
+        attempts += 1
+        raise Unavailable("not now")
+
+    for _ in range(20):
+        with pytest.raises(Unavailable):
+            await retries.run(fails, Deadline.after(5))
+    # One was saved up, and there is one more for every five.
+    assert attempts == 20 + 1 + 4
+
+
+async def test_a_write_whose_answer_was_lost_is_tried_again_and_settled() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.loses_next = 1
+        await reader.store(b"the same")
+        assert primary.stored == [b"the same", b"the same"]
+
+
+@pytest.mark.parametrize("later", [Unavailable("x"), ReadOnly("x"), ResourceExhausted("x")])
+async def test_a_write_in_doubt_stays_in_doubt_when_its_retry_is_refused(later: Exception) -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.loses_next = 1
+        storing = asyncio.create_task(reader.store(b"a"))
+        await eventually(lambda: primary.stored)
+        primary.error = later  # type: ignore[assignment]
+        with pytest.raises(OutcomeUnknown):
+            await storing
+
+
+async def test_a_write_in_doubt_is_settled_by_an_answer_of_the_retry() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.loses_next = 1
+        storing = asyncio.create_task(reader.store(b"a"))
+        await eventually(lambda: primary.stored)
+        primary.error = AlreadyExists("by another")
+        with pytest.raises(AlreadyExists):
+            await storing
+
+
+async def test_after_five_failures_nobody_is_asked_and_callers_hear_it_at_once() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        await open_for_reads(reader, primary)
+        primary.serving = False
+        asked = len(primary.asked)
+        with pytest.raises(Unavailable) as caught:
+            await reader.get(STRONG)
+        assert caught.value.reason == BREAKER_OPEN
+        assert 0 < (caught.value.retry_after_s or 0) <= 1
+        assert len(primary.asked) == asked
+
+
+async def test_a_breaker_for_reads_lets_writes_through() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        await open_for_reads(reader, primary)
+        primary.fails_next, primary.error = 0, None
+        await reader.store(b"a")
+        assert primary.stored == [b"a"]
+
+
+async def test_a_primary_that_is_back_is_asked_again_within_two_seconds() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        await primary.stop()
+        for _ in range(_IN_A_ROW):
+            with pytest.raises(Unavailable):
+                await reader.get(STRONG, timeout_s=1)
+        assert states(reader)[Kind.RETRIEVE] is State.OPEN
+        await primary.start()
+
+        async def answers() -> bool:
+            try:
+                return await reader.get(STRONG) == "primary"
+            except Unavailable:
+                return False
+
+        await eventually(answers, within_s=2)
+
+
+async def test_a_health_check_half_opens_long_before_the_breaker_would_by_itself() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.serving = False
+        for _ in range(3):
+            # Each round that fails doubles the wait.
+            await open_for_reads(reader, primary)
+            reader.shards.guards.of("shard-0").breakers[Kind.RETRIEVE].probe_succeeded()
+        await open_for_reads(reader, primary)
+        assert reader.shards.guards.of("shard-0").breakers[Kind.RETRIEVE].refused_for_s() > 2
+        primary.fails_next, primary.error, primary.serving = 0, None, True
+        await eventually(lambda: states(reader)[Kind.RETRIEVE] is State.HALF_OPEN, within_s=1)
+        assert await reader.get(STRONG) == "primary"
+
+
+async def test_hurried_callers_do_not_cut_off_the_others() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.freeze()
+        for _ in range(2 * _IN_A_ROW):
+            with pytest.raises(DeadlineExceeded):
+                await reader.get(STRONG, timeout_s=0.06)
+        assert set(states(reader).values()) == {State.CLOSED}
+        for _ in range(_IN_A_ROW):
+            with pytest.raises(DeadlineExceeded):
+                await reader.get(STRONG, timeout_s=0.3)
+        assert states(reader)[Kind.RETRIEVE] is State.OPEN
+
+
+async def test_callers_who_leave_say_nothing_of_the_server_and_hold_no_place() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.freeze()
+        leaving = [asyncio.create_task(reader.get(STRONG)) for _ in range(20)]
+        await eventually(lambda: primary.in_flight == len(leaving))
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        guard = reader.shards.guards.of("shard-0")
+        assert guard.limiter.in_flight == 0
+        assert set(states(reader).values()) == {State.CLOSED}
+        await eventually(lambda: primary.in_flight == 0)
+
+
+async def test_more_than_the_limit_is_refused_at_once_and_elsewhere_nothing_is_felt() -> None:
+    async with servers(1) as (primary, replicas), router(primary, *replicas, replica_timeout_s=5) as reader:
+        primary.freeze()
+        limit = reader.shards.guards.of("shard-0").limiter.limit
+        stuck = [asyncio.create_task(reader.get(STRONG)) for _ in range(limit)]
+        await eventually(lambda: primary.in_flight == limit)
+        with pytest.raises(ResourceExhausted) as caught:
+            await reader.get(STRONG)
+        assert (caught.value.reason, caught.value.retry_after_s) == (OVERLOADED, 1.0)
+        assert await reader.get(EVENTUAL) == "replica-0"
+        primary.thaw()
+        assert await asyncio.gather(*stuck) == ["primary"] * limit
+
+
+async def test_a_slow_read_is_asked_of_a_second_server_which_answers() -> None:
+    async with servers(1) as (primary, replicas), router(primary, *replicas, replica_timeout_s=5) as reader:
+        await read_until_hedging(reader)
+        replicas[0].delay_s = 2.0
+        began = time.monotonic()
+        assert await reader.get(EVENTUAL) == "primary"
+        assert time.monotonic() - began < 1.5
+        await eventually(lambda: replicas[0].in_flight == 0, within_s=1)
+
+
+async def test_of_a_hundred_reads_two_are_hedged_at_most() -> None:
+    async with servers(1) as (primary, replicas), router(primary, *replicas, replica_timeout_s=5) as reader:
+        for _ in range(300):
+            await reader.get(EVENTUAL)
+        for number in range(200):
+            # One of ten is slow, which is less than one of twenty of all: none of them is usual.
+            replicas[0].delay_s = 0.1 if number % 10 == 0 else 0.0
+            await reader.get(EVENTUAL)
+        assert 1 <= len(primary.asked) <= 0.02 * 500
+
+
+async def test_the_quicker_answer_counts_whichever_it_is() -> None:
+    async with servers(1) as (primary, replicas), router(primary, *replicas, replica_timeout_s=5) as reader:
+        await read_until_hedging(reader)
+        replicas[0].delay_s, primary.delay_s = 0.3, 5.0
+        assert await reader.get(EVENTUAL) == "replica-0"
+        await eventually(lambda: primary.in_flight == 0, within_s=1)
+        # And where one of the two fails, the other's answer does.
+        replicas[0].delay_s, primary.delay_s, primary.error = 0.3, 0.0, Unavailable("gone")
+        assert await reader.get(EVENTUAL) == "replica-0"
+
+
+async def test_a_hedge_that_is_refused_does_not_fail_a_read_that_goes_well() -> None:
+    async with servers(1) as (primary, replicas), router(primary, *replicas, replica_timeout_s=5) as reader:
+        await read_until_hedging(reader)
+        replicas[0].delay_s, primary.error = 0.3, ResourceExhausted("too much", reason=OVERLOADED)
+        assert await reader.get(EVENTUAL) == "replica-0"

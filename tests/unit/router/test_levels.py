@@ -1,0 +1,187 @@
+"""What a router makes of what it sees of its shards, and where the levels take effect."""
+
+from contextlib import suppress
+
+import pytest
+
+from common.breaker import State
+from common.breaker_log import logged
+from common.breaker_settings import CACHE, SHARD
+from common.errors import DeadlineExceeded, MemshardError, NotFound, ReadOnly, ResourceExhausted, Unavailable
+from common.level import Level
+from common.limiter import Priority
+from common.topology import CLUSTER
+from router.consistency import STRONG
+from router.guard import Guards, Kind
+from router.levels import Levels
+from tests.support.clock import Clock
+from tests.unit.router.scripted import router, servers
+
+_SHARDS = ("shard-0", "shard-1", "shard-2")
+
+
+class Watched:
+    """Levels of three shards on a clock of the test's own, looked at once a second."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.guards = Guards(self.clock)
+        self.levels = Levels(self.guards, self.clock)
+        for shard_id in _SHARDS:
+            self.guards.of(shard_id)
+
+    def call(
+        self,
+        shard_id: str,
+        error: Exception | None = None,
+        *,
+        kind: Kind = Kind.RETRIEVE,
+        took_s: float = 0.01,
+        times: int = 30,
+    ) -> None:
+        """Makes calls that end so."""
+        guard = self.guards.of(shard_id)
+        for _ in range(times):
+            with suppress(MemshardError), guard.passing(kind, kind.value, Priority.INTERACTIVE):
+                self.clock.pass_(took_s)
+                if error is not None:
+                    raise error
+
+    def watch(self, seconds: int, *failing: str, error: Exception | None = None, took_s: float = 0.01) -> None:
+        """Lets calls go on for a while, those to the shards named with an error or slowly."""
+        for _ in range(seconds):
+            over = self.clock() + 1
+            for shard_id in _SHARDS:
+                bad = shard_id in failing
+                self.call(shard_id, error if bad else None, took_s=took_s if bad else 0.001)
+            self.clock.now = max(self.clock.now, over)
+            self.levels.look()
+
+
+def test_one_shards_failures_set_its_level_and_never_the_clusters() -> None:
+    watched = Watched()
+    watched.watch(15, "shard-1", error=Unavailable("gone"))
+    assert watched.levels.of(["shard-1"]) is Level.REDUCED
+    assert watched.levels.of(["shard-0"]) is watched.levels.of() is Level.NORMAL
+    assert watched.levels.of(["shard-0", "shard-1"]) is Level.REDUCED
+
+
+def test_what_most_shards_have_the_cluster_has() -> None:
+    watched = Watched()
+    watched.watch(15, "shard-0", "shard-1", error=Unavailable("gone"))
+    assert watched.levels.of() is Level.REDUCED
+    watched.watch(60)
+    assert watched.levels.of(_SHARDS) is Level.NORMAL
+
+
+@pytest.mark.parametrize("error", [NotFound("no such memory"), ResourceExhausted("too much", reason="OVERLOADED")])
+def test_answers_that_callers_deserve_are_no_errors(error: Exception) -> None:
+    watched = Watched()
+    watched.watch(15, *_SHARDS, error=error)
+    assert watched.levels.of(_SHARDS) is Level.NORMAL
+
+
+def test_callers_in_a_hurry_degrade_nobody() -> None:
+    watched = Watched()
+    watched.watch(15, "shard-0", error=DeadlineExceeded("in a hurry"), took_s=0.01)
+    assert watched.levels.of(_SHARDS) is Level.NORMAL
+
+
+def test_a_breaker_that_nobody_tries_any_more_sets_no_level() -> None:
+    watched = Watched()
+    guard = watched.guards.of("shard-0", "replica-0")
+    for _ in range(SHARD.consecutive_failures):
+        with suppress(Unavailable), guard.passing(Kind.SEARCH, "Search", Priority.INTERACTIVE):
+            raise Unavailable("gone")
+    guard.heard()
+    watched.watch(60)
+    assert guard.breakers[Kind.SEARCH].state is State.HALF_OPEN
+    assert watched.levels.of(_SHARDS) is Level.NORMAL
+
+
+def test_a_slow_shard_is_reduced_and_its_limit_with_it() -> None:
+    watched = Watched()
+    watched.watch(40, "shard-2", took_s=0.3)
+    assert watched.levels.of(["shard-2"]) is Level.REDUCED
+    patient, hurried = (watched.guards.of(shard_id).limiter for shard_id in ("shard-0", "shard-2"))
+    assert hurried.patience < patient.patience == 1.0
+    assert hurried.batch_share < patient.batch_share == patient.settings.batch_share
+
+
+def test_a_busy_machine_that_keeps_up_changes_nothing() -> None:
+    watched = Watched()
+    for _ in range(60):
+        watched.call("shard-0", times=30)
+        watched.levels.look(cpu=1.0, memory=0.99)
+    assert watched.levels.of() is Level.NORMAL
+
+
+def test_open_breakers_of_what_all_shards_share_are_the_clusters() -> None:
+    watched = Watched()
+    breaker = logged("Redis", CACHE, clock=watched.clock)
+    watched.levels.dependencies.append(breaker)
+    for _ in range(CACHE.consecutive_failures):
+        breaker.admit().failure()
+    for _ in range(10):
+        watched.clock.pass_(1)
+        watched.levels.look()
+    assert watched.levels.of() > Level.NORMAL
+
+
+def test_what_an_operator_sets_counts_at_once_and_until_it_is_taken_back() -> None:
+    watched = Watched()
+    watched.levels.override({"shard-1": Level.READONLY})
+    assert watched.levels.of(["shard-1"]) is Level.READONLY
+    assert not watched.levels.effects("shard-1").allow_writes
+    assert watched.levels.effects("shard-0").allow_writes
+    watched.levels.override({CLUSTER: Level.MAINTENANCE})
+    assert watched.levels.of(["shard-1"]) is Level.MAINTENANCE
+    assert not watched.levels.effects().serving
+    watched.levels.override({})
+    assert watched.levels.of(_SHARDS) is Level.NORMAL
+
+
+def test_a_shard_that_stores_nothing_and_is_read_becomes_read_only_after_half_a_minute() -> None:
+    watched = Watched()
+    for second in range(40):
+        watched.clock.pass_(1)
+        watched.call("shard-0", times=3, took_s=0.001)
+        watched.call("shard-0", Unavailable("disk full"), kind=Kind.STORE, times=1)
+        watched.levels.look()
+        if second == 20:
+            assert watched.levels.effects("shard-0").allow_writes
+    assert watched.levels.of(["shard-0"]) is Level.READONLY
+    assert watched.levels.of(["shard-1"]) is Level.NORMAL
+
+
+def test_a_breaker_that_waits_for_somebody_to_try_it_is_no_reason_to_refuse_writes() -> None:
+    watched = Watched()
+    for _ in range(5):
+        watched.call("shard-0", Unavailable("gone"), kind=Kind.STORE, times=1)
+    watched.guards.of("shard-0").heard()
+    for _ in range(120):
+        watched.clock.pass_(1)
+        watched.call("shard-0", times=3, took_s=0.001)
+        watched.levels.look()
+        assert watched.levels.effects("shard-0").allow_writes
+
+
+async def test_a_read_only_shard_refuses_writes_without_being_asked_and_serves_reads() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        reader.shards.levels.override({"shard-0": Level.READONLY})
+        with pytest.raises(ReadOnly):
+            await reader.store()
+        assert not primary.asked
+        assert await reader.get(STRONG) == "primary"
+
+
+def test_a_full_pool_reduces_its_shard_and_nobody_else() -> None:
+    watched = Watched()
+    watched.levels.pool_use["shard-0"] = 1.0
+    watched.watch(7)
+    assert watched.levels.vitals["shard-0"].pool_use == 1.0
+    assert watched.levels.of(["shard-0"]) is Level.REDUCED
+    assert watched.levels.of(["shard-1"]) is Level.NORMAL
+    del watched.levels.pool_use["shard-0"]
+    watched.watch(40)
+    assert watched.levels.of(["shard-0"]) is Level.NORMAL
