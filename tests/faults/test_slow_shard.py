@@ -21,7 +21,7 @@ _SAVED_UP = 10
 OF_THE_MONITOR_PER_S = 1.6
 
 
-async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: float, others_slower: float) -> None:
+async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: float, whole: bool) -> None:
     async with faulty_cluster(shards=2, replicas=1) as faulty:
         users = {shard.shard_id: faulty.users(shard.shard_id, 20) for shard in faulty.topology.shards}
         mix = {"get": 5.0, "list": 2.0, "search": 3.0}
@@ -59,18 +59,20 @@ async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: f
     assert failed == {}
     # What was added is a floor, whatever else the machine does; a tenth are of the moment when it began.
     assert mine[1].percentile_ms(10) >= _ADDED_S * 1000
-    # Where it is a matter of few milliseconds, the machine's other work is seen.
-    assert others[1].percentile_ms(50) < 1.5 * others[0].percentile_ms(50) + 10
-    assert others[1].percentile_ms(99) < others_slower * others[0].percentile_ms(99)
+    # Whatever else the machine does, a tenth of the others' calls are quicker than what was added.
+    assert others[1].percentile_ms(10) < _ADDED_S * 1000
+    if whole:
+        assert others[1].percentile_ms(50) < 1.5 * others[0].percentile_ms(50) + 10
+        assert others[1].percentile_ms(99) < 2 * others[0].percentile_ms(99)
     assert in_all - len(calls) <= HEDGES_SHARE * len(calls) + _SAVED_UP
     assert hedges <= HEDGES_SHARE * reads + _SAVED_UP
 
 
 async def test_a_slow_shard_is_slow_for_its_own_callers(record: Record, tmp_path: Path) -> None:
-    await scenario(record, tmp_path, before_s=4, slow_s=5, others_slower=10)
+    await scenario(record, tmp_path, before_s=4, slow_s=5, whole=False)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_a_slow_shard_is_slow_for_its_own_callers_for_30_s(record: Record, tmp_path: Path) -> None:
-    await scenario(record, tmp_path, before_s=20, slow_s=30, others_slower=2)
+    await scenario(record, tmp_path, before_s=20, slow_s=30, whole=True)
