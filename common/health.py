@@ -7,6 +7,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
+from common.methods import Methods
+
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 _Response = health_pb2.HealthCheckResponse
@@ -34,13 +36,13 @@ class Health:
         self._stopping = True
         self._change(False)
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """gRPC's handler of the service. Requests are parsed here, so that garbage is INVALID_ARGUMENT."""
+    def methods(self) -> Methods:
+        """What the service offers. Requests are parsed here, so that garbage is INVALID_ARGUMENT."""
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             "Check": grpc.unary_unary_rpc_method_handler(self._check),
             "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
         }
-        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+        return Methods(SERVICE_NAME, methods)
 
     async def _check(self, raw: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
         service = await _service(raw, context)

@@ -17,6 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from common import errors, logs, status
 from common.deadline import Deadline
+from common.methods import Methods
 
 if TYPE_CHECKING:
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
@@ -45,21 +46,21 @@ Handler = Callable[[Message, Deadline], Awaitable[Message]]
 _Behavior = Callable[[bytes, "Context"], Awaitable[bytes]]
 
 
-def generic_handler(
+def methods_of(
     service: ServiceDescriptor,
     servicer: object,
     *,
     default_deadline_s: float,
     authorise: "Callable[[Context], None] | None" = None,
     admission: Admits | None = None,
-) -> grpc.GenericRpcHandler:
-    """gRPC's handler of `service`: each rpc is the method of `servicer` that has its name.
+) -> Methods:
+    """What `servicer` offers of `service`: each rpc is the method of it that has the same name.
 
-    Methods take (request, deadline) and return the response. An rpc that the servicer lacks answers UNIMPLEMENTED.
+    They take (request, deadline) and return the response. An rpc that the servicer lacks answers UNIMPLEMENTED.
     `authorise` raises what a caller hears who may not call at all, `admission` what one hears who is too much; both
     before anything is looked at.
     """
-    return grpc.method_handlers_generic_handler(
+    return Methods(
         service.full_name,
         {
             method.name: grpc.unary_unary_rpc_method_handler(
@@ -118,7 +119,12 @@ def _behavior(
         except Exception as bug:  # The last resort: whatever is not a domain error is a bug, and says so.
             _log.error("request failed by a bug", rpc=method.name, **logs.describe_bug(bug))
             error = errors.Internal("internal error; the server's log says where")
-        await status.abort(context, error)
+        try:
+            await status.abort(context, error)
+        finally:
+            # Its traceback holds this frame, which would hold it: under overload, refusals would be garbage that only
+            # the collector finds, and its pauses are what callers wait for.
+            del error
         raise AssertionError("unreachable: abort raises")
 
     return behavior

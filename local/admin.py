@@ -13,7 +13,7 @@ from common import errors, status
 from common.bearer import Bearer
 from common.deadline import Deadline
 from common.level import Level
-from common.rpc import generic_handler
+from common.rpc import methods_of
 from local.appointment import RefusedError
 from local.cluster import Plan
 from local.degradation import set_level
@@ -47,12 +47,11 @@ async def serving(
     """Serves until the end of the block. Raises LocalClusterError when the port cannot be had."""
     bearer = Bearer(token)
     failovers = _Failovers(bearer, shards, log)
-    answers = generic_handler(
+    answers = methods_of(
         _SERVICE, _Answers(plan, log), default_deadline_s=_DEFAULT_DEADLINE_S, authorise=bearer.require
     )
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    # The first handler that knows an rpc has it.
-    server.add_generic_rpc_handlers([failovers.handler(), answers])
+    answers.with_stream("Failover", failovers.answer).add_to(server)
     try:
         server.add_insecure_port(f"{HOST}:{port}")
     except RuntimeError as error:
@@ -97,19 +96,14 @@ class _Failovers:
         self._log = log
         self._at_work: set[asyncio.Task[None]] = set()
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """gRPC's handler of the rpc. Requests are parsed here, so that garbage is INVALID_ARGUMENT."""
-        return grpc.method_handlers_generic_handler(
-            _SERVICE.full_name, {"Failover": grpc.unary_stream_rpc_method_handler(self._failover)}
-        )
-
     async def close(self) -> None:
         """Cancels what is still at work."""
         for task in self._at_work:
             task.cancel()
         await asyncio.gather(*self._at_work, return_exceptions=True)
 
-    async def _failover(self, raw: bytes, context: "Context") -> AsyncIterator[bytes]:
+    async def answer(self, raw: bytes, context: "Context") -> AsyncIterator[bytes]:
+        """Answers the rpc. Requests are parsed here, so that garbage is INVALID_ARGUMENT."""
         try:
             self._bearer.require(context)
             async for progress in self._steps(cluster_pb2.FailoverRequest.FromString(raw)):

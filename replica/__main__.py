@@ -11,7 +11,7 @@ import asyncpg
 from common import config, lifecycle, logs
 from common.config import ReplicaSettings
 from common.postgres import CONNECT_ERRORS, CONNECT_TIMEOUT_S, explain
-from common.rpc import generic_handler
+from common.rpc import methods_of
 from memshard.internal.v1 import shard_pb2
 from replica import lag
 from replica.lag import Probe
@@ -45,12 +45,7 @@ async def main(settings: ReplicaSettings) -> None:
         servicer = ReplicaServicer(settings, known, Database(pool))
         server = lifecycle.Server(
             settings,
-            [
-                generic_handler(
-                    _SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission()
-                )
-            ],
-            [_SERVICE.full_name],
+            [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission())],
         )
         await server.start()
         await server.run_until_stopped([partial(_watch_health, server, probe)])

@@ -12,7 +12,7 @@ from common import catalog, config, embedder, lifecycle, postgres
 from common.catalog import Cluster
 from common.config import RouterSettings
 from common.level import Effects
-from common.rpc import generic_handler
+from common.rpc import methods_of
 from common.topology import Topology
 from memshard.v1 import memory_pb2
 from router import admin, self_healing
@@ -121,8 +121,7 @@ async def main(settings: RouterSettings) -> None:
         )
         server = lifecycle.Server(
             settings,
-            [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=entrance)],
-            [_SERVICE.full_name],
+            [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=entrance)],
             beside=admin.listener(settings, for_operators),
         )
         await server.start()

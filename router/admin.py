@@ -12,7 +12,7 @@ from common.breaker import CircuitBreaker, State
 from common.config import RouterSettings
 from common.deadline import Deadline
 from common.lifecycle import Listener, StartError
-from common.rpc import generic_handler
+from common.rpc import methods_of
 from memshard.admin.v1 import cluster_pb2 as pb
 from memshard.v1.memory_pb2 import DegradationLevel
 from router.findings import Finding, Report
@@ -57,8 +57,8 @@ def listener(settings: RouterSettings, servicer: "AdminServicer") -> Listener | 
     if settings.admin_port is None or settings.admin_token_file is None:
         return None
     bearer = Bearer(read_token(settings.admin_token_file))
-    handler = generic_handler(SERVICE, servicer, default_deadline_s=_DEFAULT_DEADLINE_S, authorise=bearer.require)
-    return Listener(settings, [handler], [SERVICE.full_name], host=settings.admin_host, port=settings.admin_port)
+    methods = methods_of(SERVICE, servicer, default_deadline_s=_DEFAULT_DEADLINE_S, authorise=bearer.require)
+    return Listener(settings, [methods], host=settings.admin_host, port=settings.admin_port)
 
 
 @dataclass(frozen=True, slots=True)

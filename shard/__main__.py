@@ -9,7 +9,7 @@ from pathlib import Path
 from common import config, embedder, lifecycle, logs
 from common.config import ShardSettings
 from common.postgres import CONNECT_ERRORS, explain
-from common.rpc import generic_handler
+from common.rpc import methods_of
 from memshard.internal.v1 import shard_pb2
 from shard import heartbeat, identity, purge
 from shard.commits import Commits
@@ -58,12 +58,7 @@ async def main(settings: ShardSettings) -> None:
         servicer = ShardServicer(settings, known, database, commits, durability, queue, disk)
         server = lifecycle.Server(
             settings,
-            [
-                generic_handler(
-                    _SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission()
-                )
-            ],
-            [_SERVICE.full_name],
+            [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission())],
         )
         retention = Retention(
             tombstone_s=settings.tombstone_ttl_s, version_s=max(settings.version_ttl_s, settings.tombstone_ttl_s)
