@@ -57,4 +57,4 @@ class LimiterSettings:
 
 # A server of a shard has some sixteen connections to its database. With four times as many calls in flight a queue is
 # still short, on whatever machine; below that, a team of agents on a busy laptop would be refused.
-SERVER = LimiterSettings(least=64, initial=128)
+SERVER = LimiterSettings(least=64, initial=64)
