@@ -91,6 +91,10 @@ class ServiceSettings(BaseSettings):
     drain_timeout_s: Seconds = 10.0
     """Seconds that calls in flight get to finish after SIGTERM. Below the 30 s that Kubernetes waits before SIGKILL."""
 
+    max_connection_age_s: Seconds | None = None
+    """Seconds after which a client's connection is closed in order, calls under way being finished, so that clients
+    that balance by DNS look again and find servers that have come since. None: never."""
+
     log_format: Literal["json", "console"] = "json"
     """`json`: one object a line, for collectors. `console`: for eyes."""
 

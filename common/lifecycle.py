@@ -57,6 +57,7 @@ class Listener:
                 ("grpc.max_send_message_length", -1),
                 # Lets clients keep idle connections alive with pings more often than gRPC's five minutes.
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                *_connection_age(settings.max_connection_age_s),
             ]
         )
         self._server.add_generic_rpc_handlers([*handlers, self._health.handler()])
@@ -86,6 +87,11 @@ class Listener:
         """Says that it leaves, takes no new call, and gives those in flight their time."""
         self._health.stop()
         await self._server.stop(timeout_s)
+
+
+def _connection_age(max_age_s: float | None) -> list[tuple[str, int]]:
+    """gRPC's options for it. It spreads the ends by a tenth; calls may take as long as they like."""
+    return [] if max_age_s is None else [("grpc.max_connection_age_ms", round(max_age_s * 1000))]
 
 
 class Server(Listener):

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.roles import APP, OWNER
 from local.account import Account, run_as
 from local.errors import LocalClusterError
 from local.layout import sync_directory
@@ -16,11 +17,6 @@ from local.ports import HOST
 from local.record import Secrets
 
 SUPERUSER = "postgres"
-OWNER = "memshard_owner"
-APP = "memshard_app"
-REPLICATION = "memshard_replication"
-CATALOG_DATABASE = "memshard_catalog"
-SHARD_DATABASE = "memshard"
 
 # Written to postgresql.conf once, for whoever runs the cluster to tune.
 _TUNABLE = {

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from common.roles import APP, OWNER
 from local import leftovers, postgres, probes, redis, services
 from local.cluster import REDIS, Plan, Programs, admin_of, router_name
-from local.postgres import APP, OWNER, Server, dsn_of_primary
+from local.postgres import Server, dsn_of_primary
 from local.process import ProcessSpec
 from local.services import Service
 from local.shard_servers import ShardServers

@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
-from local.postgres import APP
+from common.roles import APP
 from memshard.internal.v1 import shard_pb2
 from tests.support.eventually import eventually
 from tests.support.place import Place, at, refused
