@@ -3,6 +3,7 @@
 # ruff: noqa: PLC0415  # What talks to databases is imported inside: `memshard add` should not wait for it.
 
 import asyncio
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,10 +35,22 @@ AdminDsn = Annotated[
     ),
 ]
 OwnerPassword = Annotated[
-    Path, typer.Option("--owner-password-file", metavar="FILE", readable=False, help="Password of memshard_owner.")
+    Path | None,
+    typer.Option(
+        "--owner-password-file",
+        metavar="FILE",
+        readable=False,
+        help="Password of memshard_owner; without, MEMSHARD_OWNER_PASSWORD.",
+    ),
 ]
 AppPassword = Annotated[
-    Path, typer.Option("--app-password-file", metavar="FILE", readable=False, help="Password of memshard_app.")
+    Path | None,
+    typer.Option(
+        "--app-password-file",
+        metavar="FILE",
+        readable=False,
+        help="Password of memshard_app; without, MEMSHARD_APP_PASSWORD.",
+    ),
 ]
 ReplicationPassword = Annotated[
     Path | None,
@@ -45,7 +58,8 @@ ReplicationPassword = Annotated[
         "--replication-password-file",
         metavar="FILE",
         readable=False,
-        help="Password of memshard_replication, for standbys that stream as it; without, there is no such role.",
+        help="Password of memshard_replication, which standbys stream as; without, MEMSHARD_REPLICATION_PASSWORD. "
+        "Without either there is no such role.",
     ),
 ]
 
@@ -63,8 +77,8 @@ def register(app: typer.Typer) -> None:
 def prepare(
     kind: Annotated[DatabaseKind, typer.Argument(help="What the server is for.")],
     admin_dsn: AdminDsn,
-    owner_password_file: OwnerPassword,
-    app_password_file: AppPassword,
+    owner_password_file: OwnerPassword = None,
+    app_password_file: AppPassword = None,
     replication_password_file: ReplicationPassword = None,
 ) -> None:
     """Make roles and database on a server, or bring them up to date: passwords become those that are given.
@@ -73,8 +87,10 @@ def prepare(
     """
     from common.roles import APP, OWNER, REPLICATION, Login
 
-    owner, app = Login(OWNER, _read(owner_password_file)), Login(APP, _read(app_password_file))
-    replication = Login(REPLICATION, _read(replication_password_file)) if replication_password_file else None
+    owner = Login(OWNER, _required(owner_password_file, "owner"))
+    app = Login(APP, _required(app_password_file, "app"))
+    password = _password(replication_password_file, "replication")
+    replication = Login(REPLICATION, password) if password else None
     asyncio.run(_prepare(kind, admin_dsn, owner, app, replication))
     typer.echo(f"The database of the {kind} is ready.")
 
@@ -136,7 +152,16 @@ async def _prepare(kind: DatabaseKind, admin_dsn: str, owner: "Login", app: "Log
         fail(str(error))
 
 
-def _read(file: Path) -> str:
+def _required(file: Path | None, whose: str) -> str:
+    return _password(file, whose) or fail(
+        f"--{whose}-password-file, or MEMSHARD_{whose.upper()}_PASSWORD in the environment, is required"
+    )
+
+
+def _password(file: Path | None, whose: str) -> str:
+    """From the file, else from the environment; empty when it is in neither."""
+    if file is None:
+        return os.environ.get(f"MEMSHARD_{whose.upper()}_PASSWORD", "")
     try:
         password = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
