@@ -145,7 +145,10 @@ async def _prepare(kind: DatabaseKind, admin_dsn: str, owner: "Login", app: "Log
             await server.close()
         database = await postgres.connect(admin_dsn, what="the new database", database=name)
         try:
-            await provision.prepare_database(database, vector=kind is DatabaseKind.SHARD)
+            if kind is DatabaseKind.CATALOG:
+                await provision.prepare_catalog_database(database)
+            else:
+                await provision.prepare_shard_database(database)
         finally:
             await database.close()
     except (postgres.DatabaseUnreachableError, PostgresError) as error:

@@ -132,28 +132,33 @@ def read_description(file: Path) -> ClusterDescription:
         raise DescriptionError(f"{file}: {'; '.join(problems)}") from error
 
 
-async def prepare_catalog_server(server: "Connection", owner: Login, app: Login) -> None:
+async def prepare_catalog_server(server: Connection, owner: Login, app: Login) -> None:
     """Roles and an empty database for the catalog. `server` is a superuser's connection to any database of it."""
     for login in (owner, app):
         await roles.ensure_login(server, login)
     await roles.ensure_database(server, roles.CATALOG_DATABASE, owner.role)
 
 
-async def prepare_shard_server(server: "Connection", owner: Login, app: Login, replication: Login | None) -> None:
-    """Roles and an empty database for a shard, and what its service needs to keep its standbys. As above."""
+async def prepare_shard_server(server: Connection, owner: Login, app: Login, replication: Login | None) -> None:
+    """Roles and an empty database for a shard. As above."""
     for login in (owner, app):
         await roles.ensure_login(server, login)
     if replication is not None:
         await roles.ensure_login(server, replication, replication=True)
     await roles.ensure_database(server, roles.SHARD_DATABASE, owner.role)
-    await roles.let_keep_standbys(server, app.role, owner.role)
 
 
-async def prepare_database(database: "Connection", *, vector: bool) -> None:
-    """Inside the database that one of the above has made, as a superuser; `vector` for a shard's."""
+async def prepare_catalog_database(database: Connection) -> None:
+    """Inside the database that `prepare_catalog_server` has made, as a superuser."""
     await roles.close_database(database)
-    if vector:
-        await roles.ensure_vector(database)
+
+
+async def prepare_shard_database(database: Connection) -> None:
+    """Inside the database that `prepare_shard_server` has made, as a superuser: pgvector, and what the shard's service
+    needs to keep its standbys."""
+    await roles.close_database(database)
+    await roles.ensure_vector(database)
+    await roles.let_keep_standbys(database)
 
 
 async def provision_catalog(owner_dsn: str, description: ClusterDescription, app: str = roles.APP) -> Provisioned:

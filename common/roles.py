@@ -87,7 +87,8 @@ async def ensure_vector(connection: Connection) -> None:
 
 
 async def let_keep_standbys(connection: Connection, app: str = APP, owner: str = OWNER) -> None:
-    """Lets a shard's service see its standbys, and set which its commits wait for. On any database of the server."""
+    """Lets a shard's service see its standbys, and set which its commits wait for. On the shard's database: each
+    database has its own rights to pg_reload_conf()."""
     await connection.execute(await connection.fetchval(_KEEP_STANDBYS, app, owner))
 
 
