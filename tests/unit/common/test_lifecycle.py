@@ -209,3 +209,17 @@ async def test_reflection_lists_the_services_and_has_their_contract(tmp_path: Pa
             "grpc.reflection.v1alpha.ServerReflection",
         }
         assert pb.DESCRIPTOR.serialized_pb in described.file_descriptor_response.file_descriptor_proto
+
+
+async def test_an_aged_connection_ends_in_order_and_its_calls_are_finished(tmp_path: Path) -> None:
+    async with _started(tmp_path, max_connection_age_s=0.5) as service:
+        await service.channel.channel_ready()
+        in_flight = asyncio.ensure_future(service.memories.GetMemory(pb.GetMemoryRequest(id="kept")))
+        await eventually((tmp_path / "entered").exists)
+        async with asyncio.timeout(10):
+            await service.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        assert not in_flight.done()
+        (tmp_path / "release").touch()
+        assert (await in_flight).memory.id == "kept"
+        # The next call makes a connection of its own.
+        await service.memories.DeleteMemory(pb.DeleteMemoryRequest())
