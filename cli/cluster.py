@@ -1,5 +1,5 @@
-"""The cluster commands of the memshard command line: up, down, status, failover, degrade, health and
-its kin, config."""
+"""The cluster commands of the memshard command line: up, down, status, failover, restart, degrade,
+health and its kin, config."""
 
 # ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
 
@@ -14,6 +14,7 @@ from cli.cluster_degrade import degrade
 from cli.cluster_failover import failover
 from cli.cluster_health import health, recover, stats
 from cli.cluster_options import DataDir, failures_shown
+from cli.cluster_restart import restart
 from cli.terminal import fail
 
 DEFAULT_PORT = 50051
@@ -51,6 +52,7 @@ def register(app: typer.Typer) -> None:
     app.command()(down)
     app.command()(status)
     app.command()(failover)
+    app.command()(restart)
     app.command()(degrade)
     app.command()(health)
     app.command()(recover)

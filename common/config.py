@@ -95,6 +95,10 @@ class ServiceSettings(BaseSettings):
     """Seconds after which a client's connection is closed in order, calls under way being finished, so that clients
     that balance by DNS look again and find servers that have come since. None: never."""
 
+    handover_file: Path | None = None
+    """File that is made when all is ready but the ports, which a predecessor still has: then they are waited for. So a
+    service is restarted with hardly a pause. None: ports that are in use are an error."""
+
     log_format: Literal["json", "console"] = "json"
     """`json`: one object a line, for collectors. `console`: for eyes."""
 

@@ -14,7 +14,7 @@ import grpc
 import uvloop
 from grpc_reflection.v1alpha import reflection
 
-from common import health, logs
+from common import handover, health, logs
 from common.config import ConfigError, ServiceSettings
 
 _log = logs.get_logger("lifecycle")
@@ -45,8 +45,10 @@ class Listener:
     ) -> None:
         host = settings.host if host is None else host
         # A bare IPv6 address has colons of its own.
+        self._host, self._port = host.strip("[]"), settings.port if port is None else port
         host = f"[{host}]" if ":" in host and "[" not in host else host
-        self._address = f"{host}:{settings.port if port is None else port}"
+        self._address = f"{host}:{self._port}"
+        self._handover_file = settings.handover_file
         self._health = health.Health(service_names)
         self._serving: bool | None = None
         self._server = grpc.aio.server(
@@ -68,6 +70,8 @@ class Listener:
     async def start(self) -> None:
         """Listens. Raises StartError when the port cannot be had."""
         await self.set_serving(False)
+        if self._handover_file is not None:
+            await handover.wait_for_port(self._host, self._port, self._handover_file)
         try:
             self._server.add_insecure_port(self._address)
         except RuntimeError as error:

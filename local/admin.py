@@ -1,26 +1,25 @@
 """ClusterService: how `memshard failover` and its kin reach the supervisor. Loopback, and a token in a private file."""
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeAlias
 
 import grpc.aio
-from google.protobuf.message import DecodeError
 
-from common import errors, status
+from common import errors
 from common.bearer import Bearer
 from common.deadline import Deadline
 from common.level import Level
 from common.rpc import generic_handler
-from local.appointment import RefusedError
 from local.cluster import Plan
 from local.degradation import set_level
 from local.errors import LocalClusterError
 from local.planned_failover import PlannedFailover, Progress, Step
 from local.ports import HOST
+from local.process import Child
+from local.rolling import Restarted, RollingRestart
 from local.shard_servers import ShardServers
+from local.streaming import Streaming, Tell
 from memshard.admin.v1 import cluster_pb2
 
 _STOP_GRACE_S = 0.2
@@ -36,23 +35,30 @@ _STEPS = {
 
 _SERVICE = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"]
 
-if TYPE_CHECKING:
-    Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
-
 
 @asynccontextmanager
-async def serving(
-    port: int, token: str, plan: Plan, shards: Mapping[str, ShardServers], log: logging.Logger
+async def serving(  # What there is to administer.
+    port: int,
+    token: str,
+    plan: Plan,
+    shards: Mapping[str, ShardServers],
+    processes: Callable[[], Sequence[Child]],
+    log: logging.Logger,
 ) -> AsyncIterator[None]:
     """Serves until the end of the block. Raises LocalClusterError when the port cannot be had."""
     bearer = Bearer(token)
-    failovers = _Failovers(bearer, shards, log)
+    failovers = Streaming(bearer, log, cluster_pb2.FailoverRequest, _Failovers(shards).run)
+    rolling = RollingRestart(processes, shards, log)
+    restarts = Streaming(bearer, log, cluster_pb2.RestartRequest, _Restarts(rolling).run)
+    streams = grpc.method_handlers_generic_handler(
+        _SERVICE.full_name, {"Failover": failovers.handler(), "Restart": restarts.handler()}
+    )
     answers = generic_handler(
         _SERVICE, _Answers(plan, log), default_deadline_s=_DEFAULT_DEADLINE_S, authorise=bearer.require
     )
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     # The first handler that knows an rpc has it.
-    server.add_generic_rpc_handlers([failovers.handler(), answers])
+    server.add_generic_rpc_handlers([streams, answers])
     try:
         server.add_insecure_port(f"{HOST}:{port}")
     except RuntimeError as error:
@@ -63,6 +69,7 @@ async def serving(
     finally:
         await server.stop(_STOP_GRACE_S)
         await failovers.close()
+        await restarts.close()
 
 
 class _Answers:
@@ -91,55 +98,32 @@ class _Answers:
 class _Failovers:
     """Failover, which tells each step."""
 
-    def __init__(self, bearer: Bearer, shards: Mapping[str, ShardServers], log: logging.Logger) -> None:
-        self._bearer = bearer
+    def __init__(self, shards: Mapping[str, ShardServers]) -> None:
         self._shards = shards
-        self._log = log
-        self._at_work: set[asyncio.Task[None]] = set()
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """gRPC's handler of the rpc. Requests are parsed here, so that garbage is INVALID_ARGUMENT."""
-        return grpc.method_handlers_generic_handler(
-            _SERVICE.full_name, {"Failover": grpc.unary_stream_rpc_method_handler(self._failover)}
-        )
-
-    async def close(self) -> None:
-        """Cancels what is still at work."""
-        for task in self._at_work:
-            task.cancel()
-        await asyncio.gather(*self._at_work, return_exceptions=True)
-
-    async def _failover(self, raw: bytes, context: "Context") -> AsyncIterator[bytes]:
-        try:
-            self._bearer.require(context)
-            async for progress in self._steps(cluster_pb2.FailoverRequest.FromString(raw)):
-                yield _message(progress).SerializeToString()
-        except DecodeError:
-            await status.abort(context, errors.InvalidArgument("not a FailoverRequest", reason="MALFORMED_REQUEST"))
-        except errors.MemshardError as error:
-            await status.abort(context, error)
-        except RefusedError as error:
-            await status.abort(context, errors.FailedPrecondition(str(error), reason="NOT_POSSIBLE"))
-        except LocalClusterError as error:
-            await status.abort(context, errors.Unavailable(str(error), reason="FAILOVER_UNFINISHED"))
-        except Exception:
-            self._log.exception("Failover failed by a bug")
-            await status.abort(context, errors.Internal("internal error; the supervisor's log says where"))
-
-    async def _steps(self, request: cluster_pb2.FailoverRequest) -> AsyncIterator[Progress]:
-        """Each step as it is done. The failover goes on when the caller leaves: half of one is worse than a whole."""
+    async def run(self, request: cluster_pb2.FailoverRequest, tell: Tell) -> None:
+        """Raises MemshardError, LocalClusterError."""
         shard = self._shards.get(request.shard_id)
         if shard is None:
             known = ", ".join(self._shards)
             raise errors.NotFound(f"there is no shard {request.shard_id!r}, only {known}", reason="SHARD_NOT_FOUND")
-        steps: asyncio.Queue[Progress | None] = asyncio.Queue()
-        failover = asyncio.create_task(PlannedFailover(shard, steps.put_nowait).run(request.to_server or None))
-        self._at_work.add(failover)
-        failover.add_done_callback(self._at_work.discard)
-        failover.add_done_callback(lambda _task: steps.put_nowait(None))
-        while (progress := await steps.get()) is not None:
-            yield progress
-        await failover
+        await PlannedFailover(shard, lambda progress: tell(_message(progress))).run(request.to_server or None)
+
+
+class _Restarts:
+    """Restart, which tells each process."""
+
+    def __init__(self, rolling: RollingRestart) -> None:
+        self._rolling = rolling
+
+    async def run(self, request: cluster_pb2.RestartRequest, tell: Tell) -> None:
+        """Raises LocalClusterError."""
+
+        def told(one: Restarted) -> None:
+            message = f"{one.name} ({one.role}) has been restarted"
+            tell(cluster_pb2.RestartProgress(name=one.name, message=message, seconds=one.seconds))
+
+        await self._rolling.run(list(request.names), told)
 
 
 def _message(progress: Progress) -> cluster_pb2.FailoverProgress:

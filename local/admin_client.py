@@ -1,6 +1,6 @@
 """Calls of the supervisor's admin service, by whoever may read its token."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -29,6 +29,13 @@ async def failover(layout: Layout, shard_id: str, to_server: str) -> AsyncIterat
     async with _service(layout) as (stub, metadata):
         request = cluster_pb2.FailoverRequest(shard_id=shard_id, to_server=to_server)
         async for progress in stub.Failover(request, metadata=metadata):
+            yield progress
+
+
+async def restart(layout: Layout, names: Sequence[str]) -> AsyncIterator[cluster_pb2.RestartProgress]:
+    """Restarts these processes, or all, one after the other; each, as it is well again. Raises LocalClusterError."""
+    async with _service(layout) as (stub, metadata):
+        async for progress in stub.Restart(cluster_pb2.RestartRequest(names=names), metadata=metadata):
             yield progress
 
 

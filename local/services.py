@@ -74,6 +74,11 @@ def environment(service: Service, settings: Mapping[str, Any], root: Path) -> di
     return {**shared, **kept, "PYTHONUNBUFFERED": "1", MARK: str(root)}
 
 
+def handover_variable(service: Service) -> str:
+    """Variable of a service's setting `handover_file`."""
+    return f"{SETTINGS[service].model_config.get('env_prefix', '')}HANDOVER_FILE"
+
+
 def _common(port: int, catalog: str) -> dict[str, Any]:
     return {
         "host": HOST,

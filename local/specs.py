@@ -225,6 +225,7 @@ class Specs:
             log=plan.layout.log(name),
             environment=services.environment(service, settings, plan.layout.root),
             hangs=hangs,
+            handover_variable=services.handover_variable(service),
             stop_timeout_s=leftovers.SERVICE_STOP_TIMEOUT_S,
             **given,
         )

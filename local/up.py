@@ -130,7 +130,7 @@ async def run(request: Request, observer: Observer) -> None:
         token = make_token(layout)
         shards = shard_servers(plan, programs, log)
         supervisor = supervise(plan, programs, shards, hooks, log, hung_after_s=request.hung_after_s)
-        async with admin.serving(plan.record.ports[ADMIN], token, plan, shards, log):
+        async with admin.serving(plan.record.ports[ADMIN], token, plan, shards, supervisor.processes, log):
             interruption.action = supervisor.stop
             await supervisor.run()
 

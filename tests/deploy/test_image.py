@@ -11,6 +11,7 @@ import subprocess
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import pytest_asyncio
@@ -103,14 +104,14 @@ async def test_what_is_stored_by_one_router_is_fetched_and_found_by_the_other(st
         AsyncMemoryClient(f"127.0.0.1:{stack.ports[1]}") as other,
     ):
         for client in (one, other):
-            await eventually(lambda client=client: _answers(client), within_s=_START_TIMEOUT_S)  # type: ignore[misc]
+            await eventually(partial(_answers, client), within_s=_START_TIMEOUT_S)
 
         users = [f"user-{number}" for number in range(20)]
-        stored = {user: await one.store(user, f"{user} drinks green tea") for user in users}
+        stored = {user: (await one.store(user, f"{user} drinks green tea")).memory for user in users}
         for user, memory in stored.items():
             assert (await other.get(memory.id, user_id=user, read=ReadLevel.STRONG)).content == memory.content
             found = await other.search("what does she drink?", user_id=user, read=ReadLevel.STRONG)
-            assert [hit.memory.id for hit in found] == [memory.id]
+            assert [hit.memory.id for hit in found.results] == [memory.id]
 
         # Both shards have some, and a standby each: what is stored now is on two disks.
         await eventually(lambda: _is_on_a_quorum(one), within_s=30)
@@ -125,13 +126,13 @@ async def _answers(client: AsyncMemoryClient) -> bool:
 
 
 async def _is_on_a_quorum(client: AsyncMemoryClient) -> bool:
-    receipts = [(await client.store(f"user-{number}", "more")).durability for number in range(20)]
-    return all(durability is Durability.QUORUM for durability in receipts)
+    receipts = [(await client.store(f"user-{number}", "more")).receipt for number in range(20)]
+    return all(receipt.durability is Durability.QUORUM for receipt in receipts)
 
 
 async def test_the_containers_are_healthy_and_have_no_rights(stack: Stack) -> None:
     for service in ("router-0", "shard-0", "shard-0-replica-1"):
-        await eventually(lambda service=service: _is_healthy(stack, service), within_s=90)  # type: ignore[misc]
+        await eventually(partial(_is_healthy, stack, service), within_s=90)
         container = stack.container(service)
         assert docker("exec", container, "cat", "/proc/1/comm").stdout.strip() == "tini"
         assert docker("exec", container, "id", "-u").stdout.strip() == "10001"

@@ -40,6 +40,11 @@ class ClusterServiceStub:
                 request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverRequest.SerializeToString,
                 response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverProgress.FromString,
                 _registered_method=True)
+        self.Restart = channel.unary_stream(
+                '/memshard.admin.v1.ClusterService/Restart',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RestartRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RestartProgress.FromString,
+                _registered_method=True)
         self.SetDegradation = channel.unary_unary(
                 '/memshard.admin.v1.ClusterService/SetDegradation',
                 request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationRequest.SerializeToString,
@@ -70,6 +75,15 @@ class ClusterServiceServicer:
         """Hands a shard's writes over to one of its standbys, in order: nothing acknowledged is lost, and the old primary
         follows the new one. FAILED_PRECONDITION / NOT_POSSIBLE: it could not be, and the old primary goes on. By the
         supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restart(self, request, context):
+        """Restarts processes one after the other, each when the one before is well again. Services start before they end:
+        calls under way are finished, and new ones are taken by the successor. FAILED_PRECONDITION / NOT_POSSIBLE: a
+        successor did not start, and the old process goes on. By the supervisor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,6 +125,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Failover,
                     request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverRequest.FromString,
                     response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverProgress.SerializeToString,
+            ),
+            'Restart': grpc.unary_stream_rpc_method_handler(
+                    servicer.Restart,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RestartRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RestartProgress.SerializeToString,
             ),
             'SetDegradation': grpc.unary_unary_rpc_method_handler(
                     servicer.SetDegradation,
@@ -161,6 +180,33 @@ class ClusterService:
             '/memshard.admin.v1.ClusterService/Failover',
             memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverRequest.SerializeToString,
             memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/Restart',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.RestartRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.RestartProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,11 @@ class ClusterServiceStub:
     follows the new one. FAILED_PRECONDITION / NOT_POSSIBLE: it could not be, and the old primary goes on. By the
     supervisor.
     """
+    Restart: _grpc.UnaryStreamMultiCallable[_cluster_pb2.RestartRequest, _cluster_pb2.RestartProgress]
+    """Restarts processes one after the other, each when the one before is well again. Services start before they end:
+    calls under way are finished, and new ones are taken by the successor. FAILED_PRECONDITION / NOT_POSSIBLE: a
+    successor did not start, and the old process goes on. By the supervisor.
+    """
     SetDegradation: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.SetDegradationRequest, _cluster_pb2.SetDegradationResponse]
     """Sets the degradation level of a shard or of the cluster, whatever the routers see, or leaves it to them again. Kept
     in the catalog, so that it holds for every router and after a restart. By the supervisor.
@@ -65,6 +70,11 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """Hands a shard's writes over to one of its standbys, in order: nothing acknowledged is lost, and the old primary
     follows the new one. FAILED_PRECONDITION / NOT_POSSIBLE: it could not be, and the old primary goes on. By the
     supervisor.
+    """
+    Restart: _aio.UnaryStreamMultiCallable[_cluster_pb2.RestartRequest, _cluster_pb2.RestartProgress]  # type: ignore[assignment]
+    """Restarts processes one after the other, each when the one before is well again. Services start before they end:
+    calls under way are finished, and new ones are taken by the successor. FAILED_PRECONDITION / NOT_POSSIBLE: a
+    successor did not start, and the old process goes on. By the supervisor.
     """
     SetDegradation: _aio.UnaryUnaryMultiCallable[_cluster_pb2.SetDegradationRequest, _cluster_pb2.SetDegradationResponse]  # type: ignore[assignment]
     """Sets the degradation level of a shard or of the cluster, whatever the routers see, or leaves it to them again. Kept
@@ -89,6 +99,17 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Hands a shard's writes over to one of its standbys, in order: nothing acknowledged is lost, and the old primary
         follows the new one. FAILED_PRECONDITION / NOT_POSSIBLE: it could not be, and the old primary goes on. By the
         supervisor.
+        """
+
+    @_abc_1.abstractmethod
+    def Restart(
+        self,
+        request: _cluster_pb2.RestartRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.RestartProgress], _abc.AsyncIterator[_cluster_pb2.RestartProgress]]:
+        """Restarts processes one after the other, each when the one before is well again. Services start before they end:
+        calls under way are finished, and new ones are taken by the successor. FAILED_PRECONDITION / NOT_POSSIBLE: a
+        successor did not start, and the old process goes on. By the supervisor.
         """
 
     @_abc_1.abstractmethod
