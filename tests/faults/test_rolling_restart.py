@@ -62,7 +62,7 @@ async def rolling(rounds: int, readers: int) -> str:
         lost, doubled = await load.lost_and_doubled()
         share = load.durabilities[Durability.QUORUM] / load.total()
         measured = (
-            f"{rounds} × {len(names)} processes in {took_s:.0f} s; {load.total()} writes acknowledged, {share:.0%} of "
+            f"{rounds * len(names)} restarts in {took_s:.0f} s; {load.total()} writes acknowledged, {share:.0%} of "
             f"them QUORUM, {lost} lost, {doubled} doubled, {len(load.failures)} calls failed; longest time without a "
             f"write {gap_s:.2f} s"
         )
