@@ -1,5 +1,5 @@
-"""The cluster commands of the memshard command line: up, down, status, failover, restart, degrade,
-health and its kin, config."""
+"""The cluster commands of the memshard command line: up, down, status, failover, restart,
+rotate-secrets, degrade, health and its kin, config."""
 
 # ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
 
@@ -15,6 +15,7 @@ from cli.cluster_failover import failover
 from cli.cluster_health import health, recover, stats
 from cli.cluster_options import DataDir, failures_shown
 from cli.cluster_restart import restart
+from cli.cluster_rotate import rotate_secrets
 from cli.terminal import fail
 
 DEFAULT_PORT = 50051
@@ -53,6 +54,7 @@ def register(app: typer.Typer) -> None:
     app.command()(status)
     app.command()(failover)
     app.command()(restart)
+    app.command()(rotate_secrets)
     app.command()(degrade)
     app.command()(health)
     app.command()(recover)

@@ -58,9 +58,15 @@ class Login:
     password: str = field(repr=False)
 
 
+async def has_role(connection: Connection, role: str) -> bool:
+    """Whether there is such a role."""
+    found: bool = await connection.fetchval(_HAS_ROLE, role)
+    return found
+
+
 async def ensure_login(connection: Connection, login: Login, *, replication: bool = False) -> None:
     """A role that may log in with this password; `replication`: and stream. On any database of the server."""
-    if not await connection.fetchval(_HAS_ROLE, login.role):
+    if not await has_role(connection, login.role):
         await connection.execute(await connection.fetchval(_CREATE_ROLE, login.role))
     attributes = "LOGIN REPLICATION" if replication else "LOGIN"
     await connection.execute(await connection.fetchval(_ALTER_ROLE, login.role, attributes, login.password))

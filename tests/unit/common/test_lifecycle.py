@@ -223,3 +223,28 @@ async def test_an_aged_connection_ends_in_order_and_its_calls_are_finished(tmp_p
         assert (await in_flight).memory.id == "kept"
         # The next call makes a connection of its own.
         await service.memories.DeleteMemory(pb.DeleteMemoryRequest())
+
+
+async def test_a_successor_takes_the_port_over_while_its_predecessor_finishes(tmp_path: Path) -> None:
+    old, new, file = tmp_path / "old", tmp_path / "new", tmp_path / "handover"
+    old.mkdir()
+    new.mkdir()
+    async with (
+        _serving(old) as predecessor,
+        _started(new, port=predecessor.port, handover_file=file) as successor,
+    ):
+        in_flight = asyncio.ensure_future(predecessor.memories.GetMemory(pb.GetMemoryRequest(id="kept")))
+        await eventually((old / "entered").exists)
+        await eventually(file.exists, within_s=20)
+        predecessor.process.send_signal(signal.SIGTERM)
+        # A new connection is the successor's.
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{successor.port}") as channel:
+            stub: MemoryServiceAsyncStub = memory_pb2_grpc.MemoryServiceStub(channel)
+            taken = asyncio.ensure_future(stub.GetMemory(pb.GetMemoryRequest(id="taken"), wait_for_ready=True))
+            await eventually((new / "entered").exists)
+            assert not in_flight.done()
+            (new / "release").touch()
+            assert (await taken).memory.id == "taken"
+        (old / "release").touch()
+        assert (await in_flight).memory.id == "kept"
+        assert await predecessor.process.wait() == 0
