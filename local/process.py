@@ -150,15 +150,15 @@ class Child:
             raise LocalClusterError(f"{self.spec.name} does not run, or is being restarted already")
         file = self.spec.log.with_suffix(".handover")
         file.unlink(missing_ok=True)
-        self._successor = await self._spawn({self.spec.handover_variable: str(file)})
+        self._successor = successor = await self._spawn({self.spec.handover_variable: str(file)})
         try:
-            await self._until_it_waits(self._successor, file)
+            await self._until_it_waits(successor, file)
         except BaseException:
             await self._discard_successor()
             raise
         finally:
             file.unlink(missing_ok=True)
-        self._log.info("%s has a successor, pid %d", self.spec.name, self._successor.pid)
+        self._log.info("%s has a successor, pid %d", self.spec.name, successor.pid)
         await self._end()
 
     def kill(self, pid: int) -> None:
