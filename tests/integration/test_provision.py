@@ -110,36 +110,8 @@ async def test_a_cluster_is_made_of_empty_servers_and_serves(outside: Outside, u
     code, output = await outside.create("owner-1")
     assert code == 0, output
     assert "has been made; epoch 1" in output
-    app = outside.dsn(outside.shard, APP, "app-1")
-    async with AsyncExitStack() as stack:
-        catalog_dsn = outside.dsn(outside.catalog, APP, "app-1")
-        shard = await stack.enter_async_context(
-            _running(
-                "shard",
-                outside.root,
-                port=int(outside.description["shards"]["shard-a"]["address"].partition(":")[2]),
-                shard_id="shard-a",
-                catalog_dsn=catalog_dsn,
-                database_dsn=app,
-                migration_dsn=outside.dsn(outside.shard, OWNER, "owner-1"),
-                embedder="none",
-            )
-        )
-        router = await stack.enter_async_context(
-            _running("router", outside.root, port=free_port(), catalog_dsn=catalog_dsn, embedder="none")
-        )
-        api = await stack.enter_async_context(memory_service(router))
-        stored = await api.StoreMemory(store_request(user, "tea", embedding=[1.0, 0.0, 0.0]), timeout=10)
-        found = await api.SearchMemories(
-            pb.SearchMemoriesRequest(user_id=user, embedding=[1.0, 0.1, 0.0], limit=5), timeout=10
-        )
-        assert [result.memory.id for result in found.results] == [stored.memory.id]
-        assert await asyncio.to_thread(check, shard, "memshard.internal.v1.ShardService") == "SERVING"
-
-        # The shard's service may keep its sync set, of which it has recorded nothing but itself so far.
-        log = (outside.root / "shard.log").read_text()
-        assert "InsufficientPrivilege" not in log
-    async with database(app) as connection:
+    await _serves(outside, user, APP, "app-1")
+    async with database(outside.dsn(outside.shard, APP, "app-1")) as connection:
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await connection.execute("CREATE TABLE mine (x int)")
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
@@ -147,6 +119,15 @@ async def test_a_cluster_is_made_of_empty_servers_and_serves(outside: Outside, u
     async with database(outside.dsn(outside.catalog, APP, "app-1")) as connection:
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await connection.execute("UPDATE topology SET epoch = 9")
+
+
+async def test_services_may_serve_as_another_member_of_the_role(outside: Outside, user: str) -> None:
+    """How passwords are changed with no pause: one role after the other."""
+    await _prepared(outside)
+    for node in (outside.catalog, outside.shard):
+        async with database(node.dsn()) as connection:
+            await connection.execute("CREATE ROLE memshard_app_b LOGIN PASSWORD 'b-1' IN ROLE memshard_app")
+    await _serves(outside, user, "memshard_app_b", "b-1")
 
 
 async def test_the_owner_of_a_shard_may_set_whom_commits_wait_for(outside: Outside) -> None:
@@ -238,6 +219,35 @@ async def test_a_standby_may_stream_as_the_replication_role_and_no_other_may(out
     rows = "SELECT rolname FROM pg_roles WHERE rolreplication AND rolname LIKE 'memshard%'"
     async with database(outside.shard.dsn()) as connection:
         assert [row["rolname"] for row in await connection.fetch(rows)] == [REPLICATION]
+
+
+async def _serves(outside: Outside, user: str, role: str, password: str) -> None:
+    """Services on the cluster, as this role: a memory is stored and found, and nothing is refused to them."""
+    catalog_dsn = outside.dsn(outside.catalog, role, password)
+    async with AsyncExitStack() as stack:
+        shard = await stack.enter_async_context(
+            _running(
+                "shard",
+                outside.root,
+                port=int(outside.description["shards"]["shard-a"]["address"].partition(":")[2]),
+                shard_id="shard-a",
+                catalog_dsn=catalog_dsn,
+                database_dsn=outside.dsn(outside.shard, role, password),
+                migration_dsn=outside.dsn(outside.shard, OWNER, "owner-1"),
+                embedder="none",
+            )
+        )
+        router = await stack.enter_async_context(
+            _running("router", outside.root, port=free_port(), catalog_dsn=catalog_dsn, embedder="none")
+        )
+        api = await stack.enter_async_context(memory_service(router))
+        stored = await api.StoreMemory(store_request(user, "tea", embedding=[1.0, 0.0, 0.0]), timeout=10)
+        found = await api.SearchMemories(
+            pb.SearchMemoriesRequest(user_id=user, embedding=[1.0, 0.1, 0.0], limit=5), timeout=10
+        )
+        assert [result.memory.id for result in found.results] == [stored.memory.id]
+        assert await asyncio.to_thread(check, shard, "memshard.internal.v1.ShardService") == "SERVING"
+    assert "InsufficientPrivilege" not in (outside.root / "shard.log").read_text()
 
 
 async def _prepared(outside: Outside) -> None:
