@@ -1,4 +1,4 @@
-"""Two services on one shard's database, as during a rolling update that starts the new one before the old one leaves."""
+"""Two services on one shard, as during a rolling update that starts the new one before the old one leaves."""
 
 import asyncio
 import signal
