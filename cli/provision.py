@@ -13,7 +13,7 @@ import typer
 from cli.terminal import fail
 
 if TYPE_CHECKING:
-    from common.roles import Login
+    from common.provision import Logins
 
 
 class DatabaseKind(StrEnum):
@@ -62,6 +62,16 @@ ReplicationPassword = Annotated[
         "Without either there is no such role.",
     ),
 ]
+MoverPassword = Annotated[
+    Path | None,
+    typer.Option(
+        "--mover-password-file",
+        metavar="FILE",
+        readable=False,
+        help="Password of memshard_mover, which slots are moved as; without, MEMSHARD_MOVER_PASSWORD. "
+        "Without either there is no such role.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -79,19 +89,25 @@ def prepare(
     admin_dsn: AdminDsn,
     owner_password_file: OwnerPassword = None,
     app_password_file: AppPassword = None,
+    mover_password_file: MoverPassword = None,
     replication_password_file: ReplicationPassword = None,
 ) -> None:
     """Make roles and database on a server, or bring them up to date: passwords become those that are given.
 
     On a shard's primary; its standbys have it from there.
     """
-    from common.roles import APP, OWNER, REPLICATION, Login
+    from common.provision import Logins
+    from common.roles import APP, MOVER, OWNER, REPLICATION, Login
 
-    owner = Login(OWNER, _required(owner_password_file, "owner"))
-    app = Login(APP, _required(app_password_file, "app"))
-    password = _password(replication_password_file, "replication")
-    replication = Login(REPLICATION, password) if password else None
-    asyncio.run(_prepare(kind, admin_dsn, owner, app, replication))
+    mover = _password(mover_password_file, "mover")
+    replication = _password(replication_password_file, "replication")
+    logins = Logins(
+        owner=Login(OWNER, _required(owner_password_file, "owner")),
+        app=Login(APP, _required(app_password_file, "app")),
+        mover=Login(MOVER, mover) if mover else None,
+        replication=Login(REPLICATION, replication) if replication else None,
+    )
+    asyncio.run(_prepare(kind, admin_dsn, logins))
     typer.echo(f"The database of the {kind} is ready.")
 
 
@@ -128,7 +144,7 @@ def create(
         typer.echo(f"{shard_id} is not of this cluster yet: `memshard shards add` gives it slots.")
 
 
-async def _prepare(kind: DatabaseKind, admin_dsn: str, owner: "Login", app: "Login", other: "Login | None") -> None:
+async def _prepare(kind: DatabaseKind, admin_dsn: str, logins: "Logins") -> None:
     from asyncpg import PostgresError
 
     from common import postgres, provision, roles
@@ -138,9 +154,9 @@ async def _prepare(kind: DatabaseKind, admin_dsn: str, owner: "Login", app: "Log
         server = await postgres.connect(admin_dsn, what="the server")
         try:
             if kind is DatabaseKind.CATALOG:
-                await provision.prepare_catalog_server(server, owner, app)
+                await provision.prepare_catalog_server(server, logins)
             else:
-                await provision.prepare_shard_server(server, owner, app, other)
+                await provision.prepare_shard_server(server, logins)
         finally:
             await server.close()
         database = await postgres.connect(admin_dsn, what="the new database", database=name)

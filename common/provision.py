@@ -132,20 +132,32 @@ def read_description(file: Path) -> ClusterDescription:
         raise DescriptionError(f"{file}: {'; '.join(problems)}") from error
 
 
-async def prepare_catalog_server(server: Connection, owner: Login, app: Login) -> None:
+@dataclass(frozen=True, slots=True)
+class Logins:
+    """The roles of a server. Without a password for it there is no mover, or nobody for standbys to stream as."""
+
+    owner: Login
+    app: Login
+    mover: Login | None = None
+    replication: Login | None = None
+
+
+async def prepare_catalog_server(server: Connection, logins: Logins) -> None:
     """Roles and an empty database for the catalog. `server` is a superuser's connection to any database of it."""
-    for login in (owner, app):
-        await roles.ensure_login(server, login)
-    await roles.ensure_database(server, roles.CATALOG_DATABASE, owner.role)
+    for login in (logins.owner, logins.app, logins.mover):
+        if login is not None:
+            await roles.ensure_login(server, login)
+    await roles.ensure_database(server, roles.CATALOG_DATABASE, logins.owner.role)
 
 
-async def prepare_shard_server(server: Connection, owner: Login, app: Login, replication: Login | None) -> None:
+async def prepare_shard_server(server: Connection, logins: Logins) -> None:
     """Roles and an empty database for a shard. As above."""
-    for login in (owner, app):
+    for login in (logins.owner, logins.app):
         await roles.ensure_login(server, login)
-    if replication is not None:
-        await roles.ensure_login(server, replication, replication=True)
-    await roles.ensure_database(server, roles.SHARD_DATABASE, owner.role)
+    for replicates in (logins.mover, logins.replication):
+        if replicates is not None:
+            await roles.ensure_login(server, replicates, replication=True)
+    await roles.ensure_database(server, roles.SHARD_DATABASE, logins.owner.role)
 
 
 async def prepare_catalog_database(database: Connection) -> None:
@@ -155,10 +167,12 @@ async def prepare_catalog_database(database: Connection) -> None:
 
 async def prepare_shard_database(database: Connection) -> None:
     """Inside the database that `prepare_shard_server` has made, as a superuser: pgvector, and what the shard's service
-    needs to keep its standbys."""
+    needs to keep its standbys, and the mover to move slots."""
     await roles.close_database(database)
     await roles.ensure_vector(database)
     await roles.let_keep_standbys(database)
+    if await roles.has_role(database, roles.MOVER):
+        await roles.let_move_slots(database)
 
 
 async def provision_catalog(owner_dsn: str, description: ClusterDescription, app: str = roles.APP) -> Provisioned:

@@ -16,6 +16,8 @@ APP = "memshard_app"
 """What the services serve as: reads the catalog, reads and writes rows in a shard."""
 REPLICATION = "memshard_replication"
 """What standbys stream as."""
+MOVER = "memshard_mover"
+"""What slots are moved as: changes the topology, and replicates between shards."""
 CATALOG_DATABASE = "memshard_catalog"
 SHARD_DATABASE = "memshard"
 
@@ -47,6 +49,12 @@ _KEEP_STANDBYS = """
 SELECT format('GRANT pg_monitor TO %1$I, %2$I;
                GRANT ALTER SYSTEM ON PARAMETER synchronous_standby_names TO %2$I;
                GRANT EXECUTE ON FUNCTION pg_reload_conf() TO %2$I', $1::text, $2::text)
+"""
+# What moving slots takes: publications are made by whoever owns the tables, and rows are applied as the owner; slots
+# for replication, and subscriptions.
+_MOVE_SLOTS = """
+SELECT format('GRANT %2$I, pg_create_subscription, pg_monitor TO %1$I;
+               GRANT EXECUTE ON FUNCTION pg_log_standby_snapshot() TO %1$I', $1::text, $2::text)
 """
 
 
@@ -96,6 +104,11 @@ async def let_keep_standbys(connection: Connection, app: str = APP, owner: str =
     """Lets a shard's service see its standbys, and set which its commits wait for. On the shard's database: each
     database has its own rights to pg_reload_conf()."""
     await connection.execute(await connection.fetchval(_KEEP_STANDBYS, app, owner))
+
+
+async def let_move_slots(connection: Connection, mover: str = MOVER, owner: str = OWNER) -> None:
+    """Lets the mover publish and subscribe to what `owner` owns. On the shard's database."""
+    await connection.execute(await connection.fetchval(_MOVE_SLOTS, mover, owner))
 
 
 async def let_read(connection: Connection, app: str = APP) -> None:

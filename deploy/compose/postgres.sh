@@ -48,6 +48,9 @@ exec postgres -D "$data" -p "${PORT:-5432}" \
     -c wal_level=logical \
     -c max_wal_senders=32 \
     -c max_replication_slots=32 \
+    -c max_logical_replication_workers=20 \
+    -c max_worker_processes=32 \
+    -c max_active_replication_origins=32 \
     -c max_slot_wal_keep_size=4GB \
     -c hot_standby_feedback=on \
     -c max_standby_streaming_delay=2s \

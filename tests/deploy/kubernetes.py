@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "deploy" / "k8s"
 OVERLAYS = ("overlays/production", "overlays/small")
-JOBS = ("jobs/add-shard", "jobs/drain-shard")
+JOBS = ("jobs/add-shard", "jobs/rebalance", "jobs/drain-shard", "jobs/remove-shard")
 
 Manifest = dict[str, Any]
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -49,6 +50,16 @@ def test_each_environment_is_what_its_service_reads_and_names_hosts_that_are_the
                 assert host in services(), f"{name}: {field}"
                 assert port == (6379 if host == "redis" else 5432)
         assert services()[name]["environment"]["MEMSHARD_HEALTH_ADDRESS"] == f"127.0.0.1:{each.port}"
+
+
+def test_the_mover_reaches_the_servers_of_every_shard() -> None:
+    pytest.importorskip("shard.mover", reason="there is no mover in this version")
+    document = services()["mover"]
+    assert document["entrypoint"][-3:] == ["python", "-m", "shard.mover"]
+    mover: Any = settings_of("mover", document["environment"])
+    for shard in (each for each in settings().values() if isinstance(each, ShardSettings)):
+        theirs, its = shard.database_dsn.get_secret_value(), mover.shard_dsn(shard.shard_id)
+        assert dsn.hosts(its) == dsn.hosts(theirs)
 
 
 def test_the_description_names_the_services_by_their_addresses_and_the_servers_by_theirs() -> None:
@@ -116,5 +127,5 @@ def test_compose_takes_the_files(files: tuple[Path, ...]) -> None:
         pytest.skip("there is neither `docker compose` nor docker-compose here")
     done = compose.run("config", files=files, variables=compose.example_environment())
     # Those that start only when asked for, old ones print as well.
-    optional = {"jaeger", "prometheus", "grafana"} if files[-1] is LOCAL else set()
+    optional = {"mover", *({"jaeger", "prometheus", "grafana"} if files[-1] is LOCAL else ())}
     assert services().keys() - optional <= yaml.safe_load(done.stdout)["services"].keys() <= services().keys()

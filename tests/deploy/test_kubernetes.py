@@ -44,6 +44,7 @@ HEALTH_NAMES = {
 SECRETS = {
     "memshard-database-owner": {"username", "password"},
     "memshard-database-app": {"username", "password"},
+    "memshard-database-mover": {"username", "password"},
     "memshard-redis": {"url", "password"},
     "memshard-admin": {"token"},
 }
@@ -93,7 +94,7 @@ def test_built_in_kinds_are_valid_to_the_letter(directory: str, version: str) ->
 
 
 def test_a_slip_in_a_manifest_is_seen() -> None:
-    job = render("jobs/add-shard")[-1]
+    (job,) = of_kind(render("jobs/add-shard"), "Job")
     slipped = {**job, "spec": {**job["spec"], "backOffLimit": 3}}
     with pytest.raises(kubernetes_validate.ValidationError, match="backOffLimit"):
         kubernetes_validate.validate(slipped, VERSIONS[0], strict=True)
@@ -289,11 +290,14 @@ def test_policies_let_through_what_the_services_need_and_nothing_by_default(dire
     by_name = {w.labels["app.kubernetes.io/name"]: w.labels for w in workloads(manifests)}
     router, shard = by_name["memshard-router"], by_name["memshard-shard"]
     replica, job = by_name["memshard-replica"], by_name["memshard-catalog-create"]
+    mover = workloads(render("jobs/rebalance"))[0].labels
     client = {"memshard.io/client": "true"}
     redis, proxy = by_name["memshard-redis"], by_name["memshard-redis-proxy"]
     wanted = [
         (client, router, 50051),
         (job, router, 50052),
+        (mover, databases[0], 5432),
+        (mover, databases[1], 5432),
         (router, shard, 50061),
         (router, replica, 50071),
         (router, databases[0], 5432),
@@ -335,22 +339,40 @@ def _allowed(
     )
 
 
-@everything
-def test_the_commands_of_the_jobs_are_memshards_own(directory: str) -> None:
-    for workload in workloads(render(directory)):
-        if workload.manifest["kind"] != "Job":
-            continue
-        (container,) = workload.containers
-        program, *words = workload.command(container)
-        assert program == "memshard"
-        assert not any("$(" in word for word in words)
-        command: Any = typer.main.get_command(app)
-        with patch.dict(os.environ, workload.environment(container), clear=True):
-            context = None
-            while hasattr(command, "commands"):
-                if words[0] not in command.commands:
-                    pytest.skip(f"there is no `memshard {words[0]}` in this version")
-                context = command.make_context(command.name or "", [words[0]], parent=context)
-                command = command.commands[words.pop(0)]
-            # Raises for whatever the command does not understand.
-            command.make_context(command.name, words, parent=context)
+def test_the_job_of_the_catalog_is_a_command_of_memshards() -> None:
+    (job,) = [w for w in workloads(render(OVERLAYS[0])) if w.manifest["kind"] == "Job"]
+    (container,) = job.containers
+    program, *words = job.command(container)
+    assert program == "memshard"
+    command: Any = typer.main.get_command(app)
+    with patch.dict(os.environ, job.environment(container), clear=True):
+        context = None
+        while hasattr(command, "commands"):
+            context = command.make_context(command.name or "", [words[0]], parent=context)
+            command = command.commands[words.pop(0)]
+        # Raises for whatever the command does not understand.
+        command.make_context(command.name, words, parent=context)
+
+
+@pytest.mark.parametrize("directory", JOBS)
+def test_the_jobs_that_move_slots_are_what_the_mover_reads(directory: str) -> None:
+    mover = pytest.importorskip("shard.mover", reason="there is no mover in this version")
+    (job,) = workloads(render(directory))
+    (container,) = job.containers
+    command = job.command(container)
+    assert command[:3] == ["python", "-m", "shard.mover"]
+    assert not any("$(" in word for word in command)
+    given = mover.arguments_of(command[3:])
+    assert given.command == directory.removeprefix("jobs/").removesuffix("-shard")
+    settings: Any = settings_of("mover", job.environment(container))
+    hosts = {urlsplit(settings.catalog_dsn.get_secret_value()).hostname}
+    if hasattr(given, "shard"):
+        assert given.shard == job.environment(container)["SHARD"]
+    # Of the shards that there are: the new one's follows from its name in the same way.
+    hosts |= {urlsplit(settings.shard_dsn(shard_id)).hostname for shard_id in ("shard-0", "shard-1")}
+    assert hosts <= _reachable(OVERLAYS[0])
+    if given.command == "add":
+        suffixes = {name.removeprefix("shard-0") for name in _reachable(OVERLAYS[0])}
+        addresses = [given.address, *(address for _, address in given.replica)]
+        assert addresses == ["shard-2-server:50061", "shard-2-replica:50071"]
+        assert {address.partition(":")[0].removeprefix("shard-2") for address in addresses} <= suffixes

@@ -17,7 +17,7 @@ import pytest_asyncio
 import yaml
 
 from common.healthcheck import check
-from common.roles import APP, CATALOG_DATABASE, OWNER, REPLICATION, SHARD_DATABASE
+from common.roles import APP, CATALOG_DATABASE, MOVER, OWNER, REPLICATION, SHARD_DATABASE
 from local import postgres
 from local.account import make_traversable, postgres_account
 from local.binaries import postgres_bin
@@ -103,7 +103,7 @@ async def outside() -> AsyncIterator[Outside]:
 
 
 async def test_a_cluster_is_made_of_empty_servers_and_serves(outside: Outside, user: str) -> None:
-    passwords = {"owner": "owner-1", "app": "app-1", "replication": "replication-1"}
+    passwords = {"owner": "owner-1", "app": "app-1", "replication": "replication-1", "mover": "mover-1"}
     for kind in ("catalog", "shard"):
         code, output = await outside.prepare(kind, **passwords)
         assert (code, output) == (0, f"The database of the {kind} is ready.\n")
@@ -214,11 +214,17 @@ async def test_messages_hold_no_password(outside: Outside) -> None:
     assert "--owner-password-file, or MEMSHARD_OWNER_PASSWORD" in output
 
 
-async def test_a_standby_may_stream_as_the_replication_role_and_no_other_may(outside: Outside) -> None:
+async def test_who_streams_and_who_moves_slots_may_replicate_and_nobody_else(outside: Outside) -> None:
     await _prepared(outside)
-    rows = "SELECT rolname FROM pg_roles WHERE rolreplication AND rolname LIKE 'memshard%'"
+    rows = "SELECT rolname FROM pg_roles WHERE rolreplication AND rolname LIKE 'memshard%' ORDER BY 1"
     async with database(outside.shard.dsn()) as connection:
-        assert [row["rolname"] for row in await connection.fetch(rows)] == [REPLICATION]
+        assert [row["rolname"] for row in await connection.fetch(rows)] == [MOVER, REPLICATION]
+        member = "SELECT pg_has_role($1, $2, 'USAGE')"
+        for role in (OWNER, "pg_create_subscription", "pg_monitor"):
+            assert await connection.fetchval(member, MOVER, role)
+        assert not await connection.fetchval(member, APP, OWNER)
+    async with database(outside.dsn(outside.shard, MOVER, "mover-1")) as connection:
+        await connection.execute("SELECT pg_log_standby_snapshot()")
 
 
 async def _serves(outside: Outside, user: str, role: str, password: str) -> None:
@@ -252,7 +258,9 @@ async def _serves(outside: Outside, user: str, role: str, password: str) -> None
 
 async def _prepared(outside: Outside) -> None:
     for kind in ("catalog", "shard"):
-        code, output = await outside.prepare(kind, owner="owner-1", app="app-1", replication="replication-1")
+        code, output = await outside.prepare(
+            kind, owner="owner-1", app="app-1", replication="replication-1", mover="mover-1"
+        )
         assert code == 0, output
     code, output = await outside.create("owner-1")
     assert code == 0, output
