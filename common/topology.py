@@ -50,6 +50,18 @@ class SlotRange:
 
 
 @dataclass(frozen=True, slots=True)
+class Cutover:
+    """Slots that went from `source` to `target`: whoever has the target's log up to here has all that was ever written
+    to them on the source. Of several cutovers between the two, the latest.
+    """
+
+    source: str
+    target: str
+    timeline: int
+    lsn: int
+
+
+@dataclass(frozen=True, slots=True)
 class Topology:
     """All slots and their shards under one epoch.
 
@@ -62,6 +74,8 @@ class Topology:
     ranges: tuple[SlotRange, ...]
     levels: Mapping[str, Level] = field(default_factory=dict, hash=False)
     """Degradation levels that an operator has set, by shard or CLUSTER; whatever is not named decides for itself."""
+    cutovers: tuple[Cutover, ...] = ()
+    """What positions in the logs of former owners mean on their successors."""
     _firsts: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _by_id: dict[str, Shard] = field(init=False, repr=False, compare=False)
 
