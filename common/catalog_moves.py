@@ -1,7 +1,7 @@
 """Moves of slots in the catalog. Every change of a step is a compare-and-set on the move's version.
 
-Whoever drives a move holds its lease, a session's advisory lock, on the connection that it makes these changes with: two
-cannot drive one move, and who has lost the connection has lost the right to change anything.
+Whoever drives a move holds its lease, a session's advisory lock, on the connection that it makes these changes with:
+two cannot drive one move, and who has lost the connection has lost the right to change anything.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@
 | copying | the rows are copied, and followed by logical replication | source | rolling_back |
 | verifying | both sides are compared while writes go on | source | rolling_back |
 | reversing | the way back is made: a slot on the target, a subscription on the source | source | rolling_back |
-| fenced | nobody writes to the slots; the last rows go over and are compared | source | verifying again, or rolling_back |
+| fenced | nobody writes to the slots; the last rows go over and are compared | source | verifying, or rolling_back |
 | cut_over | the catalog names the target: the point of no return. Both shards are told | target | goes on |
 | active | the target serves; what is written there goes back to the source | target | returning |
 | cleaning | the way back is closed, the source's rows are removed | target | goes on |

@@ -16,7 +16,7 @@ from common.topology import Replica, Shard, Topology
 from local.account import Account
 from local.errors import DataDirectoryError, LocalClusterError
 from local.layout import Layout
-from local.postgres import APP, OWNER, REPLICATION, SUPERUSER, Server, initialise
+from local.postgres import APP, MOVER, OWNER, REPLICATION, SUPERUSER, Server, initialise
 from local.record import Record, Secrets
 from local.sessions import as_owner, session
 
@@ -48,6 +48,19 @@ _KEEP_STANDBYS = f"""
 GRANT pg_monitor TO {APP}, {OWNER};
 GRANT ALTER SYSTEM ON PARAMETER synchronous_standby_names TO {OWNER};
 GRANT EXECUTE ON FUNCTION pg_reload_conf() TO {OWNER};
+"""
+# What moving slots takes: publications are made by whoever owns the tables, and rows are applied as the owner; slots
+# for replication, and subscriptions.
+_MOVE_SLOTS = f"""
+GRANT {OWNER}, pg_create_subscription, pg_monitor TO {MOVER};
+"""
+# The mover changes who has which slots, and which shards there are. What was fixed when the cluster was made, and who
+# takes a shard's writes, it reads.
+_KEEP_MOVES = f"""
+GRANT SELECT ON ALL TABLES IN SCHEMA public TO {MOVER};
+GRANT UPDATE ON topology TO {MOVER};
+GRANT INSERT, UPDATE, DELETE ON moves, cutovers, pins, slot_ranges, shards, replicas TO {MOVER};
+GRANT DELETE ON sync_sets, levels TO {MOVER};
 """
 
 
@@ -103,7 +116,11 @@ async def complete_shard_server(server: Server, secrets: Secrets) -> None:
         if not await connection.fetchval(_HAS_ROLE, REPLICATION):
             statement = await connection.fetchval(_CREATE_REPLICATION_ROLE, REPLICATION, secrets.memshard_replication)
             await connection.execute(statement)
+        if not await connection.fetchval(_HAS_ROLE, MOVER):
+            statement = await connection.fetchval(_CREATE_REPLICATION_ROLE, MOVER, secrets.memshard_mover)
+            await connection.execute(statement)
         await connection.execute(_KEEP_STANDBYS)
+        await connection.execute(_MOVE_SLOTS)
 
 
 async def make_catalog(server: Server, secrets: Secrets, record: Record, shards: Sequence[Shard]) -> None:
@@ -123,9 +140,13 @@ async def make_catalog(server: Server, secrets: Secrets, record: Record, shards:
 
 async def tell_catalog(server: Server, secrets: Secrets, record: Record, shards: Sequence[Shard]) -> Topology:
     """Brings the catalog up to date, tells it where shards and replicas are now if that is news; the topology."""
+    async with session(SUPERUSER, secrets.postgres, server) as connection:
+        if not await connection.fetchval(_HAS_ROLE, MOVER):
+            await connection.execute(await connection.fetchval(_CREATE_ROLE, MOVER, secrets.memshard_mover))
     async with as_owner(server, secrets) as connection:
         await catalog.upgrade(connection)
         await connection.execute(_KEEP_SYNC_SETS)
+        await connection.execute(_KEEP_MOVES)
         for shard in shards:
             # The first server is the primary of a new shard; of one that has a set already nothing changes.
             first = SyncSet(record.server_names(shard.shard_id)[0], frozenset())

@@ -88,6 +88,8 @@ class Secrets(_Kept):
     memshard_app: str
     memshard_replication: str = ""
     """Empty in the file of a cluster from before there were standbys, until it is next started."""
+    memshard_mover: str = ""
+    """Empty in the file of a cluster from before slots could move, until it is next started."""
     redis: str
 
     @classmethod
@@ -97,7 +99,8 @@ class Secrets(_Kept):
 
     def completed(self) -> "Secrets":
         """These, with new ones for what an earlier version did not have."""
-        return self if self.memshard_replication else self.model_copy(update={"memshard_replication": _password()})
+        later = ("memshard_replication", "memshard_mover")
+        return self.model_copy(update={name: _password() for name in later if not getattr(self, name)})
 
     def save(self, layout: Layout) -> None:
         """Writes them, durably, for the owner only."""

@@ -77,8 +77,8 @@ _HEARTBEATS = Migration(
 )
 
 
-# What moves of slots leave behind (shard/moving): where slots went that this shard no longer has, and marks, which travel
-# with the rows of a move and so tell how far it has come. They are replicated, so their key has the slot.
+# What moves of slots leave behind (shard/moving): where slots went that this shard no longer has, and marks, which
+# travel with the rows of a move and so tell how far it has come.
 _MOVES = Migration(
     5,
     "moves of slots",

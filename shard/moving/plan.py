@@ -71,7 +71,7 @@ def plan(
             if lacking <= 0:
                 break
             taken, surplus[source] = surplus[source][:lacking], surplus[source][lacking:]
-            wanted.update({slot: (source, target) for slot in taken})
+            wanted.update(dict.fromkeys(taken, (source, target)))
             lacking -= len(taken)
     return _in_ranges(wanted, max_slots)
 

@@ -1,7 +1,7 @@
 """One side of a move: a session with the primary of a shard, which holds the move's lock there.
 
-What a move changes in a shard it changes in this session. A mover that was thought dead, and was only slow, has lost the
-session before another can have the lock, and with it the right to change anything.
+What a move changes in a shard it changes in this session. A mover that was thought dead, and was only slow, has lost
+the session before another can have the lock, and with it the right to change anything.
 """
 
 import asyncio

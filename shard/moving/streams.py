@@ -106,9 +106,7 @@ class Stream:
     async def subscribe(self, *, enabled: bool, copy: bool) -> None:
         """Makes the subscription, if it is not there; with `copy` it begins with all rows that there are."""
         if not await self.is_subscribed():
-            await _made(
-                self.subscriber, _CREATE_SUBSCRIPTION, self.name, self.publisher.dsn, self.name, enabled, copy
-            )
+            await _made(self.subscriber, _CREATE_SUBSCRIPTION, self.name, self.publisher.dsn, self.name, enabled, copy)
 
     async def is_subscribed(self) -> bool:
         """Whether there is the subscription."""
@@ -142,7 +140,7 @@ class Stream:
     async def arrived(self, mark: int, timeout_s: float) -> None:
         """Returns once the subscriber has the mark. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
-            while await self._seen() < mark:
+            while await self._seen() < mark:  # noqa: ASYNC110  # Nothing tells us; we have to ask.
                 await asyncio.sleep(_MARK_POLL_S)
 
     async def caught_up(self, timeout_s: float) -> float:
