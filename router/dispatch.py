@@ -80,7 +80,8 @@ class Dispatch:
         topology = self._watch.topology
         shard = topology.owner(slot)
         set_route(request, topology, shard, [(slot, slot)])
-        answer, served_by = await self._reads.ask(shard, rpc, request, consistency, deadline)
+        wanted = consistency.under(topology.cutovers)
+        answer, served_by = await self._reads.ask(shard, rpc, request, wanted, deadline)
         return Answered(shard, answer, served_by)
 
 

@@ -86,6 +86,7 @@ class Fanout:
 
     async def _round(self, rpc: Rpc[Q, R], question: Q, consistency: Consistency, deadline: Deadline) -> Gathered[R]:
         topology = self._watch.topology
+        wanted = consistency.under(topology.cutovers)
         places = asyncio.Semaphore(self._concurrency)
         answers: list[tuple[Shard, R]] = []
         failed: list[tuple[Shard, MemshardError]] = []
@@ -97,7 +98,7 @@ class Fanout:
             try:
                 async with places:
                     answer, role = await self._retries.run(
-                        lambda: self._reads.ask(shard, rpc, request, consistency, deadline), deadline
+                        lambda: self._reads.ask(shard, rpc, request, wanted, deadline), deadline
                     )
                 answers.append((shard, answer))
                 roles.add(role)

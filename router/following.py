@@ -1,4 +1,4 @@
-"""What a request does that met a shard which does not serve its slots: learn where they are, wait if need be, try again.
+"""What a request does that met a shard which does not serve its slots: learn where they are, wait, try again.
 
 A slot that is being handed over takes no writes for some tens of milliseconds. The wait is here and not in the shard,
 where it would hold places that others need.
