@@ -45,11 +45,17 @@ async def remove_shard(connection: Connection, epoch: int, shard_id: str) -> int
         raised = await raise_epoch(connection, epoch)
         if await connection.fetchval(_OWNS, shard_id):
             raise CatalogError(f"{shard_id} has slots; drain it first")
-        if await connection.fetchval(_IS_MOVING, shard_id):
+        if await is_moving(connection, shard_id):
             raise CatalogError(f"a move from or to {shard_id} is not over; `memshard moves list` shows it")
         for statement in _DROP_FROM.values():
             await connection.execute(statement, shard_id)
     return raised
+
+
+async def is_moving(connection: Connection, shard_id: str) -> bool:
+    """Whether a shard takes part in a move that is not over."""
+    moving: bool = await connection.fetchval(_IS_MOVING, shard_id)
+    return moving
 
 
 async def set_status(connection: Connection, epoch: int, shard_id: str, status: ShardStatus) -> int:

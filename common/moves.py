@@ -50,6 +50,14 @@ class Step(StrEnum):
         return self in (Step.PLANNED, Step.COPYING, Step.VERIFYING, Step.REVERSING, Step.FENCED)
 
 
+FENCED = frozenset({Step.FENCED, Step.CUT_OVER, Step.RETURNING, Step.RETURNED})
+"""The steps in which there may be nobody who takes writes to the slots."""
+
+
+UNFENCED = "the mover died while it fenced"
+"""The error of a move whose fence was taken away. One that returns is still to return then."""
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """A move as the catalog has it. Slots `first` to `last` are both included."""

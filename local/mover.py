@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -38,7 +38,7 @@ async def run(
     *arguments: str,
     options: dict[str, Any] | None = None,
     started: Callable[[asyncio.subprocess.Process], None] = lambda _process: None,
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     """Runs it with `arguments`; what it tells, as it does. `options` are settings of its own.
 
     When the caller leaves, it is told to end where it can be resumed. Raises LocalClusterError when it fails.

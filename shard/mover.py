@@ -7,6 +7,7 @@
 | drain --shard ID | moves all slots off a shard, which gets none from now on |
 | resume [--move N] | brings the moves that are open to their end |
 | rollback --move N | brings the slots of a move back to where they were |
+| recover | ends the fences that a mover left behind that was killed |
 | list | says which moves there were |
 | add --shard ID --address HOST:PORT [--replica ID=HOST:PORT …] [--weight N] | registers a shard without slots |
 | remove --shard ID | takes a shard without slots out of the catalog |
@@ -66,6 +67,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     commands.add_parser("plan", help="say which moves rebalance would make")
     commands.add_parser("rebalance", help="move slots until each shard has its share")
     commands.add_parser("list", help="say which moves there were")
+    commands.add_parser("recover", help="end the fences of movers that were killed")
     drain = commands.add_parser("drain", help="move all slots off a shard")
     resume = commands.add_parser("resume", help="bring open moves to their end")
     resume.add_argument("--move", type=int, metavar="N", help="one of them; default: all that nobody drives")
@@ -123,6 +125,8 @@ async def _done(mover: Mover, settings: MoverSettings, given: argparse.Namespace
             await mover.drain(given.shard)
         case "resume":
             await mover.resume(given.move)
+        case "recover":
+            await mover.recover()
         case "rollback":
             await mover.roll_back(given.move)
         case "list":

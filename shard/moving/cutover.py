@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from common import catalog, catalog_moves
 from common.catalog import CatalogError
 from common.catalog_moves import MoveConflictError
-from common.moves import Step
+from common.moves import UNFENCED, Step
 from common.postgres import CONNECT_ERRORS
 from shard.moving import ownership
 from shard.moving.copying import compared
@@ -37,7 +37,7 @@ async def fence(moving: Moving) -> None:
     """
     if moving.comparison is None:
         # The process that fenced is gone. Its fence may be old.
-        await moving.advance(Step.VERIFYING, attempts=moving.move.attempts + 1, error="the mover died while it fenced")
+        await moving.advance(Step.VERIFYING, attempts=moving.move.attempts + 1, error=UNFENCED)
         return
     try:
         async with asyncio.timeout(moving.settings.fence_timeout_s):
@@ -75,11 +75,10 @@ def is_reversible(moving: Moving) -> bool:
 
 async def bring_back(moving: Moving) -> None:
     """Returns the slots to the source, with all that was written to the target since."""
-    move, reverse = moving.move, moving.reverse
+    reverse = moving.reverse
     # Whatever an earlier attempt has fenced. A compare-and-set first: nobody else is at it.
     await moving.advance(Step.RETURNING, fenced_at=None)
-    await ownership.close_to_reads(moving.source, move.first, move.last)
-    await ownership.unfence(moving.target, move.first, move.last)
+    await unfenced(moving, reverse)
     if not is_reversible(moving):
         await moving.advance(Step.ACTIVE, error="a failover has closed the way back")
         raise MoveError("a failover has closed the way back; move the slots there anew")
@@ -138,14 +137,19 @@ async def _given_up(moving: Moving, step: Step, why: str) -> None:
     """The end of a fence that led to nothing: recorded first, then taken away."""
     move = moving.move
     await moving.advance(step, attempts=move.attempts + 1, error=why, fenced_at=None)
-    giver, taker = (moving.source, moving.target) if step is Step.VERIFYING else (moving.target, moving.source)
-    await ownership.close_to_reads(taker, move.first, move.last)
-    await ownership.unfence(giver, move.first, move.last)
+    await unfenced(moving, moving.forward if step is Step.VERIFYING else moving.reverse)
     moving.told(aborted_after_ms=round(moving.since_fence_s() * 1000))
     moving.comparison = moving.fenced_at = None
     if moving.move.attempts > MAX_ATTEMPTS:
         raise MoveError(f"given up after {MAX_ATTEMPTS} attempts: {why}")
     await asyncio.sleep(_PAUSE_S)
+
+
+async def unfenced(moving: Moving, stream: Stream) -> None:
+    """Lets the publisher of a stream take writes again, once its subscriber answers no reads. To be recorded before."""
+    move = moving.move
+    await ownership.close_to_reads(stream.subscriber, move.first, move.last)
+    await ownership.unfence(stream.publisher, move.first, move.last)
 
 
 async def _told_shards(moving: Moving, giver: Side, taker: Side) -> float:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from common import catalog_moves, logs, postgres
 from common.config import MoverSettings
-from common.moves import Move, Step
+from common.moves import UNFENCED, Move, Step
 from common.postgres import CONNECT_ERRORS, Connection, DatabaseUnreachableError
 from shard.moving import cutover, side
 from shard.moving.moving import MoveError, Moving, Tell
@@ -44,16 +44,16 @@ class Driver:
         self._tell = tell
         self._stop = stop
 
-    async def run(self, *, hold: bool = False, bring_back: bool = False) -> Move:
+    async def run(self, *, hold: bool = False, bring_back: bool = False, unfence: bool = False) -> Move:
         """Until the move is over, or with `hold` as soon as it may wait to be cleaned up. With `bring_back` the source
-        is to have the slots in the end.
+        is to have the slots in the end; with `unfence` it goes only so far that somebody takes writes.
 
         Raises MoveError, StreamError: it is left to be resumed, and says why in the catalog. And LeasedError.
         """
         tried_since, seen = time.monotonic(), (Step.DONE, 0)
         while True:
             try:
-                return await self._run_connected(hold=hold, bring_back=bring_back)
+                return await self._run_connected(hold=hold, bring_back=bring_back, unfence=unfence)
             except catalog_moves.MoveConflictError as error:
                 # A change whose answer was lost: what the catalog says now is true.
                 failure: Exception = error
@@ -73,7 +73,7 @@ class Driver:
 
     _at = Move(0, 0, 0, "", "", Step.PLANNED)
 
-    async def _run_connected(self, *, hold: bool, bring_back: bool) -> Move:
+    async def _run_connected(self, *, hold: bool, bring_back: bool, unfence: bool) -> Move:
         async with leased(self._settings, self._move_id) as (connection, move):
             self._at = move
             if move.step.is_final:
@@ -87,6 +87,8 @@ class Driver:
                 if bring_back:
                     await self._turn_round(moving)
                 await self._begin_anew_after_failover(moving)
+                if unfence:
+                    return await self._unfence(moving)
                 while not (moving.move.step.is_final or (hold and moving.move.step is Step.ACTIVE)):
                     if bring_back and moving.move.step is Step.ACTIVE:
                         await moving.advance(Step.RETURNING)
@@ -112,6 +114,20 @@ class Driver:
             for task in (work, stop):
                 task.cancel()
             await asyncio.gather(work, stop, return_exceptions=True)
+
+    async def _unfence(self, moving: Moving) -> Move:
+        move = moving.move
+        if move.step in (Step.CUT_OVER, Step.RETURNED):
+            await STEPS[move.step](moving)
+        elif move.step is Step.RETURNING:
+            await moving.advance(Step.RETURNING, fenced_at=None, error=UNFENCED)
+            await cutover.unfenced(moving, moving.reverse)
+        else:
+            if move.step is Step.FENCED:
+                await moving.advance(Step.VERIFYING, fenced_at=None, error=UNFENCED)
+            if moving.move.step.is_before_cutover:
+                await cutover.unfenced(moving, moving.forward)
+        return moving.move
 
     async def _turn_round(self, moving: Moving) -> None:
         """Has a move go the other way. Raises MoveError when it is too late."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +10,7 @@ from common import catalog, catalog_moves, catalog_shards, logs, postgres
 from common.catalog import CatalogError, EpochConflictError, PlacementStrategy
 from common.catalog_moves import MoveConflictError
 from common.config import MoverSettings
-from common.moves import Move, Step
+from common.moves import FENCED, Move, Step
 from common.postgres import Connection
 from common.topology import Shard, ShardStatus, Topology
 from shard.moving import side
@@ -97,6 +97,15 @@ class Mover:
         await self._drive([move.move_id for move in moves if move.step is not Step.ACTIVE], passing=move_id is None)
         # Those whose time to be brought back is not over wait for it.
         await self._settle([move.move_id for move in active], passing=move_id is None)
+
+    async def recover(self) -> None:
+        """Ends the fences of moves that nobody drives, and no more. Raises MoveError."""
+
+        async def recover(move_id: int) -> None:
+            with suppress(LeasedError):
+                await self._driver(move_id).run(unfence=True)
+
+        await _together([recover(move.move_id) for move in await self.moves() if move.step in FENCED])
 
     async def roll_back(self, move_id: int) -> Move:
         """Brings the slots of a move back to where they were. Raises MoveError when it is too late."""
