@@ -4,6 +4,7 @@
 |---|---|
 | plan | says which moves `rebalance` would make |
 | rebalance | finishes what is open, then moves slots until each shard has its share |
+| move --first N --last N --to ID | moves slots of one shard to another, whatever the weights say |
 | drain --shard ID | moves all slots off a shard, which gets none from now on |
 | resume [--move N] | brings the moves that are open to their end |
 | rollback --move N | brings the slots of a move back to where they were |
@@ -68,6 +69,10 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     commands.add_parser("rebalance", help="move slots until each shard has its share")
     commands.add_parser("list", help="say which moves there were")
     commands.add_parser("recover", help="end the fences of movers that were killed")
+    by_hand = commands.add_parser("move", help="move slots of one shard to another")
+    for name in ("first", "last"):
+        by_hand.add_argument(f"--{name}", type=int, metavar="N", required=True)
+    by_hand.add_argument("--to", metavar="ID", required=True)
     drain = commands.add_parser("drain", help="move all slots off a shard")
     resume = commands.add_parser("resume", help="bring open moves to their end")
     resume.add_argument("--move", type=int, metavar="N", help="one of them; default: all that nobody drives")
@@ -121,6 +126,8 @@ async def _done(mover: Mover, settings: MoverSettings, given: argparse.Namespace
             await mover.planned()
         case "rebalance":
             await mover.rebalance()
+        case "move":
+            await mover.move(given.first, given.last, given.to)
         case "drain":
             await mover.drain(given.shard)
         case "resume":

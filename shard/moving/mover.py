@@ -17,7 +17,7 @@ from shard.moving import side
 from shard.moving.driver import Driver, LeasedError
 from shard.moving.moving import MoveError, Tell
 from shard.moving.pacing import Pace
-from shard.moving.plan import PlannedMove, plan
+from shard.moving.plan import PlannedMove, by_hand, plan
 
 _log = logs.get_logger("mover")
 
@@ -56,6 +56,15 @@ class Mover:
         await self.resume()
         while not self._stop.is_set() and (moves := await self.planned()):
             await self._run(moves)
+        await self._finish()
+
+    async def move(self, first: int, last: int, target: str) -> None:
+        """Moves slots `first` to `last`, both included and all of one shard, to `target`. Raises MoveError, CatalogError,
+        PlanError.
+        """
+        async with self._catalog() as connection:
+            topology = await catalog.read_topology(connection)
+        await self._run(by_hand(topology, first, last, target, max_slots=self._settings.max_slots))
         await self._finish()
 
     async def drain(self, shard_id: str) -> None:

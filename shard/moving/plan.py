@@ -7,7 +7,7 @@ maintenance keep what they have and get nothing. Slots that are pinned to a shar
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from common.slots import as_ranges
+from common.slots import SLOT_COUNT, as_ranges
 from common.topology import ShardStatus, Topology
 
 _GIVES_AND_TAKES = (ShardStatus.ACTIVE,)
@@ -74,6 +74,19 @@ def plan(
             wanted.update(dict.fromkeys(taken, (source, target)))
             lacking -= len(taken)
     return _in_ranges(wanted, max_slots)
+
+
+def by_hand(topology: Topology, first: int, last: int, target: str, *, max_slots: int = 1024) -> list[PlannedMove]:
+    """The moves that take slots `first` to `last` to `target`. Raises PlanError when that cannot be."""
+    if not 0 <= first <= last < SLOT_COUNT:
+        raise PlanError(f"slots are 0 to {SLOT_COUNT - 1}, the first before the last")
+    status = {shard.shard_id: shard.status for shard in topology.shards}
+    source = topology.owner(first).shard_id
+    if not any(begin <= first and last <= end for begin, end in topology.ranges_of(source)):
+        raise PlanError(f"slots {first} to {last} are not all of one shard")
+    if status.get(target) not in _GIVES_AND_TAKES or source == target or status[source] not in _GIVES:
+        raise PlanError(f"slots cannot go from {source} to {target}")
+    return _in_ranges(dict.fromkeys(range(first, last + 1), (source, target)), max_slots)
 
 
 def _slots_of(topology: Topology, shard_id: str) -> list[int]:
