@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cli import cluster_moves, cluster_shards
+from cli import cluster_catalog, cluster_moves, cluster_shards
 from cli.cluster_degrade import degrade
 from cli.cluster_failover import failover
 from cli.cluster_health import health, recover, stats
@@ -59,6 +59,7 @@ def register(app: typer.Typer) -> None:
     app.command()(stats)
     cluster_shards.register(app)
     cluster_moves.register(app)
+    cluster_catalog.register(app)
     config = typer.Typer(help="Write and check the settings files of the services.", no_args_is_help=True)
     config.command()(generate)
     config.command()(validate)

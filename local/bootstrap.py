@@ -135,14 +135,24 @@ async def make_catalog(server: Server, secrets: Secrets, record: Record, shards:
             placement=record.placement,
             text_language=record.text_language,
         )
-        await connection.execute(_READ_ONLY)
+        await grant_reading(connection)
+
+
+async def grant_reading(connection: Connection) -> None:
+    """Lets the services' role read a new catalog."""
+    await connection.execute(_READ_ONLY)
+
+
+async def make_mover(server: Server, secrets: Secrets) -> None:
+    """Makes the mover's role on the catalog's server, if it is not there."""
+    async with session(SUPERUSER, secrets.postgres, server) as connection:
+        if not await connection.fetchval(_HAS_ROLE, MOVER):
+            await connection.execute(await connection.fetchval(_CREATE_ROLE, MOVER, secrets.memshard_mover))
 
 
 async def tell_catalog(server: Server, secrets: Secrets, record: Record, shards: Sequence[Shard]) -> Topology:
     """Brings the catalog up to date, tells it where shards and replicas are now if that is news; the topology."""
-    async with session(SUPERUSER, secrets.postgres, server) as connection:
-        if not await connection.fetchval(_HAS_ROLE, MOVER):
-            await connection.execute(await connection.fetchval(_CREATE_ROLE, MOVER, secrets.memshard_mover))
+    await make_mover(server, secrets)
     async with as_owner(server, secrets) as connection:
         await catalog.upgrade(connection)
         await connection.execute(_KEEP_SYNC_SETS)

@@ -74,10 +74,10 @@ async def run(
         raise LocalClusterError(str(why))
 
 
-async def last_of(plan: Plan, arguments: Sequence[str]) -> dict[str, Any]:
+async def last_of(plan: Plan, arguments: Sequence[str], options: dict[str, Any] | None = None) -> dict[str, Any]:
     """What it tells last. Raises LocalClusterError."""
     last: dict[str, Any] = {}
-    async for event in run(plan, *arguments):
+    async for event in run(plan, *arguments, options=options):
         last = event
     return last
 

@@ -29,7 +29,11 @@ class Specs:
     def databases(self) -> list[ProcessSpec]:
         """PostgreSQL and Redis."""
         servers = [self.shard_server(shard, name) for shard in self.shards.values() for name in shard.servers]
-        return [self._postgres(self.plan.catalog_server()), *servers, self._redis()]
+        return [self.catalog(), *servers, self._redis()]
+
+    def catalog(self) -> ProcessSpec:
+        """The server of the catalog."""
+        return self._postgres(self.plan.catalog_server())
 
     def services(self) -> list[ProcessSpec]:
         """Shards, replicas and routers."""

@@ -148,7 +148,8 @@ async def _done(mover: Mover, settings: MoverSettings, given: argparse.Namespace
             await mover.pin(slot, given.shard if given.command == "pin" else None)
             return {"slot": slot}
         case "rebuild":
-            return {"epoch": await rebuild.rebuild(settings, given.shard, given.replica, given.token_key_file)}
+            key = None if given.token_key_file is None else await asyncio.to_thread(given.token_key_file.read_bytes)
+            return {"epoch": await rebuild.rebuild(settings, given.shard, given.replica, key)}
     return {}
 
 

@@ -59,8 +59,8 @@ class Mover:
         await self._finish()
 
     async def move(self, first: int, last: int, target: str) -> None:
-        """Moves slots `first` to `last`, both included and all of one shard, to `target`. Raises MoveError, CatalogError,
-        PlanError.
+        """Moves slots `first` to `last`, both included and all of one shard, to `target`. Raises MoveError, PlanError,
+        CatalogError.
         """
         async with self._catalog() as connection:
             topology = await catalog.read_topology(connection)
