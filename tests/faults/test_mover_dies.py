@@ -45,7 +45,7 @@ async def written(slots: Slots) -> AsyncIterator[None]:
             yield
         finally:
             writers.stop()
-    assert writers.failures == []
+    assert (writers.failures, writers.wrong) == ([], [])
     assert await writers.found() == writers.expected
     assert await slots.left_over() == []
 

@@ -1,11 +1,11 @@
-"""Callers that store, change and delete memories of their own users without a pause, and know what must be there."""
+"""Callers that store, change, delete and read memories of their own users, and know what must be there."""
 
 import asyncio
 import itertools
 import time
 from dataclasses import dataclass, field
 
-from memshard import AsyncMemoryClient, MemshardError
+from memshard import AsyncMemoryClient, MemshardError, NotFound, ReadLevel
 from tests.support.load import Timeline
 
 
@@ -20,7 +20,10 @@ class Writers:
     """Calls that failed, after what the client does about it by itself."""
     slowest_s: float = 0.0
     writes: Timeline = field(default_factory=Timeline)
-    options: dict[str, object] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    """Reads that did not show what their writer had been told before."""
+    pause_s: float = 0.0
+    """Between a writer's calls."""
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self, count: int = 4) -> None:
@@ -54,6 +57,7 @@ class Writers:
                 except MemshardError as error:
                     self.failures.append(error)
                 self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+                await asyncio.sleep(self.pause_s)
 
     async def _write_once(self, client: AsyncMemoryClient, user: str, mine: dict[str, str], number: int) -> None:
         ids = list(mine)
@@ -67,4 +71,16 @@ class Writers:
             del mine[ids[1]]
         else:
             content = f"{user} remembers {number}"
-            mine[(await client.store(user, content)).memory.id] = content
+            memory_id = (await client.store(user, content)).memory.id
+            mine[memory_id] = content
+            await self._read_back(client, user, memory_id, content)
+
+    async def _read_back(self, client: AsyncMemoryClient, user: str, memory_id: str, content: str) -> None:
+        """By whichever server has it, with the token of the write."""
+        try:
+            found = await client.get(memory_id, user_id=user, read=ReadLevel.SESSION)
+        except NotFound:
+            self.wrong.append(f"{memory_id} was not there for who had written it")
+        else:
+            if found.content != content:
+                self.wrong.append(f"{memory_id} was another")
