@@ -53,6 +53,7 @@ GRANT EXECUTE ON FUNCTION pg_reload_conf() TO {OWNER};
 # for replication, and subscriptions.
 _MOVE_SLOTS = f"""
 GRANT {OWNER}, pg_create_subscription, pg_monitor TO {MOVER};
+GRANT EXECUTE ON FUNCTION pg_log_standby_snapshot() TO {MOVER};
 """
 # The mover changes who has which slots, and which shards there are. What was fixed when the cluster was made, and who
 # takes a shard's writes, it reads.

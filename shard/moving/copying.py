@@ -114,6 +114,7 @@ async def compared(moving: Moving, stream: Stream) -> Comparison:
 async def _settle(moving: Moving, stream: Stream, comparison: Comparison) -> None:
     """Looks again at what differed or has changed since, until that is little and the subscriber is close."""
     for _ in range(_ROUNDS):
+        await comparison.changes.shorten()
         changed = await comparison.changes.take()
         lag_s = await stream.caught_up(_CATCH_UP_TIMEOUT_S)
         comparison.suspects = await comparison.verifier.some(merged(comparison.suspects, changed))

@@ -30,6 +30,7 @@ _OPEN_TO_READS = """
 INSERT INTO owned_slots (slot, state) SELECT generate_series($1::int, $2::int), 'fenced'
 ON CONFLICT (slot) DO UPDATE SET state = 'fenced'
 """
+_CLOSE = "UPDATE owned_slots SET state = 'gone' WHERE slot BETWEEN $1 AND $2 AND state <> 'gone'"
 _GIVE_UP = "UPDATE owned_slots SET state = 'gone', departure_id = $3 WHERE slot BETWEEN $1 AND $2 AND state <> 'gone'"
 _TAKE = "UPDATE owned_slots SET state = 'own', departure_id = NULL WHERE slot BETWEEN $1 AND $2 AND state <> 'own'"
 _DEPART = """
@@ -90,7 +91,7 @@ async def open_to_reads(side: Side, first: int, last: int) -> Position:
 
 async def close_to_reads(side: Side, first: int, last: int) -> None:
     """Takes that back, on a shard that was not to have the slots after all."""
-    await side.connection.execute(_GIVE_UP, first, last, None)
+    await side.connection.execute(_CLOSE, first, last)
 
 
 async def give_up(side: Side, first: int, last: int, departure: Departure) -> None:

@@ -43,7 +43,7 @@ _CREATE_SUBSCRIPTION = """
 SELECT format(
     'CREATE SUBSCRIPTION %1$I CONNECTION %2$L PUBLICATION %3$I WITH (create_slot = false, slot_name = %4$L,
      enabled = %5$s, copy_data = %6$s, origin = none, binary = true, streaming = off)',
-    $1::text, $2::text, $3::text, $1::text, $4::boolean, $5::boolean)
+    $1::text, $2::text, $3::text, $1::text, $4::text, $5::text)
 """
 _ENABLE = "SELECT format('ALTER SUBSCRIPTION %I ENABLE', $1::text)"
 _ABANDON = """
@@ -55,7 +55,7 @@ SELECT format('ALTER SUBSCRIPTION %1$I DISABLE; ALTER SUBSCRIPTION %1$I SET (slo
 _SYNC_SLOTS = """
 SELECT slot_name FROM pg_replication_slots
 WHERE slot_name ~ ('^pg_[0-9]+_sync_[0-9]+_' || $1 || '$')
-    AND split_part(slot_name, '_', 2)::oid <> ALL ($2::oid[])
+    AND substring(slot_name FROM '^pg_([0-9]+)_sync_')::oid <> ALL ($2::oid[])
 """
 _SUBSCRIPTIONS = """
 SELECT coalesce(array_agg(pg_subscription.oid), '{}') FROM pg_subscription
@@ -106,7 +106,8 @@ class Stream:
     async def subscribe(self, *, enabled: bool, copy: bool) -> None:
         """Makes the subscription, if it is not there; with `copy` it begins with all rows that there are."""
         if not await self.is_subscribed():
-            await _made(self.subscriber, _CREATE_SUBSCRIPTION, self.name, self.publisher.dsn, self.name, enabled, copy)
+            flags = [str(flag).lower() for flag in (enabled, copy)]
+            await _made(self.subscriber, _CREATE_SUBSCRIPTION, self.name, self.publisher.dsn, self.name, *flags)
 
     async def is_subscribed(self) -> bool:
         """Whether there is the subscription."""
