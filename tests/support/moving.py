@@ -23,7 +23,7 @@ from tests.support.wire import database
 _LINE_BYTES = 1024 * 1024
 
 _LEFT = """
-SELECT 'slot ' || slot_name FROM pg_replication_slots WHERE slot_type = 'logical'
+SELECT 'slot ' || slot_name AS what FROM pg_replication_slots WHERE slot_type = 'logical'
 UNION ALL SELECT 'subscription ' || subname FROM pg_subscription
 UNION ALL SELECT 'publication ' || pubname FROM pg_publication
 UNION ALL SELECT 'origin ' || roname FROM pg_replication_origin
@@ -82,7 +82,7 @@ class Slots:
         found = []
         for shard_id in self.cluster.plan().record.shard_ids():
             async with database(self.cluster.shard_dsn(shard_id, owner=True)) as connection:
-                found += [f"{shard_id}: {row[0]}" for row in await connection.fetch(_LEFT)]
+                found += [f"{shard_id}: {row['what']}" for row in await connection.fetch(_LEFT)]
                 for table in MOVED:
                     if count := await connection.fetchval(_UNOWNED.format(table=table)):
                         found.append(f"{shard_id}: {count} rows of {table} in slots of others")
