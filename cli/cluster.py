@@ -68,7 +68,7 @@ def register(app: typer.Typer) -> None:
 
 def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     shards: Annotated[
-        int | None, typer.Option("--shards", metavar="N", help="How many shards; fixed when it is made. Default: 2.")
+        int | None, typer.Option("--shards", metavar="N", help="How many shards it begins with. Default: 2.")
     ] = None,
     replicas: Annotated[
         int | None,
