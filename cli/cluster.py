@@ -1,5 +1,5 @@
-"""The cluster commands of the memshard command line: up, down, status, failover, restart,
-rotate-secrets, degrade, health and its kin, config."""
+"""The cluster commands of the memshard command line: up, down, status, failover, restart, rotate-secrets, degrade,
+health and its kin, shards and moves, config."""
 
 # ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
 
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from cli import cluster_moves, cluster_shards
 from cli.cluster_degrade import degrade
 from cli.cluster_failover import failover
 from cli.cluster_health import health, recover, stats
@@ -45,6 +46,7 @@ class ServiceName(StrEnum):
     ROUTER = "router"
     SHARD = "shard"
     REPLICA = "replica"
+    MOVER = "mover"
 
 
 def register(app: typer.Typer) -> None:
@@ -59,6 +61,8 @@ def register(app: typer.Typer) -> None:
     app.command()(health)
     app.command()(recover)
     app.command()(stats)
+    cluster_shards.register(app)
+    cluster_moves.register(app)
     config = typer.Typer(help="Write and check the settings files of the services.", no_args_is_help=True)
     config.command()(generate)
     config.command()(validate)
@@ -67,7 +71,7 @@ def register(app: typer.Typer) -> None:
 
 def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     shards: Annotated[
-        int | None, typer.Option("--shards", metavar="N", help="How many shards; fixed when it is made. Default: 2.")
+        int | None, typer.Option("--shards", metavar="N", help="How many shards it begins with. Default: 2.")
     ] = None,
     replicas: Annotated[
         int | None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.cluster_catalog import rebuild
 from cli.terminal import fail
 
 if TYPE_CHECKING:
@@ -79,8 +80,9 @@ def register(app: typer.Typer) -> None:
     database = typer.Typer(help="Prepare PostgreSQL servers of your own.", no_args_is_help=True)
     database.command("prepare")(prepare)
     app.add_typer(database, name="database")
-    catalog = typer.Typer(help="Make the catalog of a cluster of your own.", no_args_is_help=True)
+    catalog = typer.Typer(help="Make the catalog of a cluster of your own, or a lost one again.", no_args_is_help=True)
     catalog.command("create")(create)
+    catalog.command("rebuild")(rebuild)
     app.add_typer(catalog, name="catalog")
 
 

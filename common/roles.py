@@ -56,6 +56,14 @@ _MOVE_SLOTS = """
 SELECT format('GRANT %2$I, pg_create_subscription, pg_monitor TO %1$I;
                GRANT EXECUTE ON FUNCTION pg_log_standby_snapshot() TO %1$I', $1::text, $2::text)
 """
+# The mover changes who has which slots, and which shards there are. What was fixed when the cluster was made, and who
+# takes a shard's writes, it reads.
+_KEEP_MOVES = """
+SELECT format('GRANT SELECT ON ALL TABLES IN SCHEMA public TO %1$I;
+               GRANT UPDATE ON topology TO %1$I;
+               GRANT INSERT, UPDATE, DELETE ON moves, cutovers, pins, slot_ranges, shards, replicas TO %1$I;
+               GRANT DELETE ON sync_sets, levels TO %1$I', $1::text)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,11 @@ async def let_keep_standbys(connection: Connection, app: str = APP, owner: str =
 async def let_move_slots(connection: Connection, mover: str = MOVER, owner: str = OWNER) -> None:
     """Lets the mover publish and subscribe to what `owner` owns. On the shard's database."""
     await connection.execute(await connection.fetchval(_MOVE_SLOTS, mover, owner))
+
+
+async def let_keep_moves(connection: Connection, mover: str = MOVER) -> None:
+    """Lets the mover change the topology, and keep what it does. As the catalog's owner."""
+    await connection.execute(await connection.fetchval(_KEEP_MOVES, mover))
 
 
 async def let_read(connection: Connection, app: str = APP) -> None:

@@ -1,25 +1,29 @@
 """ClusterService: how `memshard failover` and its kin reach the supervisor. Loopback, and a token in a private file."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import grpc.aio
+from google.protobuf.message import Message
 
 from common import errors
 from common.bearer import Bearer
 from common.deadline import Deadline
 from common.level import Level
 from common.rpc import generic_handler
+from local import admin_streams
+from local.admin_moves import Moves
 from local.cluster import Plan
 from local.degradation import set_level
 from local.errors import LocalClusterError
+from local.growth import Growth
 from local.planned_failover import PlannedFailover, Progress, Step
 from local.ports import HOST
 from local.process import Child
-from local.rolling import Restarted, RollingRestart
+from local.rolling import RollingRestart
 from local.shard_servers import ShardServers
-from local.streaming import Streaming, Tell
 from memshard.admin.v1 import cluster_pb2
 
 _STOP_GRACE_S = 0.2
@@ -42,23 +46,34 @@ async def serving(  # What there is to administer.
     token: str,
     plan: Plan,
     shards: Mapping[str, ShardServers],
+    growth: Growth,
     processes: Callable[[], Sequence[Child]],
     log: logging.Logger,
 ) -> AsyncIterator[None]:
     """Serves until the end of the block. Raises LocalClusterError when the port cannot be had."""
     bearer = Bearer(token)
-    failovers = Streaming(bearer, log, cluster_pb2.FailoverRequest, _Failovers(shards).run)
-    rolling = RollingRestart(processes, shards, log)
-    restarts = Streaming(bearer, log, cluster_pb2.RestartRequest, _Restarts(rolling).run)
-    streams = grpc.method_handlers_generic_handler(
-        _SERVICE.full_name, {"Failover": failovers.handler(), "Restart": restarts.handler()}
-    )
+    failovers, moves = _Failovers(shards), Moves(plan, growth, log)
+    restarts = _Restarts(RollingRestart(processes, shards, log))
     answers = generic_handler(
-        _SERVICE, _Answers(plan, log), default_deadline_s=_DEFAULT_DEADLINE_S, authorise=bearer.require
+        _SERVICE, _Answers(plan, moves, log), default_deadline_s=_DEFAULT_DEADLINE_S, authorise=bearer.require
     )
+    name = _SERVICE.full_name
+    failover: dict[str, tuple[type[Message], admin_streams.Stream]] = {
+        "Failover": (cluster_pb2.FailoverRequest, failovers.stream)
+    }
+    restart: dict[str, tuple[type[Message], admin_streams.Stream]] = {
+        "Restart": (cluster_pb2.RestartRequest, restarts.stream)
+    }
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     # The first handler that knows an rpc has it.
-    server.add_generic_rpc_handlers([streams, answers])
+    server.add_generic_rpc_handlers(
+        [
+            admin_streams.handler(name, failover, bearer, log, unfinished="FAILOVER_UNFINISHED"),
+            admin_streams.handler(name, restart, bearer, log, unfinished="RESTART_UNFINISHED"),
+            admin_streams.handler(name, moves.streams(), bearer, log, unfinished="MOVE_UNFINISHED"),
+            answers,
+        ]
+    )
     try:
         server.add_insecure_port(f"{HOST}:{port}")
     except RuntimeError as error:
@@ -70,14 +85,34 @@ async def serving(  # What there is to administer.
         await server.stop(_STOP_GRACE_S)
         await failovers.close()
         await restarts.close()
+        await moves.close()
 
 
 class _Answers:
     """The rpcs with one answer each."""
 
-    def __init__(self, plan: Plan, log: logging.Logger) -> None:
+    def __init__(self, plan: Plan, moves: Moves, log: logging.Logger) -> None:
         self._plan = plan
+        self._moves = moves
         self._log = log
+
+    async def ListShards(  # noqa: N802  # As the rpc is called, like those below.
+        self, request: cluster_pb2.ListShardsRequest, deadline: Deadline
+    ) -> cluster_pb2.ListShardsResponse:
+        with _catalog_needed():
+            return await self._moves.list_shards()
+
+    async def ListMoves(  # noqa: N802
+        self, request: cluster_pb2.ListMovesRequest, deadline: Deadline
+    ) -> cluster_pb2.ListMovesResponse:
+        with _catalog_needed():
+            return await self._moves.list_moves()
+
+    async def PinUser(  # noqa: N802
+        self, request: cluster_pb2.PinUserRequest, deadline: Deadline
+    ) -> cluster_pb2.PinUserResponse:
+        with _catalog_needed():
+            return await self._moves.pin(request)
 
     async def SetDegradation(  # noqa: N802  # As the rpc is called.
         self, request: cluster_pb2.SetDegradationRequest, deadline: Deadline
@@ -86,10 +121,8 @@ class _Answers:
             level = Level(request.level) if request.level else None
         except ValueError as error:
             raise errors.InvalidArgument.field("level", "INVALID_ENUM", "is no degradation level") from error
-        try:
+        with _catalog_needed():
             epoch = await set_level(self._plan, request.shard_id, level)
-        except LocalClusterError as error:
-            raise errors.Unavailable(str(error), reason="CATALOG_UNAVAILABLE") from error
         told = level.name.lower() if level else "auto"
         self._log.warning("the degradation level of %s was set to %s", request.shard_id or "the cluster", told)
         return cluster_pb2.SetDegradationResponse(epoch=epoch)
@@ -100,14 +133,33 @@ class _Failovers:
 
     def __init__(self, shards: Mapping[str, ShardServers]) -> None:
         self._shards = shards
+        self._at_work: set[asyncio.Task[None]] = set()
 
-    async def run(self, request: cluster_pb2.FailoverRequest, tell: Tell) -> None:
-        """Raises MemshardError, LocalClusterError."""
+    async def stream(self, request: cluster_pb2.FailoverRequest) -> AsyncGenerator[cluster_pb2.FailoverProgress, None]:
+        """Each step as it is done."""
+        async for progress in self._steps(request):
+            yield _message(progress)
+
+    async def close(self) -> None:
+        """Cancels what is still at work."""
+        for task in self._at_work:
+            task.cancel()
+        await asyncio.gather(*self._at_work, return_exceptions=True)
+
+    async def _steps(self, request: cluster_pb2.FailoverRequest) -> AsyncIterator[Progress]:
+        """Each step as it is done. The failover goes on when the caller leaves: half of one is worse than a whole."""
         shard = self._shards.get(request.shard_id)
         if shard is None:
             known = ", ".join(self._shards)
             raise errors.NotFound(f"there is no shard {request.shard_id!r}, only {known}", reason="SHARD_NOT_FOUND")
-        await PlannedFailover(shard, lambda progress: tell(_message(progress))).run(request.to_server or None)
+        steps: asyncio.Queue[Progress | None] = asyncio.Queue()
+        failover = asyncio.create_task(PlannedFailover(shard, steps.put_nowait).run(request.to_server or None))
+        self._at_work.add(failover)
+        failover.add_done_callback(self._at_work.discard)
+        failover.add_done_callback(lambda _task: steps.put_nowait(None))
+        while (progress := await steps.get()) is not None:
+            yield progress
+        await failover
 
 
 class _Restarts:
@@ -115,15 +167,25 @@ class _Restarts:
 
     def __init__(self, rolling: RollingRestart) -> None:
         self._rolling = rolling
+        self._lasting = admin_streams.Lasting()
 
-    async def run(self, request: cluster_pb2.RestartRequest, tell: Tell) -> None:
-        """Raises LocalClusterError."""
-
-        def told(one: Restarted) -> None:
+    async def stream(self, request: cluster_pb2.RestartRequest) -> AsyncGenerator[cluster_pb2.RestartProgress, None]:
+        """Each process as it is well again."""
+        async for one in self._lasting.follow(self._rolling.run(list(request.names))):
             message = f"{one.name} ({one.role}) has been restarted"
-            tell(cluster_pb2.RestartProgress(name=one.name, message=message, seconds=one.seconds))
+            yield cluster_pb2.RestartProgress(name=one.name, message=message, seconds=one.seconds)
 
-        await self._rolling.run(list(request.names), told)
+    async def close(self) -> None:
+        """Cancels what is still at work."""
+        await self._lasting.close()
+
+
+@contextmanager
+def _catalog_needed() -> Iterator[None]:
+    try:
+        yield
+    except LocalClusterError as error:
+        raise errors.Unavailable(str(error), reason="CATALOG_UNAVAILABLE") from error
 
 
 def _message(progress: Progress) -> cluster_pb2.FailoverProgress:

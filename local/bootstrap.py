@@ -11,7 +11,7 @@ from pathlib import Path
 from common import catalog, roles
 from common.catalog import EpochConflictError, Precision
 from common.provision import tell_addresses
-from common.roles import APP, OWNER, REPLICATION, Login
+from common.roles import APP, MOVER, OWNER, REPLICATION, Login
 from common.sync_set import SyncSet
 from common.topology import Shard, Topology
 from local.account import Account
@@ -73,7 +73,9 @@ async def complete_shard_server(server: Server, secrets: Secrets) -> None:
     """Gives a shard's primary the roles and grants that it lacks: all that came after it was first made."""
     async with session(SUPERUSER, secrets.postgres, server) as connection:
         await roles.ensure_login(connection, Login(REPLICATION, secrets.memshard_replication), replication=True)
+        await roles.ensure_login(connection, Login(MOVER, secrets.memshard_mover), replication=True)
         await roles.let_keep_standbys(connection)
+        await roles.let_move_slots(connection)
 
 
 async def make_catalog(server: Server, secrets: Secrets, record: Record, shards: Sequence[Shard]) -> None:
@@ -91,11 +93,19 @@ async def make_catalog(server: Server, secrets: Secrets, record: Record, shards:
         await roles.let_read(connection)
 
 
+async def make_mover(server: Server, secrets: Secrets) -> None:
+    """Makes the mover's role on the catalog's server, if it is not there."""
+    async with session(SUPERUSER, secrets.postgres, server) as connection:
+        await roles.ensure_login(connection, Login(MOVER, secrets.memshard_mover))
+
+
 async def tell_catalog(server: Server, secrets: Secrets, record: Record, shards: Sequence[Shard]) -> Topology:
     """Brings the catalog up to date, tells it where shards and replicas are now if that is news; the topology."""
+    await make_mover(server, secrets)
     async with as_owner(server, secrets) as connection:
         await catalog.upgrade(connection)
         await roles.let_keep_sync_sets(connection)
+        await roles.let_keep_moves(connection)
         for shard in shards:
             # The first server is the primary of a new shard; of one that has a set already nothing changes.
             first = SyncSet(record.server_names(shard.shard_id)[0], frozenset())

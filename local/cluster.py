@@ -32,9 +32,11 @@ class Programs:
         return cls(binaries.postgres_bin(layout, account), binaries.redis_server(), account)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plan:
-    """What a cluster consists of. Its parts are named as `memshard status` names them."""
+    """What a cluster consists of. Its parts are named as `memshard status` names them. The record is another one once a
+    shard has come or left.
+    """
 
     layout: Layout
     record: Record

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from local import replication
@@ -39,8 +39,9 @@ class RollingRestart:
         self._log = log
         self._busy = asyncio.Lock()
 
-    async def run(self, names: Sequence[str], tell: Callable[[Restarted], None]) -> None:
-        """Restarts these, in their order, or all in ours. Raises RefusedError, LocalClusterError."""
+    async def run(self, names: Sequence[str]) -> AsyncIterator[Restarted]:
+        """Restarts these, in their order, or all in ours; each, as it is well again. Raises RefusedError,
+        LocalClusterError."""
         known = {child.spec.name: child for child in self._processes()}
         if unknown := [name for name in names if name not in known]:
             raise RefusedError(f"there is no process {unknown[0]}, only {', '.join(known)}")
@@ -52,7 +53,7 @@ class RollingRestart:
             while left:
                 child = left[0] if names else min(left, key=lambda one: _ORDER.index(one.state().role))
                 left.remove(child)
-                tell(await self._restart(child))
+                yield await self._restart(child)
 
     async def _restart(self, child: Child) -> Restarted:
         began = time.monotonic()

@@ -7,7 +7,7 @@ the next, whichever servers have them already.
 
 from common import roles
 from common.postgres import Connection
-from common.roles import APP, OWNER, REPLICATION, Login
+from common.roles import APP, MOVER, OWNER, REPLICATION, Login
 from local import lock
 from local.cluster import Plan
 from local.errors import DataDirectoryError, LocalClusterError
@@ -71,5 +71,6 @@ async def _change(servers: list[Server], old: Secrets, new: Secrets) -> str:
 async def _set_all(connection: Connection, new: Secrets) -> None:
     for login in (Login(OWNER, new.memshard_owner), Login(APP, new.memshard_app), Login(SUPERUSER, new.postgres)):
         await roles.ensure_login(connection, login)
-    if await roles.has_role(connection, REPLICATION):
-        await roles.ensure_login(connection, Login(REPLICATION, new.memshard_replication))
+    for login in (Login(REPLICATION, new.memshard_replication), Login(MOVER, new.memshard_mover)):
+        if await roles.has_role(connection, login.role):
+            await roles.ensure_login(connection, login)

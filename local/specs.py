@@ -29,20 +29,24 @@ class Specs:
 
     def databases(self) -> list[ProcessSpec]:
         """PostgreSQL and Redis."""
-        servers = [self._shard_server(shard, name) for shard in self.shards.values() for name in shard.servers]
-        return [self._postgres(self.plan.catalog_server()), *servers, self._redis()]
+        servers = [self.shard_server(shard, name) for shard in self.shards.values() for name in shard.servers]
+        return [self.catalog(), *servers, self._redis()]
+
+    def catalog(self) -> ProcessSpec:
+        """The server of the catalog."""
+        return self._postgres(self.plan.catalog_server())
 
     def services(self) -> list[ProcessSpec]:
         """Shards, replicas and routers."""
         record = self.plan.record
-        shards = [self._shard(shard_id) for shard_id in record.shard_ids()]
-        replicas = [
-            self._replica(self.shards[shard_id], name)
-            for shard_id in record.shard_ids()
-            for name in record.replica_names(shard_id)
-        ]
+        of_shards = [spec for shard_id in record.shard_ids() for spec in self.services_of(shard_id)]
         routers = [self._router(number, port) for number, port in enumerate(self.plan.router_ports)]
-        return [*shards, *replicas, *routers]
+        return [*of_shards, *routers]
+
+    def services_of(self, shard_id: str) -> list[ProcessSpec]:
+        """A shard and its replicas."""
+        names = self.plan.record.replica_names(shard_id)
+        return [self._shard(shard_id), *(self._replica(self.shards[shard_id], name) for name in names)]
 
     def _postgres(self, server: Server, **more: Any) -> ProcessSpec:
         plan = self.plan
@@ -82,7 +86,8 @@ class Specs:
             **given,
         )
 
-    def _shard_server(self, shard: ShardServers, name: str) -> ProcessSpec:
+    def shard_server(self, shard: ShardServers, name: str) -> ProcessSpec:
+        """One PostgreSQL server of a shard."""
         plain = self._postgres(shard.servers[name])
 
         async def is_up() -> bool:

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Mapping
+from typing import Any
 from unittest.mock import patch
 
 from common import config
-from common.config import SETTINGS, ServiceSettings
+from common.config import SETTINGS
 
 
 def service_of(command: list[str]) -> str | None:
@@ -13,7 +14,7 @@ def service_of(command: list[str]) -> str | None:
     return command[2] if command[:2] == ["python", "-m"] and command[2] in SETTINGS else None
 
 
-def settings_of(service: str, environment: Mapping[str, str]) -> ServiceSettings:
+def settings_of(service: str, environment: Mapping[str, str]) -> Any:
     """The settings. Raises ConfigError, or AssertionError for a variable that looks like a setting and is none."""
     prefix = SETTINGS[service].model_config["env_prefix"]
     known = {f"{prefix}{name}".upper() for name in SETTINGS[service].model_fields}

@@ -225,6 +225,11 @@ async def test_who_streams_and_who_moves_slots_may_replicate_and_nobody_else(out
         assert not await connection.fetchval(member, APP, OWNER)
     async with database(outside.dsn(outside.shard, MOVER, "mover-1")) as connection:
         await connection.execute("SELECT pg_log_standby_snapshot()")
+    async with database(outside.dsn(outside.catalog, MOVER, "mover-1")) as connection:
+        await connection.execute("UPDATE topology SET epoch = epoch")
+        await connection.execute("DELETE FROM moves")
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute("UPDATE cluster SET dimensions = 4")
 
 
 async def _serves(outside: Outside, user: str, role: str, password: str) -> None:

@@ -1,0 +1,77 @@
+"""Slots move while something else fails: a router that the catalog cannot reach, a primary that is replaced."""
+
+import asyncio
+import signal
+
+import pytest
+
+from common.moves import Step
+from local.cluster import CATALOG_SERVER
+from tests.support.cluster import LocalCluster
+from tests.support.faulty import faulty_cluster
+from tests.support.moving import Slots
+from tests.support.proxy import Fault
+from tests.support.writers import Writers
+
+_USERS = [f"met-{number}" for number in range(40)]
+
+
+async def test_a_router_without_the_catalog_follows_the_slots() -> None:
+    """The shards tell it where they went. It writes to nobody who gave them away, and sees what others write."""
+    async with faulty_cluster(shards=2, replicas=1, embedder="local", dimensions=256) as faulty:
+        slots = Slots(faulty.cluster, {"rollback_window_s": 0, "max_slots": 4096})
+        stale = Writers(faulty.address, _USERS[:20])
+        fresh = Writers(faulty.cluster.address, _USERS[20:])
+        async with asyncio.TaskGroup() as group:
+            for writers in (stale, fresh):
+                group.create_task(writers.run(2))
+            try:
+                await asyncio.sleep(1)
+                await faulty.proxies.inflict(Fault.RESET, CATALOG_SERVER)
+                await slots.move("drain", "--shard", "shard-1")
+                written = len(stale.writes.times)
+                await asyncio.sleep(2)
+            finally:
+                stale.stop()
+                fresh.stop()
+        assert len(stale.writes.times) > written, "it came to a halt"
+        assert (stale.failures, stale.wrong, fresh.failures, fresh.wrong) == ([], [], [], [])
+        # Each sees what the other wrote.
+        stale.address, fresh.address = fresh.address, stale.address
+        assert await stale.found() == stale.expected
+        assert await fresh.found() == fresh.expected
+        assert await slots.left_over() == []
+
+
+@pytest.mark.parametrize(
+    ("shard_id", "step"),
+    [("shard-1", Step.COPYING), ("shard-0", Step.VERIFYING), ("shard-1", Step.ACTIVE), ("shard-0", Step.ACTIVE)],
+    ids=["source while copying", "target while verifying", "source afterwards", "target afterwards"],
+)
+async def test_a_failover_begins_a_move_anew_or_closes_its_way_back(shard_id: str, step: Step) -> None:
+    async with LocalCluster(shards=2, replicas=1) as cluster:
+        slots = Slots(cluster, {"rollback_window_s": 3600, "max_slots": 16384})
+        writers = Writers(cluster.address, _USERS)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(writers.run(3))
+            try:
+                await asyncio.sleep(1)
+                async with slots.mover("move", "--first", "9000", "--last", "11000", "--to", "shard-0") as mover:
+                    await mover.until(step)
+                    mover.send(signal.SIGTERM)
+                    await mover.process.communicate()
+                await cluster.run("failover", shard_id)
+                (move,) = await slots.moves()
+                if step is Step.ACTIVE:
+                    async with slots.mover("rollback", "--move", str(move.move_id)) as mover:
+                        events = [event async for event in mover.events()]
+                    assert "failover has closed the way back" in events[-1]["why"]
+                await Slots(cluster, {**slots.settings, "rollback_window_s": 0}).move("resume")
+            finally:
+                writers.stop()
+        (move,) = await slots.moves()
+        assert move.step is Step.DONE
+        assert (move.attempts > 1) == (step is not Step.ACTIVE)
+        assert (writers.failures, writers.wrong) == ([], [])
+        assert await writers.found() == writers.expected
+        assert await slots.left_over() == []
