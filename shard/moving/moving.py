@@ -47,6 +47,8 @@ class Moving:
     comparison: Comparison | None = None
     fenced_at: float | None = None
     """When writes were stopped, by the monotonic clock."""
+    laps: dict[str, int] = field(default_factory=dict)
+    """How far each part of the hand-over was over, in ms since then."""
 
     @property
     def forward(self) -> Stream:
@@ -114,6 +116,10 @@ class Moving:
     def since_fence_s(self) -> float:
         """Seconds since writes were stopped; 0 when this process has not."""
         return 0.0 if self.fenced_at is None else time.monotonic() - self.fenced_at
+
+    def lap(self, part: str) -> None:
+        """Another part of the hand-over is over."""
+        self.laps[part] = round(self.since_fence_s() * 1000)
 
     async def _require_primary(self, side: Side) -> None:
         recorded = await self.catalog.fetchval(_READ_PRIMARY, side.shard_id)
