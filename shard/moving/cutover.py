@@ -27,6 +27,7 @@ _log = logs.get_logger("cutover")
 # Attempts to fence after which somebody has to look.
 MAX_ATTEMPTS = 8
 _PAUSE_S = 0.5
+_CATALOG_TIMEOUT_S = 2.0
 
 _FAILURES = (FenceError, StreamError, SideError, MoveError, CatalogError, *CONNECT_ERRORS)
 
@@ -114,6 +115,7 @@ async def _brought_over(moving: Moving, stream: Stream) -> Position:
     giver, taker = stream.publisher, stream.subscriber
     assert comparison is not None
     moving.fenced_at = time.monotonic()
+    moving.may_be_decided = False
     moving.laps.clear()
     moving.move = await catalog_moves.change_move(
         moving.catalog, move, replace(move, fenced_at=datetime.now(UTC), attempts=move.attempts)
@@ -143,10 +145,20 @@ async def _brought_over(moving: Moving, stream: Stream) -> Position:
 
 
 async def _given_up(moving: Moving, step: Step, why: str) -> None:
-    """The end of a fence that led to nothing: recorded first, then taken away."""
-    move = moving.move
-    await moving.advance(step, attempts=move.attempts + 1, error=why, fenced_at=None)
-    await unfenced(moving, moving.forward if step is Step.VERIFYING else moving.reverse)
+    """The end of a fence that led to nothing: recorded first, then taken away.
+
+    With the catalog out of reach it is taken away all the same, unless the catalog was asked to hand the slots over.
+    """
+    stream = moving.forward if step is Step.VERIFYING else moving.reverse
+    try:
+        async with asyncio.timeout(_CATALOG_TIMEOUT_S):
+            await moving.advance(step, attempts=moving.move.attempts + 1, error=why, fenced_at=None)
+    except CONNECT_ERRORS:
+        # Nobody else can have handed over what is fenced here: for that the lock is needed which this session holds.
+        if not moving.may_be_decided:
+            await unfenced(moving, stream)
+        raise
+    await unfenced(moving, stream)
     moving.told(aborted_after_ms=round(moving.since_fence_s() * 1000))
     moving.comparison = moving.fenced_at = None
     if moving.move.attempts > MAX_ATTEMPTS:

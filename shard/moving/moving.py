@@ -47,6 +47,8 @@ class Moving:
     comparison: Comparison | None = None
     fenced_at: float | None = None
     """When writes were stopped, by the monotonic clock."""
+    may_be_decided: bool = False
+    """Whether the catalog was asked to have the taker own the slots: whether it does then is for it alone to say."""
     laps: dict[str, int] = field(default_factory=dict)
     """How far each part of the hand-over was over, in ms since then."""
 
@@ -96,6 +98,7 @@ class Moving:
             # After the epoch: whoever is replaced from now on, the compare-and-set fails.
             for side in (giver, taker):
                 await self._require_primary(side)
+            self.may_be_decided = True
             try:
                 self.move = await catalog_moves.hand_over(
                     self.catalog,
