@@ -3,6 +3,7 @@
 # ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
 
 import asyncio
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +11,7 @@ import typer
 from cli.cluster_moves import Json, MaxRate, RollbackWindow, follow_moves, request_of
 from cli.cluster_options import DataDir, failures_shown
 from cli.options import not_empty
-from cli.terminal import console
+from cli.terminal import console, fail
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 Shard = Annotated[str, typer.Argument(metavar="SHARD", help="The shard, like shard-2.")]
 
 
+class StatusName(StrEnum):
+    """What a shard may be used for."""
+
+    ACTIVE = "active"
+    READONLY = "readonly"
+    DRAINING = "draining"
+    MAINTENANCE = "maintenance"
+
+
 def register(app: typer.Typer) -> None:
     """Adds the commands to app."""
     shards = typer.Typer(help="Show, add, drain and remove shards.", no_args_is_help=True)
@@ -29,6 +39,7 @@ def register(app: typer.Typer) -> None:
     shards.command()(add)
     shards.command()(drain)
     shards.command()(remove)
+    shards.command("set")(set_)
     shards.command()(pin)
     shards.command()(unpin)
     app.add_typer(shards, name="shards")
@@ -102,6 +113,27 @@ def rebalance(
 
     request = request_of(RebalanceRequest(plan_only=plan), max_rate, rollback_window)
     follow_moves("Rebalance", request, data_dir, as_lines=json)
+
+
+def set_(
+    shard: Shard,
+    status: Annotated[
+        StatusName | None, typer.Option("--status", help="What it may be used for. Default: as it is.")
+    ] = None,
+    weight: Annotated[
+        int, typer.Option("--weight", metavar="W", min=0, help="Its share of the slots. Default: as it is.")
+    ] = 0,
+    data_dir: DataDir = None,
+) -> None:
+    """Say what a shard may be used for, and what its share of the slots is to be; `memshard rebalance` moves them."""
+    from local.admin_client import set_shard
+    from local.layout import Layout
+
+    if status is None and not weight:
+        fail("say --status or --weight", code=2)
+    with failures_shown():
+        epoch = asyncio.run(set_shard(Layout.of(data_dir), shard, status or "", weight))
+    typer.echo(f"{shard} is set, as of epoch {epoch}.")
 
 
 User = Annotated[str, typer.Option("--user", metavar="ID", callback=not_empty, help="Whose slot.")]

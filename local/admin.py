@@ -108,6 +108,12 @@ class _Answers:
         with _catalog_needed():
             return await self._moves.list_moves()
 
+    async def SetShard(  # noqa: N802
+        self, request: cluster_pb2.SetShardRequest, deadline: Deadline
+    ) -> cluster_pb2.SetShardResponse:
+        with _catalog_needed():
+            return await self._moves.set_shard(request)
+
     async def PinUser(  # noqa: N802
         self, request: cluster_pb2.PinUserRequest, deadline: Deadline
     ) -> cluster_pb2.PinUserResponse:

@@ -86,6 +86,14 @@ async def list_moves(layout: Layout) -> cluster_pb2.ListMovesResponse:
         return answer
 
 
+async def set_shard(layout: Layout, shard_id: str, status: str, weight: int) -> int:
+    """Sets a shard's status, and its weight; empty, or 0: as it is. The new epoch. Raises LocalClusterError."""
+    async with _service(layout) as (stub, metadata):
+        request = cluster_pb2.SetShardRequest(shard_id=shard_id, status=status, weight=weight)
+        answer = await stub.SetShard(request, metadata=metadata, timeout=_TIMEOUT_S)
+        return int(answer.epoch)
+
+
 async def pin_user(layout: Layout, user_id: str, shard_id: str) -> int:
     """Has a user's slot stay on a shard, or (empty) wherever; the slot. Raises LocalClusterError."""
     async with _service(layout) as (stub, metadata):

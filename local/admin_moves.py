@@ -7,19 +7,23 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from common import catalog, errors
+from common import catalog, catalog_shards, errors
 from common.catalog_moves import read_moves
 from common.moves import Move as MoveRecord
 from common.slots import slot_of
+from common.topology import ShardStatus
 from local import mover
 from local.admin_streams import Lasting, Stream
 from local.cluster import Plan
+from local.errors import LocalClusterError
 from local.growth import Growth
 from local.sessions import as_owner
 from memshard.admin.v1 import cluster_pb2
 
 _CATALOG_TIMEOUT_S = 10.0
 _MAX_WEIGHT = 10_000
+# The topology may change meanwhile, as by a failover.
+_TRIES = 5
 
 
 class Moves:
@@ -65,6 +69,30 @@ class Moves:
                 for shard in topology.shards
             ],
         )
+
+    async def set_shard(self, request: cluster_pb2.SetShardRequest) -> cluster_pb2.SetShardResponse:
+        """Raises LocalClusterError, InvalidArgument, NotFound."""
+        self._require_shard(request.shard_id)
+        try:
+            status = ShardStatus(request.status) if request.status else None
+        except ValueError as error:
+            raise errors.InvalidArgument.field("status", "INVALID_ENUM", "is no status of a shard") from error
+        if not 0 <= request.weight <= _MAX_WEIGHT:
+            raise errors.InvalidArgument.field("weight", "OUT_OF_RANGE", f"must be 0 to {_MAX_WEIGHT}")
+        plan = self._plan
+        async with as_owner(plan.catalog_server(), plan.secrets, _CATALOG_TIMEOUT_S) as connection:
+            for _ in range(_TRIES):
+                epoch = await catalog.read_epoch(connection)
+                try:
+                    if status is not None:
+                        epoch = await catalog_shards.set_status(connection, epoch, request.shard_id, status)
+                    if request.weight:
+                        epoch = await catalog_shards.set_weight(connection, epoch, request.shard_id, request.weight)
+                except catalog.EpochConflictError:
+                    continue
+                self._log.warning("%s is set to %s", request.shard_id, request.status or f"weight {request.weight}")
+                return cluster_pb2.SetShardResponse(epoch=epoch)
+        raise LocalClusterError("the catalog keeps changing")
 
     async def list_moves(self) -> cluster_pb2.ListMovesResponse:
         """Raises LocalClusterError."""

@@ -12,6 +12,7 @@
 | list | says which moves there were |
 | add --shard ID --address HOST:PORT [--replica ID=HOST:PORT …] [--weight N] | registers a shard without slots |
 | remove --shard ID | takes a shard without slots out of the catalog |
+| set --shard ID [--status S] [--weight N] | says what a shard may be used for, and its share |
 | pin --user ID --shard ID, pin --slot N --shard ID, unpin … | has a user's slot stay on a shard |
 | rebuild --shard ID=HOST:PORT … | makes a lost catalog again from what the shards say |
 
@@ -38,7 +39,7 @@ from common.config import ConfigError, MoverSettings
 from common.moves import Move
 from common.postgres import DatabaseUnreachableError
 from common.slots import SLOT_COUNT, slot_of
-from common.topology import Replica, Shard
+from common.topology import Replica, Shard, ShardStatus
 from shard.moving import rebuild
 from shard.moving.mover import Mover
 from shard.moving.moving import MoveError
@@ -82,8 +83,11 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("--address", required=True, metavar="HOST:PORT", help="where its service listens")
     add.add_argument("--replica", action="append", default=[], metavar="ID=HOST:PORT", type=_named_address)
     add.add_argument("--weight", type=int, default=1, metavar="N")
+    change = commands.add_parser("set", help="say what a shard may be used for, and what its share is")
+    change.add_argument("--status", choices=[status.value for status in ShardStatus])
+    change.add_argument("--weight", type=int, metavar="N")
     remove = commands.add_parser("remove", help="take a shard without slots out of the catalog")
-    for command in (drain, add, remove):
+    for command in (drain, add, remove, change):
         command.add_argument("--shard", required=True, metavar="ID")
     for name in ("pin", "unpin"):
         command = commands.add_parser(name, help="say where a user's slot is to stay, or that it need not")
@@ -121,6 +125,7 @@ async def main(settings: MoverSettings, arguments: argparse.Namespace) -> int:
 
 
 async def _done(mover: Mover, settings: MoverSettings, given: argparse.Namespace) -> dict[str, Any]:
+    """What moves slots, and tells all that happens; else what has one answer."""
     match given.command:
         case "plan":
             await mover.planned()
@@ -136,21 +141,28 @@ async def _done(mover: Mover, settings: MoverSettings, given: argparse.Namespace
             await mover.recover()
         case "rollback":
             await mover.roll_back(given.move)
+        case "rebuild":
+            key = None if given.token_key_file is None else await asyncio.to_thread(given.token_key_file.read_bytes)
+            return {"epoch": await rebuild.rebuild(settings, given.shard, given.replica, key)}
+        case _:
+            return await _answer(mover, given)
+    return {}
+
+
+async def _answer(mover: Mover, given: argparse.Namespace) -> dict[str, Any]:
+    match given.command:
         case "list":
             return {"moves": [as_document(move) for move in await mover.moves()]}
         case "add":
             replicas = tuple(Replica(name, address) for name, address in given.replica)
             return {"epoch": await mover.add(Shard(given.shard, given.address, given.weight, replicas=replicas))}
+        case "set":
+            return {"epoch": await mover.set(given.shard, given.status and ShardStatus(given.status), given.weight)}
         case "remove":
             return {"epoch": await mover.remove(given.shard)}
-        case "pin" | "unpin":
-            slot = await _slot(mover, given)
-            await mover.pin(slot, given.shard if given.command == "pin" else None)
-            return {"slot": slot}
-        case "rebuild":
-            key = None if given.token_key_file is None else await asyncio.to_thread(given.token_key_file.read_bytes)
-            return {"epoch": await rebuild.rebuild(settings, given.shard, given.replica, key)}
-    return {}
+    slot = await _slot(mover, given)
+    await mover.pin(slot, given.shard if given.command == "pin" else None)
+    return {"slot": slot}
 
 
 async def _slot(mover: Mover, given: argparse.Namespace) -> int:

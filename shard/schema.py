@@ -92,7 +92,10 @@ _MOVES = Migration(
         timeline int NOT NULL,
         lsn bigint NOT NULL
     );
-    ALTER TABLE owned_slots ADD COLUMN departure_id bigint REFERENCES departures;
+    -- No foreign key: it would be checked for each slot while nobody may write to them.
+    ALTER TABLE owned_slots ADD COLUMN departure_id bigint;
+    -- Room for the next state of each slot beside this one, so that no index has to be changed.
+    ALTER TABLE owned_slots SET (fillfactor = 40);
     CREATE TABLE move_marks (
         slot int NOT NULL,
         move_id bigint NOT NULL,

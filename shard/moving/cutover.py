@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from common import catalog, catalog_moves
+from common import catalog, catalog_moves, logs
 from common.catalog import CatalogError
 from common.catalog_moves import MoveConflictError
 from common.moves import UNFENCED, Step
@@ -22,9 +22,12 @@ from shard.moving.streams import Stream, StreamError
 from shard.moving.verify import count, merged
 from shard.position import Position
 
+_log = logs.get_logger("cutover")
+
 # Attempts to fence after which somebody has to look.
 MAX_ATTEMPTS = 8
 _PAUSE_S = 0.5
+_CATALOG_TIMEOUT_S = 2.0
 
 _FAILURES = (FenceError, StreamError, SideError, MoveError, CatalogError, *CONNECT_ERRORS)
 
@@ -43,6 +46,7 @@ async def fence(moving: Moving) -> None:
         async with asyncio.timeout(moving.settings.fence_timeout_s):
             position = await _brought_over(moving, moving.forward)
             await moving.hand_over(Step.CUT_OVER, moving.source, moving.target, position.timeline, position.lsn)
+            moving.lap("recorded")
     except MoveConflictError:
         raise
     except _FAILURES as error:
@@ -111,6 +115,8 @@ async def _brought_over(moving: Moving, stream: Stream) -> Position:
     giver, taker = stream.publisher, stream.subscriber
     assert comparison is not None
     moving.fenced_at = time.monotonic()
+    moving.may_be_decided = False
+    moving.laps.clear()
     moving.move = await catalog_moves.change_move(
         moving.catalog, move, replace(move, fenced_at=datetime.now(UTC), attempts=move.attempts)
     )
@@ -124,20 +130,35 @@ async def _brought_over(moving: Moving, stream: Stream) -> Position:
         way=stream.way,
         mark=mark,
     )
+    moving.lap("fenced")
     await stream.arrived(mark, moving.settings.fence_timeout_s)
+    moving.lap("arrived")
     changed = await comparison.changes.take()
     different = await comparison.verifier.some(merged(comparison.suspects, changed))
+    moving.lap("compared")
     if different:
         tables = ", ".join(sorted(different))
         raise MoveError(f"{count(different)} rows differ between {giver.shard_id} and {taker.shard_id} ({tables})")
-    return await ownership.open_to_reads(taker, move.first, move.last)
+    position = await ownership.open_to_reads(taker, move.first, move.last)
+    moving.lap("committed")
+    return position
 
 
 async def _given_up(moving: Moving, step: Step, why: str) -> None:
-    """The end of a fence that led to nothing: recorded first, then taken away."""
-    move = moving.move
-    await moving.advance(step, attempts=move.attempts + 1, error=why, fenced_at=None)
-    await unfenced(moving, moving.forward if step is Step.VERIFYING else moving.reverse)
+    """The end of a fence that led to nothing: recorded first, then taken away.
+
+    With the catalog out of reach it is taken away all the same, unless the catalog was asked to hand the slots over.
+    """
+    stream = moving.forward if step is Step.VERIFYING else moving.reverse
+    try:
+        async with asyncio.timeout(_CATALOG_TIMEOUT_S):
+            await moving.advance(step, attempts=moving.move.attempts + 1, error=why, fenced_at=None)
+    except CONNECT_ERRORS:
+        # Nobody else can have handed over what is fenced here: for that the lock is needed which this session holds.
+        if not moving.may_be_decided:
+            await unfenced(moving, stream)
+        raise
+    await unfenced(moving, stream)
     moving.told(aborted_after_ms=round(moving.since_fence_s() * 1000))
     moving.comparison = moving.fenced_at = None
     if moving.move.attempts > MAX_ATTEMPTS:
@@ -165,5 +186,9 @@ async def _told_shards(moving: Moving, giver: Side, taker: Side) -> float:
         here = Position(cutover.timeline, cutover.lsn, waits=False, server="")
         departure = Departure(taker.shard_id, address, move.cutover_epoch, here)
         await ownership.give_up(giver, move.first, move.last, departure)
+    moving.lap("given up")
     await ownership.take(taker, move.first, move.last, move.cutover_epoch)
+    moving.lap("taken")
+    if moving.fenced_at is not None:
+        _log.info("handed over", move_id=move.move_id, after_ms=moving.laps)
     return moving.since_fence_s()

@@ -87,6 +87,21 @@ class Mover:
                     continue
         raise CatalogError("the catalog keeps changing")
 
+    async def set(self, shard_id: str, status: ShardStatus | None, weight: int | None) -> int:
+        """Sets a shard's status, its weight, or both; the epoch. Raises CatalogError."""
+        async with self._catalog() as connection:
+            for _ in range(_TRIES):
+                epoch = await catalog.read_epoch(connection)
+                try:
+                    if status is not None:
+                        epoch = await catalog_shards.set_status(connection, epoch, shard_id, status)
+                    if weight is not None:
+                        epoch = await catalog_shards.set_weight(connection, epoch, shard_id, weight)
+                except EpochConflictError:
+                    continue
+                return epoch
+        raise CatalogError("the catalog keeps changing")
+
     async def remove(self, shard_id: str) -> int:
         """Takes a shard that has no slots out of the catalog; the epoch. Raises CatalogError."""
         async with self._catalog() as connection:

@@ -47,6 +47,10 @@ class Moving:
     comparison: Comparison | None = None
     fenced_at: float | None = None
     """When writes were stopped, by the monotonic clock."""
+    may_be_decided: bool = False
+    """Whether the catalog was asked to have the taker own the slots: whether it does then is for it alone to say."""
+    laps: dict[str, int] = field(default_factory=dict)
+    """How far each part of the hand-over was over, in ms since then."""
 
     @property
     def forward(self) -> Stream:
@@ -94,6 +98,7 @@ class Moving:
             # After the epoch: whoever is replaced from now on, the compare-and-set fails.
             for side in (giver, taker):
                 await self._require_primary(side)
+            self.may_be_decided = True
             try:
                 self.move = await catalog_moves.hand_over(
                     self.catalog,
@@ -114,6 +119,10 @@ class Moving:
     def since_fence_s(self) -> float:
         """Seconds since writes were stopped; 0 when this process has not."""
         return 0.0 if self.fenced_at is None else time.monotonic() - self.fenced_at
+
+    def lap(self, part: str) -> None:
+        """Another part of the hand-over is over."""
+        self.laps[part] = round(self.since_fence_s() * 1000)
 
     async def _require_primary(self, side: Side) -> None:
         recorded = await self.catalog.fetchval(_READ_PRIMARY, side.shard_id)

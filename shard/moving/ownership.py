@@ -103,7 +103,11 @@ async def give_up(side: Side, first: int, last: int, departure: Departure) -> No
         )
         await connection.execute(_GIVE_UP, first, last, departure_id)
         await connection.execute(_KNOW_EPOCH, departure.epoch)
-        await connection.execute(_FORGET_DEPARTURES)
+
+
+async def forget_departures(side: Side) -> None:
+    """Removes those that no slot refers to any more."""
+    await side.connection.execute(_FORGET_DEPARTURES)
 
 
 async def take(side: Side, first: int, last: int, epoch: int) -> None:

@@ -7,7 +7,7 @@ again.
 from collections.abc import Awaitable, Callable, Mapping
 
 from common.moves import Step
-from shard.moving import copying, cutover
+from shard.moving import copying, cutover, ownership
 from shard.moving.cleanup import remove_rows
 from shard.moving.moving import Moving
 
@@ -19,6 +19,7 @@ async def clean(moving: Moving) -> None:
         await moving.changes(stream).remove()
         await stream.remove()
     removed = await remove_rows(moving.source, move.first, move.last, moving.forward, moving.reverse)
+    await ownership.forget_departures(moving.source)
     moving.told(removed=removed)
     await moving.advance(Step.DONE)
 

@@ -1,16 +1,27 @@
 """Moving slots between shards while they are written."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import pytest_asyncio
 
+from shard import purge
+from shard.database import Database
 from shard.moving.tables import MARKS, MOVED, STAYING
 from tests.support.cluster import LocalCluster
+from tests.support.eventually import eventually
 from tests.support.moving import Slots
-from tests.support.wire import database
+from tests.support.wire import database, pool_of_one
 from tests.support.writers import Writers
+
+_INSERT = """
+INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
+                      embedding_model, expire_time)
+VALUES ($1, $2, $3, '', '', '', 1, 0.5, 'green tea', '{}', '', $4)
+"""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -31,6 +42,37 @@ async def test_every_table_is_known_to_move_or_to_stay(slots: Slots) -> None:
             """
         )
         assert {row[0] for row in keyed} == {*MOVED, MARKS, "owned_slots"}
+
+
+async def test_rows_of_slots_that_are_not_its_own_are_left_as_they_are(slots: Slots) -> None:
+    """As while they are copied: neither purge nor embedding queue may change what replication brings."""
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    rows = {
+        "own, without": (100, None),
+        "without": (9000, None),
+        "own, expired": (100, yesterday),
+        "expired": (9000, yesterday),
+    }
+    async with (
+        database(slots.cluster.shard_dsn("shard-0", owner=True)) as connection,
+        pool_of_one(slots.cluster.shard_dsn("shard-0")) as pool,
+    ):
+        for user, (slot, expire_time) in rows.items():
+            await connection.execute(_INSERT, slot, user, uuid.uuid4(), expire_time)
+
+        async def untouched() -> set[str]:
+            found = await connection.fetch("SELECT user_id FROM memories WHERE embedding IS NULL AND content <> ''")
+            return {row["user_id"] for row in found}
+
+        async def own_are_done() -> bool:
+            await purge.purge(Database(pool), purge.Retention(tombstone_s=3600, version_s=3600))
+            return not any(user.startswith("own") for user in await untouched())
+
+        await eventually(own_are_done)
+        assert await untouched() == {"without", "expired"}
+        # Nor is the queue at them all the time.
+        assert slots.cluster.layout.log("shard-0").read_text().count('"event": "embedded"') <= 2
+        await connection.execute("DELETE FROM memories")
 
 
 async def test_a_shard_is_drained_while_it_is_written(slots: Slots) -> None:

@@ -443,6 +443,56 @@ class ShardProgress(_message.Message):
 Global___ShardProgress: _TypeAlias = ShardProgress  # noqa: Y015
 
 @_typing.final
+class SetShardRequest(_message.Message):
+    """What is to be changed of a shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    status: _builtins.str
+    """active, readonly, draining, maintenance. Empty: as it is."""
+    weight: _builtins.int
+    """0: as it is."""
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        status: _builtins.str = ...,
+        weight: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_id", b"shard_id", "status", b"status", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetShardRequest: _TypeAlias = SetShardRequest  # noqa: Y015
+
+@_typing.final
+class SetShardResponse(_message.Message):
+    """It is in the catalog, and routers are told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetShardResponse: _TypeAlias = SetShardResponse  # noqa: Y015
+
+@_typing.final
 class RebalanceRequest(_message.Message):
     """How to move."""
 

@@ -65,6 +65,11 @@ class ClusterServiceStub:
                 request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RemoveShardRequest.SerializeToString,
                 response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ShardProgress.FromString,
                 _registered_method=True)
+        self.SetShard = channel.unary_unary(
+                '/memshard.admin.v1.ClusterService/SetShard',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetShardRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetShardResponse.FromString,
+                _registered_method=True)
         self.Rebalance = channel.unary_stream(
                 '/memshard.admin.v1.ClusterService/Rebalance',
                 request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RebalanceRequest.SerializeToString,
@@ -159,6 +164,14 @@ class ClusterServiceServicer:
     def RemoveShard(self, request, context):
         """Ends a shard that has no slots any more, and removes its data. FAILED_PRECONDITION / NOT_POSSIBLE: it has some. By
         the supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetShard(self, request, context):
+        """Says what a shard may be used for, and what its share of the slots is; Rebalance moves slots accordingly. By the
+        supervisor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -262,6 +275,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.RemoveShard,
                     request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RemoveShardRequest.FromString,
                     response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ShardProgress.SerializeToString,
+            ),
+            'SetShard': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetShard,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetShardRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetShardResponse.SerializeToString,
             ),
             'Rebalance': grpc.unary_stream_rpc_method_handler(
                     servicer.Rebalance,
@@ -472,6 +490,33 @@ class ClusterService:
             '/memshard.admin.v1.ClusterService/RemoveShard',
             memshard_dot_admin_dot_v1_dot_cluster__pb2.RemoveShardRequest.SerializeToString,
             memshard_dot_admin_dot_v1_dot_cluster__pb2.ShardProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetShard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/SetShard',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.SetShardRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.SetShardResponse.FromString,
             options,
             channel_credentials,
             insecure,

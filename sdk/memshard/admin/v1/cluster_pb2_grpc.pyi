@@ -62,6 +62,10 @@ class ClusterServiceStub:
     """Ends a shard that has no slots any more, and removes its data. FAILED_PRECONDITION / NOT_POSSIBLE: it has some. By
     the supervisor.
     """
+    SetShard: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.SetShardRequest, _cluster_pb2.SetShardResponse]
+    """Says what a shard may be used for, and what its share of the slots is; Rebalance moves slots accordingly. By the
+    supervisor.
+    """
     Rebalance: _grpc.UnaryStreamMultiCallable[_cluster_pb2.RebalanceRequest, _cluster_pb2.MoveProgress]
     """Moves slots, while they are served, until each shard has its share by weight; finishes first what is open. A caller
     who leaves ends it where it can be resumed. By the supervisor.
@@ -113,6 +117,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     RemoveShard: _aio.UnaryStreamMultiCallable[_cluster_pb2.RemoveShardRequest, _cluster_pb2.ShardProgress]  # type: ignore[assignment]
     """Ends a shard that has no slots any more, and removes its data. FAILED_PRECONDITION / NOT_POSSIBLE: it has some. By
     the supervisor.
+    """
+    SetShard: _aio.UnaryUnaryMultiCallable[_cluster_pb2.SetShardRequest, _cluster_pb2.SetShardResponse]  # type: ignore[assignment]
+    """Says what a shard may be used for, and what its share of the slots is; Rebalance moves slots accordingly. By the
+    supervisor.
     """
     Rebalance: _aio.UnaryStreamMultiCallable[_cluster_pb2.RebalanceRequest, _cluster_pb2.MoveProgress]  # type: ignore[assignment]
     """Moves slots, while they are served, until each shard has its share by weight; finishes first what is open. A caller
@@ -198,6 +206,16 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_cluster_pb2.ShardProgress], _abc.AsyncIterator[_cluster_pb2.ShardProgress]]:
         """Ends a shard that has no slots any more, and removes its data. FAILED_PRECONDITION / NOT_POSSIBLE: it has some. By
         the supervisor.
+        """
+
+    @_abc_1.abstractmethod
+    def SetShard(
+        self,
+        request: _cluster_pb2.SetShardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.SetShardResponse, _abc.Awaitable[_cluster_pb2.SetShardResponse]]:
+        """Says what a shard may be used for, and what its share of the slots is; Rebalance moves slots accordingly. By the
+        supervisor.
         """
 
     @_abc_1.abstractmethod
