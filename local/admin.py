@@ -41,7 +41,7 @@ _SERVICE = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"]
 @asynccontextmanager
 async def serving(
     port: int, token: str, plan: Plan, shards: Mapping[str, ShardServers], growth: Growth, log: logging.Logger
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Moves]:
     """Serves until the end of the block. Raises LocalClusterError when the port cannot be had."""
     bearer = Bearer(token)
     failovers, moves = _Failovers(shards), Moves(plan, growth, log)
@@ -67,7 +67,7 @@ async def serving(
         raise LocalClusterError(f"port {port} is in use by something else; start again") from error
     await server.start()
     try:
-        yield
+        yield moves
     finally:
         await server.stop(_STOP_GRACE_S)
         await failovers.close()
