@@ -49,7 +49,7 @@ async def serving(  # What there is to administer.
     growth: Growth,
     processes: Callable[[], Sequence[Child]],
     log: logging.Logger,
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Moves]:
     """Serves until the end of the block. Raises LocalClusterError when the port cannot be had."""
     bearer = Bearer(token)
     failovers, moves = _Failovers(shards), Moves(plan, growth, log)
@@ -80,7 +80,7 @@ async def serving(  # What there is to administer.
         raise LocalClusterError(f"port {port} is in use by something else; start again") from error
     await server.start()
     try:
-        yield
+        yield moves
     finally:
         await server.stop(_STOP_GRACE_S)
         await failovers.close()

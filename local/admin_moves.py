@@ -1,5 +1,6 @@
 """Shards and moves of slots, as ClusterService offers them: what the mover tells, as messages of the contract."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -27,12 +28,13 @@ _TRIES = 5
 
 
 class Moves:
-    """The rpcs about shards and moves. At most one mover works for it at a time."""
+    """The rpcs about shards and moves. Several movers may be at work: leases keep them apart."""
 
     def __init__(self, plan: Plan, growth: Growth, log: logging.Logger) -> None:
         self._plan = plan
         self._growth = growth
         self._lasting = Lasting()
+        self._movers: set[asyncio.subprocess.Process] = set()
         self._log = log
 
     def streams(self) -> dict[str, tuple[type[Message], Stream]]:
@@ -45,6 +47,12 @@ class Moves:
             "ResumeMove": (cluster_pb2.ResumeMoveRequest, self._resume),
             "RollbackMove": (cluster_pb2.RollbackMoveRequest, self._roll_back),
         }
+
+    def stop(self) -> None:
+        """Tells movers to end, while there still are databases in which they can leave things in order."""
+        for process in self._movers:
+            if process.returncode is None:
+                process.terminate()
 
     async def close(self) -> None:
         """Ends what is still at work."""
@@ -144,10 +152,19 @@ class Moves:
     ) -> AsyncGenerator[cluster_pb2.MoveProgress, None]:
         self._log.info("the mover is asked for: %s", " ".join(arguments))
         # Closed at once when the caller leaves: the mover is told to end.
-        async with aclosing(mover.run(self._plan, *arguments, options=options)) as events:
-            async for event in events:
-                if (message := _of_event(event)) is not None:
-                    yield message
+        started: list[asyncio.subprocess.Process] = []
+
+        def keep(process: asyncio.subprocess.Process) -> None:
+            started.append(process)
+            self._movers.add(process)
+
+        try:
+            async with aclosing(mover.run(self._plan, *arguments, options=options, started=keep)) as events:
+                async for event in events:
+                    if (message := _of_event(event)) is not None:
+                        yield message
+        finally:
+            self._movers.difference_update(started)
 
     def _require_shard(self, shard_id: str) -> None:
         known = self._plan.record.shard_ids()

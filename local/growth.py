@@ -19,7 +19,7 @@ from local import bootstrap, ports
 from local.appointment import Appointer, RefusedError
 from local.cluster import Plan, Programs, port_names
 from local.errors import LocalClusterError
-from local.record import MAX_SHARDS
+from local.record import MAX_SHARDS, Record
 from local.sessions import as_owner
 from local.shard_servers import ShardServers, Ties
 from local.shard_watch import ShardWatch
@@ -59,10 +59,7 @@ class Growth:
             if len(plan.record.shard_ids()) >= MAX_SHARDS:
                 raise RefusedError(f"there are {MAX_SHARDS} shards, the most that there can be")
             record, shard_id = plan.record.with_new_shard()
-            chosen = ports.choose(
-                port_names(record, len(plan.router_ports)), plan.record.ports, avoid=plan.router_ports
-            )
-            record = record.model_copy(update={"ports": chosen})
+            record = record.model_copy(update={"ports": self._ports(record)})
             # Its server knows nobody but the superuser at first, like those of a new cluster.
             new = replace(plan, record=record.model_copy(update={"complete": False}))
             servers = self._servers_of(new, shard_id)
@@ -111,6 +108,13 @@ class Growth:
                 await asyncio.to_thread(shutil.rmtree, server.pgdata, ignore_errors=True)
             self._log.info("%s was removed", shard_id)
             yield shard_id, f"the data of {shard_id} is removed"
+
+    def _ports(self, record: Record) -> dict[str, int]:
+        """The ports with those of what is new. What runs keeps its own, which would not seem to be free."""
+        plan = self._plan
+        kept = plan.record.ports
+        new = [name for name in port_names(record, len(plan.router_ports)) if name not in kept]
+        return {**kept, **ports.choose(new, {}, avoid=[*plan.router_ports, *kept.values()])}
 
     def _servers_of(self, plan: Plan, shard_id: str) -> ShardServers:
         maker = Maker(self._programs.postgres_bin, self._programs.account, plan.secrets, self._log)

@@ -1,6 +1,7 @@
 """The mover of the embedded cluster: a process of its own for each thing that is to be done, and what it tells."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from local.postgres import dsn_of_primary
 
 NAME: Final = "mover"
 
+_numbers = itertools.count(1)
 # An event tells of one plan at most: a few hundred ranges.
 _LINE_BYTES = 1024 * 1024
 # A mover ends where it can be resumed once no slot is fenced any more, which has a bound.
@@ -45,7 +47,8 @@ async def run(
     When the caller leaves, it is told to end where it can be resumed. Raises LocalClusterError when it fails.
     """
     given = settings(plan, **(options or {}))
-    file = services.write_settings(plan.layout, NAME, given)
+    # A file of its own, as others may be at work: with passwords in it, it is not kept.
+    file = services.write_settings(plan.layout, f"{NAME}-{next(_numbers)}", given)
     log = logs.open_for(plan.layout.log(NAME))
     try:
         process = await asyncio.create_subprocess_exec(
@@ -70,6 +73,7 @@ async def run(
         await process.wait()
     finally:
         await asyncio.shield(_end(process))
+        file.unlink(missing_ok=True)
     if last.get("event") != "done":
         why = last.get("why") or f"it ended with {process.returncode}; its log: {plan.layout.log(NAME)}"
         raise LocalClusterError(str(why))

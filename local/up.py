@@ -134,7 +134,15 @@ async def run(request: Request, observer: Observer) -> None:
         steps = Steps(plan, shards)
         supervisor = supervise(plan, programs, shards, hooks, log, steps=steps, hung_after_s=request.hung_after_s)
         growth = Growth(plan, programs, shards, supervisor, steps, log)
-        async with admin.serving(plan.record.ports[ADMIN], token, plan, shards, growth, supervisor.processes, log):
+        async with admin.serving(
+            plan.record.ports[ADMIN], token, plan, shards, growth, supervisor.processes, log
+        ) as moves:
+
+            def stopping() -> None:
+                moves.stop()
+                observer.stopping()
+
+            hooks.stopping = stopping
             interruption.action = supervisor.stop
             await supervisor.run()
 
