@@ -15,7 +15,7 @@ import grpc
 import uvloop
 from grpc_reflection.v1alpha import reflection
 
-from common import health, logs
+from common import handover, health, logs
 from common.config import ConfigError, ServiceSettings
 from common.methods import Methods
 
@@ -46,8 +46,10 @@ class Listener:
     ) -> None:
         host = settings.host if host is None else host
         # A bare IPv6 address has colons of its own.
+        self._host, self._port = host.strip("[]"), settings.port if port is None else port
         host = f"[{host}]" if ":" in host and "[" not in host else host
-        self._address = f"{host}:{settings.port if port is None else port}"
+        self._address = f"{host}:{self._port}"
+        self._handover_file = settings.handover_file
         service_names = [methods.service for methods in offered]
         self._health = health.Health(service_names)
         self._serving: bool | None = None
@@ -59,6 +61,7 @@ class Listener:
                 ("grpc.max_send_message_length", -1),
                 # Lets clients keep idle connections alive with pings more often than gRPC's five minutes.
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                *_connection_age(settings.max_connection_age_s),
             ]
         )
         for methods in (*offered, self._health.methods()):
@@ -70,6 +73,8 @@ class Listener:
     async def start(self) -> None:
         """Listens. Raises StartError when the port cannot be had."""
         await self.set_serving(False)
+        if self._handover_file is not None:
+            await handover.wait_for_port(self._host, self._port, self._handover_file)
         try:
             self._server.add_insecure_port(self._address)
         except RuntimeError as error:
@@ -89,6 +94,11 @@ class Listener:
         """Says that it leaves, takes no new call, and gives those in flight their time."""
         self._health.stop()
         await self._server.stop(timeout_s)
+
+
+def _connection_age(max_age_s: float | None) -> list[tuple[str, int]]:
+    """gRPC's options for it. It spreads the ends by a tenth; calls may take as long as they like."""
+    return [] if max_age_s is None else [("grpc.max_connection_age_ms", round(max_age_s * 1000))]
 
 
 class Server(Listener):

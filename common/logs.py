@@ -7,7 +7,7 @@ tokens. An unexpected exception is logged by type and place only, since its text
 import logging
 import sys
 import traceback
-from typing import Literal
+from typing import Literal, TextIO
 
 import structlog
 from structlog.typing import FilteringBoundLogger, Processor
@@ -15,8 +15,12 @@ from structlog.typing import FilteringBoundLogger, Processor
 Logger = FilteringBoundLogger
 
 
-def configure(service: str, log_format: Literal["json", "console"], level: str) -> None:
-    """Sets up logging for this process; `service` is in every line. Libraries may speak from `warning` up."""
+def configure(
+    service: str, log_format: Literal["json", "console"], level: str, *, stream: TextIO | None = None
+) -> None:
+    """Sets up logging for this process, by default on standard output; `service` is in every line. Libraries may speak
+    from `warning` up.
+    """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -31,7 +35,7 @@ def configure(service: str, log_format: Literal["json", "console"], level: str) 
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(sys.stdout if stream is None else stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

@@ -1,13 +1,9 @@
 """The methods of a service, as a server of gRPC's takes them."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
-
-if TYPE_CHECKING:
-    Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +13,6 @@ class Methods:
     service: str
     """Its full name."""
     handlers: Mapping[str, "grpc.RpcMethodHandler[bytes, bytes]"]
-
-    def with_stream(self, name: str, behavior: "Callable[[bytes, Context], AsyncIterator[bytes]]") -> "Methods":
-        """These, with the rpc of this name answered by a stream of messages in bytes."""
-        return Methods(self.service, {**self.handlers, name: grpc.unary_stream_rpc_method_handler(behavior)})
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Has a server offer them. To be done before it starts.

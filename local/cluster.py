@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.roles import CATALOG_DATABASE, SHARD_DATABASE
 from common.topology import Replica, Shard
 from local import binaries, redis
 from local.account import Account
 from local.layout import Layout
 from local.ports import HOST
-from local.postgres import CATALOG_DATABASE, SHARD_DATABASE, Server
+from local.postgres import Server
 from local.record import Record, Secrets
 
 CATALOG_SERVER = "postgres-catalog"
@@ -31,9 +32,11 @@ class Programs:
         return cls(binaries.postgres_bin(layout, account), binaries.redis_server(), account)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plan:
-    """What a cluster consists of. Its parts are named as `memshard status` names them."""
+    """What a cluster consists of. Its parts are named as `memshard status` names them. The record is another one once a
+    shard has come or left.
+    """
 
     layout: Layout
     record: Record

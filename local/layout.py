@@ -53,6 +53,11 @@ class Layout:
         return self.root / "secrets.json"
 
     @property
+    def next_secrets(self) -> Path:
+        """The passwords that are being changed to."""
+        return self.root / "secrets.json.next"
+
+    @property
     def state(self) -> Path:
         """What runs, as the supervisor last wrote it."""
         return self.root / "state.json"

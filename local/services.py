@@ -53,6 +53,11 @@ def router_settings(
     }
 
 
+def mover_settings(*, catalog: str, shards: Mapping[str, str]) -> dict[str, Any]:
+    """The mover's settings; `shards` are the URLs of their databases."""
+    return {"catalog_dsn": catalog, "shard_dsns": dict(shards), "log_format": "json"}
+
+
 def write_settings(layout: Layout, name: str, settings: Mapping[str, Any]) -> Path:
     """Writes a service's settings, which hold passwords; returns the file."""
     file = layout.settings(name)
@@ -60,7 +65,7 @@ def write_settings(layout: Layout, name: str, settings: Mapping[str, Any]) -> Pa
     return file
 
 
-def environment(service: Service, settings: Mapping[str, Any], root: Path) -> dict[str, str]:
+def environment(service: Service | Literal["mover"], settings: Mapping[str, Any], root: Path) -> dict[str, str]:
     """A service's environment: ours, with the mark, and without what would override its file.
 
     What the file does not say, like the key of an embedder, the person may give in the environment.
@@ -72,6 +77,11 @@ def environment(service: Service, settings: Mapping[str, Any], root: Path) -> di
     key = os.environ.get(_EMBEDDER_KEY)
     shared = {f"{prefix}EMBEDDER_API_KEY": key} if key else {}
     return {**shared, **kept, "PYTHONUNBUFFERED": "1", MARK: str(root)}
+
+
+def handover_variable(service: Service) -> str:
+    """Variable of a service's setting `handover_file`."""
+    return f"{SETTINGS[service].model_config.get('env_prefix', '')}HANDOVER_FILE"
 
 
 def _common(port: int, catalog: str) -> dict[str, Any]:

@@ -49,6 +49,13 @@ class Steps:
         names = tuple(step.name for step in databases)
         return [*databases, Step(CATALOG_STEP, self._complete, names), *primaries]
 
+    def of_new_shard(self, shard: ShardServers) -> list[Step]:
+        """The steps by which a shard becomes part of a cluster that runs: its database, and what is in it."""
+        server = shard.servers[shard.primary]
+        database = self._make_shard_database(shard.shard_id, server)
+        primary = self._have_primary(shard)
+        return [database, Step(primary.name, primary.run, (*primary.needs, database.name))]
+
     async def follow_topology(self) -> None:
         """Keeps what is last known of the topology up to date. Never returns."""
         while True:

@@ -42,13 +42,14 @@ async def main(settings: ReplicaSettings) -> None:
         stack.push_async_callback(close_pool, pool)
         probe = Probe(dsn, settings.max_lag_s)
         stack.callback(probe.close)
-        servicer = ReplicaServicer(settings, known, Database(pool))
+        database = Database(pool)
+        servicer = ReplicaServicer(settings, known, database)
         server = lifecycle.Server(
             settings,
             [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission())],
         )
         await server.start()
-        await server.run_until_stopped([partial(_watch_health, server, probe)])
+        await server.run_until_stopped([partial(_watch_health, server, probe, database)])
 
 
 async def _identity(settings: ReplicaSettings) -> Identity:
@@ -82,9 +83,11 @@ async def _identity(settings: ReplicaSettings) -> Identity:
         await asyncio.sleep(_IDENTITY_INTERVAL_S)
 
 
-async def _watch_health(server: lifecycle.Server, probe: Probe) -> None:
+async def _watch_health(server: lifecycle.Server, probe: Probe, database: Database) -> None:
     while True:
         await server.set_serving(await probe.is_serving())
+        if probe.promoted:
+            await database.recycle()
         await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 

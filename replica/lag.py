@@ -60,6 +60,8 @@ class Probe:
     def __init__(self, dsn: str, max_lag_s: float) -> None:
         self._dsn = dsn
         self._max_lag_s = max_lag_s
+        self.promoted = False
+        """Whether the server that was looked at last was no standby any more."""
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
 
     async def is_serving(self) -> bool:
@@ -68,10 +70,16 @@ class Probe:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
                 if self._connection is None:
                     self._connection = await asyncpg.connect(self._dsn)
-                return is_serving(await replayed(self._connection), self._max_lag_s)
+                seen = await replayed(self._connection)
         except CONNECT_ERRORS:
+            self.promoted = False
             self.close()
             return False
+        self.promoted = not seen.in_recovery
+        if self.promoted:
+            # The next look goes by the URL again, which may name a Service: of whichever servers are standbys.
+            self.close()
+        return is_serving(seen, self._max_lag_s)
 
     def close(self) -> None:
         """Drops the connection."""

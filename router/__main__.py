@@ -89,7 +89,8 @@ async def main(settings: RouterSettings) -> None:
                 locations=locations,
                 invalidations=invalidations,
                 levels=levels,
-                tokens=Tokens(cluster.token_key, levels.of),
+                tokens=Tokens(cluster.token_key, levels.of, lambda: watch.topology.epoch),
+                watch=watch,
             )
         )
         entrance = Entrance(levels.shed)

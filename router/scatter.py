@@ -13,6 +13,7 @@ from common.slots import as_ranges
 from common.status import from_status
 from common.topology import Shard
 from router.dispatch import set_route, still_moving
+from router.following import Following
 from router.retries import Retries
 from router.shards import Q, R, Rpc, Shards
 from router.topology_watch import TopologyWatch
@@ -44,7 +45,7 @@ class Scattered(Generic[R]):
 
 
 class Scatter:
-    """Sends items by the snapshot, and those that met a stale shard once more by a newer one."""
+    """Sends items by the snapshot, and those that met a shard without their slots again by a newer one."""
 
     def __init__(self, watch: TopologyWatch, shards: Shards, retries: Retries) -> None:
         self._watch = watch
@@ -55,11 +56,13 @@ class Scatter:
         """Sends every item once to the owner of its slot. No item's fault is another's."""
         marked: set[int] = set()
         outcomes, answers = await self._round(sending, dict(enumerate(items)), marked, deadline)
-        stale = {number: error for number, error in outcomes.items() if isinstance(error, WrongShard)}
-        if stale:
-            await self._watch.refresh(max(error.epoch for error in stale.values()), deadline)
+        following = Following(self._watch, deadline)
+        while stale := {number: error for number, error in outcomes.items() if isinstance(error, WrongShard)}:
+            if not await following.again(stale.values()):
+                outcomes |= dict.fromkeys(stale, still_moving())
+                break
             again, more = await self._round(sending, {number: items[number] for number in stale}, marked, deadline)
-            outcomes |= {n: still_moving() if isinstance(error, WrongShard) else error for n, error in again.items()}
+            outcomes |= again
             answers += more
         return Scattered(tuple(outcomes[n] for n in range(len(items))), tuple(answers), frozenset(marked))
 

@@ -109,6 +109,10 @@ class Proxy:
         host, port = self._server.sockets[0].getsockname()[:2]
         return f"{host}:{port}"
 
+    def lead_to(self, host: str, port: int) -> None:
+        """Forwards new connections there. Those that are open stay where they are, as those of a Service do."""
+        self._target = (host, port)
+
     def inflict(self, fault: Fault, amount: float = 0.0) -> None:
         """From now on, and until `heal`."""
         match fault:

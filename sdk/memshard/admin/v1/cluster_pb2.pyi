@@ -190,6 +190,59 @@ class FailoverProgress(_message.Message):
 Global___FailoverProgress: _TypeAlias = FailoverProgress  # noqa: Y015
 
 @_typing.final
+class RestartRequest(_message.Message):
+    """What to restart."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of processes, in this order. Empty: all, in the order in which it costs least."""
+
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartRequest: _TypeAlias = RestartRequest  # noqa: Y015
+
+@_typing.final
+class RestartProgress(_message.Message):
+    """A process that has been restarted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    message: _builtins.str
+    """For people."""
+    seconds: _builtins.float
+    """Until it was well again."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        message: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "name", b"name", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartProgress: _TypeAlias = RestartProgress  # noqa: Y015
+
+@_typing.final
 class SetDegradationRequest(_message.Message):
     """Whose level, and which."""
 
@@ -236,6 +289,590 @@ class SetDegradationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetDegradationResponse: _TypeAlias = SetDegradationResponse  # noqa: Y015
+
+@_typing.final
+class ListShardsRequest(_message.Message):
+    """There is nothing to say about what is wanted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListShardsRequest: _TypeAlias = ListShardsRequest  # noqa: Y015
+
+@_typing.final
+class ListShardsResponse(_message.Message):
+    """All of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardInfo]: ...
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        shards: _abc.Iterable[Global___ShardInfo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListShardsResponse: _TypeAlias = ListShardsResponse  # noqa: Y015
+
+@_typing.final
+class ShardInfo(_message.Message):
+    """One shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    status: _builtins.str
+    """active, readonly, draining, maintenance."""
+    weight: _builtins.int
+    slots: _builtins.int
+    address: _builtins.str
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        status: _builtins.str = ...,
+        weight: _builtins.int = ...,
+        slots: _builtins.int = ...,
+        address: _builtins.str = ...,
+        replicas: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "replicas", b"replicas", "shard_id", b"shard_id", "slots", b"slots", "status", b"status", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardInfo: _TypeAlias = ShardInfo  # noqa: Y015
+
+@_typing.final
+class AddShardRequest(_message.Message):
+    """What the new shard is to be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    weight: _builtins.int
+    """Its share of the slots beside the others'. 0: 1."""
+    def __init__(
+        self,
+        *,
+        weight: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddShardRequest: _TypeAlias = AddShardRequest  # noqa: Y015
+
+@_typing.final
+class RemoveShardRequest(_message.Message):
+    """Which shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_id", b"shard_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveShardRequest: _TypeAlias = RemoveShardRequest  # noqa: Y015
+
+@_typing.final
+class ShardProgress(_message.Message):
+    """Something that is done for a shard that comes or leaves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    message: _builtins.str
+    """For people."""
+    done: _builtins.bool
+    """It was the last."""
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        message: _builtins.str = ...,
+        done: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "message", b"message", "shard_id", b"shard_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardProgress: _TypeAlias = ShardProgress  # noqa: Y015
+
+@_typing.final
+class SetShardRequest(_message.Message):
+    """What is to be changed of a shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    status: _builtins.str
+    """active, readonly, draining, maintenance. Empty: as it is."""
+    weight: _builtins.int
+    """0: as it is."""
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        status: _builtins.str = ...,
+        weight: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_id", b"shard_id", "status", b"status", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetShardRequest: _TypeAlias = SetShardRequest  # noqa: Y015
+
+@_typing.final
+class SetShardResponse(_message.Message):
+    """It is in the catalog, and routers are told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetShardResponse: _TypeAlias = SetShardResponse  # noqa: Y015
+
+@_typing.final
+class RebalanceRequest(_message.Message):
+    """How to move."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_ONLY_FIELD_NUMBER: _builtins.int
+    MAX_RATE_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_FIELD_NUMBER: _builtins.int
+    ROLLBACK_WINDOW_S_FIELD_NUMBER: _builtins.int
+    plan_only: _builtins.bool
+    """Say what would be moved, and move nothing."""
+    max_rate: _builtins.int
+    """Most rows a second on average. 0: as many as the servers can."""
+    concurrency: _builtins.int
+    """Most moves at once. 0: two."""
+    rollback_window_s: _builtins.float
+    """Seconds that each range can be brought back after it has moved. Absent: 30."""
+    def __init__(
+        self,
+        *,
+        plan_only: _builtins.bool = ...,
+        max_rate: _builtins.int = ...,
+        concurrency: _builtins.int = ...,
+        rollback_window_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "rollback_window_s", b"rollback_window_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "concurrency", b"concurrency", "max_rate", b"max_rate", "plan_only", b"plan_only", "rollback_window_s", b"rollback_window_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__rollback_window_s: _TypeAlias = _typing.Literal["rollback_window_s"]  # noqa: Y015
+    _WhichOneofArgType__rollback_window_s: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rollback_window_s) -> _WhichOneofReturnType__rollback_window_s | None: ...
+
+Global___RebalanceRequest: _TypeAlias = RebalanceRequest  # noqa: Y015
+
+@_typing.final
+class DrainShardRequest(_message.Message):
+    """Which shard, and how to move."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    MAX_RATE_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_FIELD_NUMBER: _builtins.int
+    ROLLBACK_WINDOW_S_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    max_rate: _builtins.int
+    """As in RebalanceRequest, like the other two."""
+    concurrency: _builtins.int
+    rollback_window_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        max_rate: _builtins.int = ...,
+        concurrency: _builtins.int = ...,
+        rollback_window_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "rollback_window_s", b"rollback_window_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "concurrency", b"concurrency", "max_rate", b"max_rate", "rollback_window_s", b"rollback_window_s", "shard_id", b"shard_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__rollback_window_s: _TypeAlias = _typing.Literal["rollback_window_s"]  # noqa: Y015
+    _WhichOneofArgType__rollback_window_s: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rollback_window_s) -> _WhichOneofReturnType__rollback_window_s | None: ...
+
+Global___DrainShardRequest: _TypeAlias = DrainShardRequest  # noqa: Y015
+
+@_typing.final
+class ListMovesRequest(_message.Message):
+    """There is nothing to say about what is wanted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMovesRequest: _TypeAlias = ListMovesRequest  # noqa: Y015
+
+@_typing.final
+class ListMovesResponse(_message.Message):
+    """All of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Move]: ...
+    def __init__(
+        self,
+        *,
+        moves: _abc.Iterable[Global___Move] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moves", b"moves"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMovesResponse: _TypeAlias = ListMovesResponse  # noqa: Y015
+
+@_typing.final
+class ResumeMoveRequest(_message.Message):
+    """Which move."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_ID_FIELD_NUMBER: _builtins.int
+    move_id: _builtins.int
+    """0: all that are open."""
+    def __init__(
+        self,
+        *,
+        move_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["move_id", b"move_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeMoveRequest: _TypeAlias = ResumeMoveRequest  # noqa: Y015
+
+@_typing.final
+class RollbackMoveRequest(_message.Message):
+    """Which move."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_ID_FIELD_NUMBER: _builtins.int
+    move_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        move_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["move_id", b"move_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackMoveRequest: _TypeAlias = RollbackMoveRequest  # noqa: Y015
+
+@_typing.final
+class MoveProgress(_message.Message):
+    """What happens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def plan(self) -> Global___MovePlan:
+        """What is about to be moved."""
+
+    @_builtins.property
+    def state(self) -> Global___MoveState: ...
+    @_builtins.property
+    def wait(self) -> Global___MoveWait: ...
+    def __init__(
+        self,
+        *,
+        plan: Global___MovePlan | None = ...,
+        state: Global___MoveState | None = ...,
+        wait: Global___MoveWait | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "plan", b"plan", "state", b"state", "wait", b"wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "plan", b"plan", "state", b"state", "wait", b"wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["plan", "state", "wait"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___MoveProgress: _TypeAlias = MoveProgress  # noqa: Y015
+
+@_typing.final
+class MovePlan(_message.Message):
+    """The moves that are to be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOTS_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    slots: _builtins.int
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Move]:
+        """Without ids: those come when each is begun."""
+
+    def __init__(
+        self,
+        *,
+        slots: _builtins.int = ...,
+        moves: _abc.Iterable[Global___Move] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moves", b"moves", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MovePlan: _TypeAlias = MovePlan  # noqa: Y015
+
+@_typing.final
+class MoveState(_message.Message):
+    """Where a move is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    TOTAL_ROWS_FIELD_NUMBER: _builtins.int
+    ROWS_PER_S_FIELD_NUMBER: _builtins.int
+    LAG_MS_FIELD_NUMBER: _builtins.int
+    PAUSE_MS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Copied, or compared."""
+    total_rows: _builtins.int
+    """Of those to be copied; 0: nothing is being copied."""
+    rows_per_s: _builtins.float
+    lag_ms: _builtins.float
+    """How long the new owner took to have all there was."""
+    pause_ms: _builtins.float
+    """How long nobody could write to the slots. Once, when they have been handed over."""
+    @_builtins.property
+    def move(self) -> Global___Move: ...
+    def __init__(
+        self,
+        *,
+        move: Global___Move | None = ...,
+        rows: _builtins.int = ...,
+        total_rows: _builtins.int = ...,
+        rows_per_s: _builtins.float = ...,
+        lag_ms: _builtins.float | None = ...,
+        pause_ms: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lag_ms", b"_lag_ms", "_pause_ms", b"_pause_ms", "lag_ms", b"lag_ms", "move", b"move", "pause_ms", b"pause_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lag_ms", b"_lag_ms", "_pause_ms", b"_pause_ms", "lag_ms", b"lag_ms", "move", b"move", "pause_ms", b"pause_ms", "rows", b"rows", "rows_per_s", b"rows_per_s", "total_rows", b"total_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lag_ms: _TypeAlias = _typing.Literal["lag_ms"]  # noqa: Y015
+    _WhichOneofArgType__lag_ms: _TypeAlias = _typing.Literal["_lag_ms", b"_lag_ms"]  # noqa: Y015
+    _WhichOneofReturnType__pause_ms: _TypeAlias = _typing.Literal["pause_ms"]  # noqa: Y015
+    _WhichOneofArgType__pause_ms: _TypeAlias = _typing.Literal["_pause_ms", b"_pause_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lag_ms) -> _WhichOneofReturnType__lag_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pause_ms) -> _WhichOneofReturnType__pause_ms | None: ...
+
+Global___MoveState: _TypeAlias = MoveState  # noqa: Y015
+
+@_typing.final
+class MoveWait(_message.Message):
+    """The next range waits for servers that have too much to do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shard_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        shard_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_ids", b"shard_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveWait: _TypeAlias = MoveWait  # noqa: Y015
+
+@_typing.final
+class Move(_message.Message):
+    """A range of slots that goes from shard to shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_ID_FIELD_NUMBER: _builtins.int
+    FIRST_SLOT_FIELD_NUMBER: _builtins.int
+    LAST_SLOT_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    CUTOVER_TIME_FIELD_NUMBER: _builtins.int
+    move_id: _builtins.int
+    first_slot: _builtins.int
+    """Both included."""
+    last_slot: _builtins.int
+    source: _builtins.str
+    target: _builtins.str
+    step: _builtins.str
+    """planned, copying, verifying, reversing, fenced, cut_over, active, cleaning, done; returning, returned, rolling_back,
+    rolled_back. docs/moves.md says what each means.
+    """
+    attempts: _builtins.int
+    rows: _builtins.int
+    error: _builtins.str
+    """Why it stopped, or was begun again, last."""
+    @_builtins.property
+    def cutover_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        move_id: _builtins.int = ...,
+        first_slot: _builtins.int = ...,
+        last_slot: _builtins.int = ...,
+        source: _builtins.str = ...,
+        target: _builtins.str = ...,
+        step: _builtins.str = ...,
+        attempts: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        error: _builtins.str = ...,
+        cutover_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cutover_time", b"cutover_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cutover_time", b"cutover_time", "error", b"error", "first_slot", b"first_slot", "last_slot", b"last_slot", "move_id", b"move_id", "rows", b"rows", "source", b"source", "step", b"step", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Move: _TypeAlias = Move  # noqa: Y015
+
+@_typing.final
+class PinUserRequest(_message.Message):
+    """Whose slot, and where."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    shard_id: _builtins.str
+    """Empty: wherever the weights say."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        shard_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_id", b"shard_id", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinUserRequest: _TypeAlias = PinUserRequest  # noqa: Y015
+
+@_typing.final
+class PinUserResponse(_message.Message):
+    """It is kept in the catalog."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinUserResponse: _TypeAlias = PinUserResponse  # noqa: Y015
 
 @_typing.final
 class GetHealthRequest(_message.Message):

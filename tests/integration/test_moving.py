@@ -1,0 +1,104 @@
+"""Moving slots between shards while they are written."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import pytest_asyncio
+
+from shard import purge
+from shard.database import Database
+from shard.moving.tables import MARKS, MOVED, STAYING
+from tests.support.cluster import LocalCluster
+from tests.support.eventually import eventually
+from tests.support.moving import Slots
+from tests.support.wire import database, pool_of_one
+from tests.support.writers import Writers
+
+_INSERT = """
+INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
+                      embedding_model, expire_time)
+VALUES ($1, $2, $3, '', '', '', 1, 0.5, 'green tea', '{}', '', $4)
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def slots() -> AsyncIterator[Slots]:
+    async with LocalCluster(shards=2) as cluster:
+        yield Slots(cluster, {"rollback_window_s": 0, "max_slots": 4096})
+
+
+async def test_every_table_is_known_to_move_or_to_stay(slots: Slots) -> None:
+    """A new table must be put into one of the two lists; what has a slot moves with it, by a key that has the slot."""
+    async with database(slots.cluster.shard_dsn("shard-0", owner=True)) as connection:
+        tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        assert {row[0] for row in tables} == {*MOVED, MARKS, *STAYING}
+        keyed = await connection.fetch(
+            """
+            SELECT indrelid::regclass::text FROM pg_index JOIN pg_attribute ON attrelid = indrelid
+            WHERE indisprimary AND attname = 'slot' AND attnum = ANY (indkey::int2[])
+            """
+        )
+        assert {row[0] for row in keyed} == {*MOVED, MARKS, "owned_slots"}
+
+
+async def test_rows_of_slots_that_are_not_its_own_are_left_as_they_are(slots: Slots) -> None:
+    """As while they are copied: neither purge nor embedding queue may change what replication brings."""
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    rows = {
+        "own, without": (100, None),
+        "without": (9000, None),
+        "own, expired": (100, yesterday),
+        "expired": (9000, yesterday),
+    }
+    async with (
+        database(slots.cluster.shard_dsn("shard-0", owner=True)) as connection,
+        pool_of_one(slots.cluster.shard_dsn("shard-0")) as pool,
+    ):
+        for user, (slot, expire_time) in rows.items():
+            await connection.execute(_INSERT, slot, user, uuid.uuid4(), expire_time)
+
+        async def untouched() -> set[str]:
+            found = await connection.fetch("SELECT user_id FROM memories WHERE embedding IS NULL AND content <> ''")
+            return {row["user_id"] for row in found}
+
+        async def own_are_done() -> bool:
+            await purge.purge(Database(pool), purge.Retention(tombstone_s=3600, version_s=3600))
+            return not any(user.startswith("own") for user in await untouched())
+
+        await eventually(own_are_done)
+        assert await untouched() == {"without", "expired"}
+        # Nor is the queue at them all the time.
+        assert slots.cluster.layout.log("shard-0").read_text().count('"event": "embedded"') <= 2
+        await connection.execute("DELETE FROM memories")
+
+
+async def test_a_shard_is_drained_while_it_is_written(slots: Slots) -> None:
+    writers = Writers(slots.cluster.address, [f"mover-{number}" for number in range(60)])
+    async with asyncio.TaskGroup() as group:
+        group.create_task(writers.run())
+        try:
+            await asyncio.sleep(1)
+            before = await slots.topology()
+            events = await slots.move("drain", "--shard", "shard-1")
+        finally:
+            writers.stop()
+    pauses = [event["pause_ms"] for event in events if "pause_ms" in event]
+    print(f"pauses {pauses} ms, slowest write {writers.slowest_s:.3f} s, {len(writers.writes.times)} writes")
+    after = await slots.topology()
+    assert (before.slot_count("shard-1"), after.slot_count("shard-1")) == (8192, 0)
+    assert (writers.failures, writers.wrong) == ([], [])
+    assert await writers.found() == writers.expected
+    assert await slots.left_over() == []
+    assert not any((await slots.rows())["shard-1"].values())
+
+
+@pytest.mark.parametrize("command", ["plan", "list"])
+async def test_a_mover_says_what_it_would_do_and_what_was_done(slots: Slots, command: str) -> None:
+    events = await slots.move(command)
+    if command == "plan":
+        assert events[0] == {"event": "plan", "slots": 0, "moves": []}
+    else:
+        assert {move["step"] for move in events[-1]["moves"]} == {"done"}
