@@ -4,6 +4,8 @@ Sampling is by the trace's id, so that all who begin none agree, and parent-base
 a part of a trace in which something failed or that took long is kept, some of these each second: in an outage all are.
 """
 
+# ruff: noqa: PLC0415  # Each exporter brings what the others do not need, and one of them may not be installed.
+
 import asyncio
 import time
 from collections.abc import AsyncIterator
@@ -134,9 +136,7 @@ async def exporting(service: str, settings: ServiceSettings) -> AsyncIterator[No
     if exporter is None:
         yield
         return
-    export = Export(
-        service, exporter, sample_ratio=settings.traces_sample_ratio, slow_s=settings.traces_slow_s
-    )  # fmt: skip
+    export = Export(service, exporter, sample_ratio=settings.traces_sample_ratio, slow_s=settings.traces_slow_s)
     tracing.record(export)
     _log.info("traces", exporter=settings.traces_exporter, sample_ratio=settings.traces_sample_ratio)
     try:
@@ -147,7 +147,6 @@ async def exporting(service: str, settings: ServiceSettings) -> AsyncIterator[No
 
 
 def _exporter(settings: ServiceSettings) -> SpanExporter | None:
-    # ruff: noqa: PLC0415  # Each brings what the others do not need, and one of them may not be installed.
     match settings.traces_exporter:
         case "none":
             return None

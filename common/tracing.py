@@ -115,6 +115,11 @@ class Span:
         """The trace's id in hexadecimal; nothing where there is no trace."""
         return f"{self.trace.id:032x}" if self.trace is not None else ""
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether anybody may ever see it: what takes an effort to find out need not be said otherwise."""
+        return self.trace is not None and self.trace.recorder is not None
+
     def set(self, name: str, value: Value) -> None:
         """An attribute."""
         if not self.ended_ns:
@@ -227,13 +232,13 @@ def received(method: str, metadata: Metadata, *, begins: bool) -> Span:
     return span
 
 
-def span(name: str, kind: Kind = Kind.INTERNAL, **attributes: Value) -> Span:
-    """A span within the current one, to be entered. Attributes whose names have dots are set on the span."""
+def span(name: str, attributes: dict[str, Value] | None = None, kind: Kind = Kind.INTERNAL) -> Span:
+    """A span within the current one, to be entered."""
     parent = _current.get()
     trace = parent.trace
     if trace is None or trace.recorder is None or trace.ended or len(trace.spans) >= MOST_SPANS:
         return NO_SPAN
-    made = Span(trace, name, kind, parent.span_id, dict(attributes))
+    made = Span(trace, name, kind, parent.span_id, attributes or {})
     trace.spans.append(made)
     return made
 

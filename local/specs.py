@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from local import leftovers, postgres, probes, redis, services
-from local.cluster import REDIS, Plan, Programs, admin_of, router_name
+from local.cluster import REDIS, Plan, Programs, admin_of, metrics_of, router_name, service_names
 from local.postgres import APP, OWNER, Server, dsn_of_primary
 from local.process import ProcessSpec
 from local.services import Service
@@ -40,6 +40,11 @@ class Specs:
             for shard_id in record.shard_ids()
             for name in record.replica_names(shard_id)
         ]
+        named = service_names(record, len(self.plan.router_ports))
+        services.write_metrics_targets(
+            self.plan.layout,
+            {role: {name: record.ports[metrics_of(name)] for name in names} for role, names in named.items()},
+        )
         routers = [self._router(number, port) for number, port in enumerate(self.plan.router_ports)]
         return [*shards, *replicas, *routers]
 
@@ -145,6 +150,7 @@ class Specs:
             plan.record,
             shard_id,
             plan.record.ports[shard_id],
+            metrics_port=plan.record.ports[metrics_of(shard_id)],
             data=plan.layout.postgres,
             database=dsn_of_primary(servers, APP, plan.secrets.memshard_app),
             migration=dsn_of_primary(servers, OWNER, plan.secrets.memshard_owner),
@@ -161,6 +167,7 @@ class Specs:
             return services.replica_settings(
                 shard.shard_id,
                 plan.record.ports[name],
+                metrics_port=plan.record.ports[metrics_of(name)],
                 database=server.app_dsn(plan.secrets),
                 catalog=plan.catalog_server().app_dsn(plan.secrets),
             )
@@ -190,6 +197,7 @@ class Specs:
         settings = services.router_settings(
             plan.record,
             port,
+            metrics_port=plan.record.ports[metrics_of(name)],
             admin_port=admin_port,
             admin_token=plan.layout.admin_token,
             catalog=plan.catalog_server().app_dsn(plan.secrets),

@@ -12,9 +12,12 @@ from common import config, lifecycle, logs
 from common.config import ReplicaSettings
 from common.postgres import CONNECT_ERRORS, CONNECT_TIMEOUT_S, explain
 from common.rpc import generic_handler
+from common.telemetry.exposition import Exposition
+from common.trace_export import exporting
 from memshard.internal.v1 import shard_pb2
 from replica import lag
 from replica.lag import Probe
+from replica.metrics import ReplicaMetrics
 from replica.service import ReplicaServicer
 from shard import identity
 from shard.database import Database, close_pool, open_pool
@@ -34,6 +37,7 @@ async def main(settings: ReplicaSettings) -> None:
     """Waits until the standby knows whose it is, and serves until SIGTERM."""
     known = await _identity(settings)
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(exporting("replica", settings))
         dsn = settings.database_dsn.get_secret_value()
         try:
             pool = await open_pool(settings, f"memshard replica of {settings.shard_id}")
@@ -42,7 +46,8 @@ async def main(settings: ReplicaSettings) -> None:
         stack.push_async_callback(close_pool, pool)
         probe = Probe(dsn, settings.max_lag_s)
         stack.callback(probe.close)
-        servicer = ReplicaServicer(settings, known, Database(pool))
+        database = Database(pool)
+        servicer = ReplicaServicer(settings, known, database)
         server = lifecycle.Server(
             settings,
             [
@@ -52,6 +57,8 @@ async def main(settings: ReplicaSettings) -> None:
             ],
             [_SERVICE.full_name],
         )
+        metrics = ReplicaMetrics(settings.shard_id, database, probe)
+        await stack.enter_async_context(Exposition(settings, [metrics.look]))
         await server.start()
         await server.run_until_stopped([partial(_watch_health, server, probe)])
 

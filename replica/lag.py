@@ -1,6 +1,7 @@
 """How far the standby is behind its primary: what it says of itself."""
 
 import asyncio
+import math
 from dataclasses import dataclass
 
 import asyncpg
@@ -60,6 +61,8 @@ class Probe:
     def __init__(self, dsn: str, max_lag_s: float) -> None:
         self._dsn = dsn
         self._max_lag_s = max_lag_s
+        self.age_s: float | None = None
+        """How old the standby's data was at the last look; None when it did not say."""
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
 
     async def is_serving(self) -> bool:
@@ -68,8 +71,11 @@ class Probe:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
                 if self._connection is None:
                     self._connection = await asyncpg.connect(self._dsn)
-                return is_serving(await replayed(self._connection), self._max_lag_s)
+                found = await replayed(self._connection)
+                self.age_s = found.age_s if math.isfinite(found.age_s) else None
+                return is_serving(found, self._max_lag_s)
         except CONNECT_ERRORS:
+            self.age_s = None
             self.close()
             return False
 

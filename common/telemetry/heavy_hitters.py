@@ -6,6 +6,7 @@ high by at most its `error`, and never too low. Counts are halved now and then, 
 minutes.
 """
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -32,9 +33,11 @@ class HeavyHitters(Generic[T]):
         self._half_life_s = half_life_s
         self._clock = clock
         self._halved_at = clock()
-        # By count and back: buckets of equal counts would make an eviction O(1); with a hundred items a search of the
-        # least is a few microseconds, and only for who is not among them.
         self._hitters: dict[T, Hitter[T]] = {}
+        # Each of them once, with its count at the time it was put here: the least is at the top once those that have
+        # grown meanwhile are put where they belong. The number is for those that count the same.
+        self._heap: list[tuple[float, int, Hitter[T]]] = []
+        self._number = 0
         self.total = 0.0
         """All that was counted, weighted as the counts are."""
 
@@ -46,20 +49,40 @@ class HeavyHitters(Generic[T]):
         hitter = self._hitters.get(item)
         if hitter is not None:
             hitter.count += 1
-        elif len(self._hitters) < self._capacity:
-            self._hitters[item] = Hitter(item, 1, 0)
-        else:
-            least = min(self._hitters.values(), key=_count)
-            del self._hitters[least.item]
-            self._hitters[item] = Hitter(item, least.count + 1, least.count)
+            return
+        error = 0.0
+        if len(self._hitters) >= self._capacity:
+            error = self._evict()
+        hitter = self._hitters[item] = Hitter(item, error + 1, error)
+        self._push(hitter)
 
-    def forget(self, item: T) -> None:
-        """Drops an item, as if it had not been counted."""
-        self._hitters.pop(item, None)
+    def forget(self, matches: Callable[[T], bool]) -> None:
+        """Drops the items that match, as if they had not been counted."""
+        self._hitters = {item: hitter for item, hitter in self._hitters.items() if not matches(item)}
+        self._rebuild()
 
     def top(self, most: int) -> list[Hitter[T]]:
         """The first of them, by count; ties as they came."""
         return sorted(self._hitters.values(), key=_count, reverse=True)[:most]
+
+    def _evict(self) -> float:
+        """Takes out one of those with the least count, which is returned."""
+        while True:
+            count, number, hitter = self._heap[0]
+            if count == hitter.count:
+                heapq.heappop(self._heap)
+                del self._hitters[hitter.item]
+                return count
+            heapq.heapreplace(self._heap, (hitter.count, number, hitter))
+
+    def _push(self, hitter: Hitter[T]) -> None:
+        self._number += 1
+        heapq.heappush(self._heap, (hitter.count, self._number, hitter))
+
+    def _rebuild(self) -> None:
+        self._heap = []
+        for hitter in self._hitters.values():
+            self._push(hitter)
 
     def _halve(self) -> None:
         now = self._clock()
@@ -69,6 +92,7 @@ class HeavyHitters(Generic[T]):
         for hitter in self._hitters.values():
             hitter.count *= factor
             hitter.error *= factor
+        self._rebuild()
 
 
 def _count(hitter: Hitter[T]) -> float:

@@ -26,21 +26,21 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from memshard.v1 import memory_pb2 as memshard_dot_v1_dot_memory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmemshard/admin/v1/cluster.proto\x12\x11memshard.admin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18memshard/v1/memory.proto\"6\n\x0f\x46\x61iloverRequest\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12\x11\n\tto_server\x18\x02 \x01(\t\"|\n\x10\x46\x61iloverProgress\x12-\n\x04step\x18\x01 \x01(\x0e\x32\x1f.memshard.admin.v1.FailoverStep\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x13\n\x0bold_primary\x18\x03 \x01(\t\x12\x13\n\x0bnew_primary\x18\x04 \x01(\t\"W\n\x15SetDegradationRequest\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12,\n\x05level\x18\x02 \x01(\x0e\x32\x1d.memshard.v1.DegradationLevel\"\'\n\x16SetDegradationResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\"!\n\x10GetHealthRequest\x12\r\n\x05\x66resh\x18\x01 \x01(\x08\"D\n\x11GetHealthResponse\x12/\n\x06report\x18\x01 \x01(\x0b\x32\x1f.memshard.admin.v1.HealthReport\"g\n\x0cHealthReport\x12-\n\x07overall\x18\x01 \x01(\x0e\x32\x1c.memshard.admin.v1.Condition\x12(\n\x06\x63hecks\x18\x02 \x03(\x0b\x32\x18.memshard.admin.v1.Check\"\xc6\x01\n\x05\x43heck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12/\n\tcondition\x18\x03 \x01(\x0e\x32\x1c.memshard.admin.v1.Condition\x12\x13\n\x06\x66igure\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04unit\x18\x05 \x01(\t\x12\x0f\n\x07message\x18\x06 \x01(\t\x12.\n\ncheck_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\t\n\x07_figure\"\x11\n\x0fGetStatsRequest\"\x89\x03\n\x10GetStatsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12\x31\n\x08\x62reakers\x18\x03 \x03(\x0b\x32\x1f.memshard.admin.v1.BreakerStats\x12.\n\x07retries\x18\x04 \x01(\x0b\x32\x1d.memshard.admin.v1.RetryStats\x12-\n\x06hedges\x18\x05 \x01(\x0b\x32\x1d.memshard.admin.v1.HedgeStats\x12-\n\x06limits\x18\x06 \x03(\x0b\x32\x1d.memshard.admin.v1.LimitStats\x12-\n\x06levels\x18\x07 \x03(\x0b\x32\x1d.memshard.admin.v1.LevelStats\x12,\n\x05\x63\x61\x63he\x18\x08 \x01(\x0b\x32\x1d.memshard.admin.v1.CacheStats\x12\x36\n\nrecoveries\x18\t \x03(\x0b\x32\".memshard.admin.v1.RecoveryAttempt\"\\\n\x0c\x42reakerStats\x12\x0e\n\x06\x63\x61llee\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12.\n\x05state\x18\x03 \x01(\x0e\x32\x1f.memshard.admin.v1.BreakerState\"!\n\nRetryStats\x12\x13\n\x0b\x62udget_left\x18\x01 \x01(\x01\"\x1a\n\nHedgeStats\x12\x0c\n\x04sent\x18\x01 \x01(\x03\">\n\nLimitStats\x12\x0e\n\x06server\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x11\n\tin_flight\x18\x03 \x01(\x05\"\x86\x02\n\nLevelStats\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12,\n\x05level\x18\x02 \x01(\x0e\x32\x1d.memshard.v1.DegradationLevel\x12\x17\n\x0fset_by_operator\x18\x03 \x01(\x08\x12\x12\n\nerror_rate\x18\x04 \x01(\x01\x12\x16\n\x0ep99_latency_ms\x18\x05 \x01(\x01\x12\x12\n\nshed_share\x18\x06 \x01(\x01\x12\x1b\n\x13open_breakers_share\x18\x07 \x01(\x01\x12\x10\n\x08pool_use\x18\x08 \x01(\x01\x12\x0b\n\x03\x63pu\x18\t \x01(\x01\x12\x0e\n\x06memory\x18\n \x01(\x01\x12\x13\n\x0bwrites_down\x18\x0b \x01(\x08\"D\n\nCacheStats\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x03\x12\x13\n\x0bmax_entries\x18\x02 \x01(\x03\x12\x10\n\x08\x62\x65lieved\x18\x03 \x01(\x08\"$\n\x0eRecoverRequest\x12\x12\n\ntest_after\x18\x01 \x01(\x08\"\xa8\x01\n\x0fRecoverResponse\x12\x34\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32\".memshard.admin.v1.RecoveryAttempt\x12/\n\x06\x62\x65\x66ore\x18\x02 \x01(\x0b\x32\x1f.memshard.admin.v1.HealthReport\x12.\n\x05\x61\x66ter\x18\x03 \x01(\x0b\x32\x1f.memshard.admin.v1.HealthReport\"\xb2\x01\n\x0fRecoveryAttempt\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x33\n\x07outcome\x18\x05 \x01(\x0e\x32\".memshard.admin.v1.RecoveryOutcome\x12\x0f\n\x07message\x18\x06 \x01(\t*\xb7\x01\n\x0c\x46\x61iloverStep\x12\x1d\n\x19\x46\x41ILOVER_STEP_UNSPECIFIED\x10\x00\x12\x19\n\x15\x46\x41ILOVER_STEP_CHECKED\x10\x01\x12\x19\n\x15\x46\x41ILOVER_STEP_STOPPED\x10\x02\x12\x1a\n\x16\x46\x41ILOVER_STEP_RECORDED\x10\x03\x12\x1a\n\x16\x46\x41ILOVER_STEP_PROMOTED\x10\x04\x12\x1a\n\x16\x46\x41ILOVER_STEP_REJOINED\x10\x05*\x85\x01\n\tCondition\x12\x19\n\x15\x43ONDITION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43ONDITION_UNKNOWN\x10\x01\x12\x15\n\x11\x43ONDITION_HEALTHY\x10\x02\x12\x16\n\x12\x43ONDITION_DEGRADED\x10\x03\x12\x17\n\x13\x43ONDITION_UNHEALTHY\x10\x04*|\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x02\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x03*\x89\x01\n\x0fRecoveryOutcome\x12 \n\x1cRECOVERY_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15RECOVERY_OUTCOME_DONE\x10\x01\x12\x1b\n\x17RECOVERY_OUTCOME_FAILED\x10\x02\x12\x1c\n\x18RECOVERY_OUTCOME_LIMITED\x10\x03\x32\xcd\x03\n\x0e\x43lusterService\x12U\n\x08\x46\x61ilover\x12\".memshard.admin.v1.FailoverRequest\x1a#.memshard.admin.v1.FailoverProgress0\x01\x12\x65\n\x0eSetDegradation\x12(.memshard.admin.v1.SetDegradationRequest\x1a).memshard.admin.v1.SetDegradationResponse\x12V\n\tGetHealth\x12#.memshard.admin.v1.GetHealthRequest\x1a$.memshard.admin.v1.GetHealthResponse\x12S\n\x08GetStats\x12\".memshard.admin.v1.GetStatsRequest\x1a#.memshard.admin.v1.GetStatsResponse\x12P\n\x07Recover\x12!.memshard.admin.v1.RecoverRequest\x1a\".memshard.admin.v1.RecoverResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmemshard/admin/v1/cluster.proto\x12\x11memshard.admin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18memshard/v1/memory.proto\"6\n\x0f\x46\x61iloverRequest\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12\x11\n\tto_server\x18\x02 \x01(\t\"|\n\x10\x46\x61iloverProgress\x12-\n\x04step\x18\x01 \x01(\x0e\x32\x1f.memshard.admin.v1.FailoverStep\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x13\n\x0bold_primary\x18\x03 \x01(\t\x12\x13\n\x0bnew_primary\x18\x04 \x01(\t\"W\n\x15SetDegradationRequest\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12,\n\x05level\x18\x02 \x01(\x0e\x32\x1d.memshard.v1.DegradationLevel\"\'\n\x16SetDegradationResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\"!\n\x10GetHealthRequest\x12\r\n\x05\x66resh\x18\x01 \x01(\x08\"D\n\x11GetHealthResponse\x12/\n\x06report\x18\x01 \x01(\x0b\x32\x1f.memshard.admin.v1.HealthReport\"g\n\x0cHealthReport\x12-\n\x07overall\x18\x01 \x01(\x0e\x32\x1c.memshard.admin.v1.Condition\x12(\n\x06\x63hecks\x18\x02 \x03(\x0b\x32\x18.memshard.admin.v1.Check\"\xc6\x01\n\x05\x43heck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12/\n\tcondition\x18\x03 \x01(\x0e\x32\x1c.memshard.admin.v1.Condition\x12\x13\n\x06\x66igure\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04unit\x18\x05 \x01(\t\x12\x0f\n\x07message\x18\x06 \x01(\t\x12.\n\ncheck_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\t\n\x07_figure\"\x11\n\x0fGetStatsRequest\"\x81\x04\n\x10GetStatsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12\x31\n\x08\x62reakers\x18\x03 \x03(\x0b\x32\x1f.memshard.admin.v1.BreakerStats\x12.\n\x07retries\x18\x04 \x01(\x0b\x32\x1d.memshard.admin.v1.RetryStats\x12-\n\x06hedges\x18\x05 \x01(\x0b\x32\x1d.memshard.admin.v1.HedgeStats\x12-\n\x06limits\x18\x06 \x03(\x0b\x32\x1d.memshard.admin.v1.LimitStats\x12-\n\x06levels\x18\x07 \x03(\x0b\x32\x1d.memshard.admin.v1.LevelStats\x12,\n\x05\x63\x61\x63he\x18\x08 \x01(\x0b\x32\x1d.memshard.admin.v1.CacheStats\x12\x36\n\nrecoveries\x18\t \x03(\x0b\x32\".memshard.admin.v1.RecoveryAttempt\x12-\n\x06shards\x18\n \x03(\x0b\x32\x1d.memshard.admin.v1.ShardStats\x12/\n\x07servers\x18\x0b \x03(\x0b\x32\x1e.memshard.admin.v1.ServerStats\x12\x16\n\x0erequests_per_s\x18\x0c \x01(\x01\"=\n\nShardStats\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x01(\x05\"\xc2\x01\n\x0bServerStats\x12\x0e\n\x06server\x18\x01 \x01(\t\x12\x10\n\x08shard_id\x18\x02 \x01(\t\x12\x12\n\nreplica_id\x18\x03 \x01(\t\x12\x0f\n\x07serving\x18\x04 \x01(\x08\x12\x0e\n\x06lag_ms\x18\x05 \x01(\x01\x12\x13\n\x0b\x63\x61lls_per_s\x18\x06 \x01(\x01\x12\x14\n\x0c\x65rrors_per_s\x18\x07 \x01(\x01\x12\x0e\n\x06p50_ms\x18\x08 \x01(\x01\x12\x0e\n\x06p99_ms\x18\t \x01(\x01\x12\x11\n\tin_flight\x18\n \x01(\x05\"\\\n\x0c\x42reakerStats\x12\x0e\n\x06\x63\x61llee\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12.\n\x05state\x18\x03 \x01(\x0e\x32\x1f.memshard.admin.v1.BreakerState\"!\n\nRetryStats\x12\x13\n\x0b\x62udget_left\x18\x01 \x01(\x01\"\x1a\n\nHedgeStats\x12\x0c\n\x04sent\x18\x01 \x01(\x03\">\n\nLimitStats\x12\x0e\n\x06server\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x11\n\tin_flight\x18\x03 \x01(\x05\"\x86\x02\n\nLevelStats\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12,\n\x05level\x18\x02 \x01(\x0e\x32\x1d.memshard.v1.DegradationLevel\x12\x17\n\x0fset_by_operator\x18\x03 \x01(\x08\x12\x12\n\nerror_rate\x18\x04 \x01(\x01\x12\x16\n\x0ep99_latency_ms\x18\x05 \x01(\x01\x12\x12\n\nshed_share\x18\x06 \x01(\x01\x12\x1b\n\x13open_breakers_share\x18\x07 \x01(\x01\x12\x10\n\x08pool_use\x18\x08 \x01(\x01\x12\x0b\n\x03\x63pu\x18\t \x01(\x01\x12\x0e\n\x06memory\x18\n \x01(\x01\x12\x13\n\x0bwrites_down\x18\x0b \x01(\x08\"D\n\nCacheStats\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x03\x12\x13\n\x0bmax_entries\x18\x02 \x01(\x03\x12\x10\n\x08\x62\x65lieved\x18\x03 \x01(\x08\"1\n\x12GetHotUsersRequest\x12\x0c\n\x04most\x18\x01 \x01(\x05\x12\r\n\x05names\x18\x02 \x01(\x08\"U\n\x13GetHotUsersResponse\x12)\n\x05users\x18\x01 \x03(\x0b\x32\x1a.memshard.admin.v1.HotUser\x12\x13\n\x0bhalf_life_s\x18\x02 \x01(\x01\"l\n\x07HotUser\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\t\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x01\x12\x10\n\x08too_many\x18\x04 \x01(\x01\x12\r\n\x05share\x18\x05 \x01(\x01\x12\x10\n\x08shard_id\x18\x06 \x01(\t\"$\n\x0eRecoverRequest\x12\x12\n\ntest_after\x18\x01 \x01(\x08\"\xa8\x01\n\x0fRecoverResponse\x12\x34\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32\".memshard.admin.v1.RecoveryAttempt\x12/\n\x06\x62\x65\x66ore\x18\x02 \x01(\x0b\x32\x1f.memshard.admin.v1.HealthReport\x12.\n\x05\x61\x66ter\x18\x03 \x01(\x0b\x32\x1f.memshard.admin.v1.HealthReport\"\xb2\x01\n\x0fRecoveryAttempt\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x33\n\x07outcome\x18\x05 \x01(\x0e\x32\".memshard.admin.v1.RecoveryOutcome\x12\x0f\n\x07message\x18\x06 \x01(\t*\xb7\x01\n\x0c\x46\x61iloverStep\x12\x1d\n\x19\x46\x41ILOVER_STEP_UNSPECIFIED\x10\x00\x12\x19\n\x15\x46\x41ILOVER_STEP_CHECKED\x10\x01\x12\x19\n\x15\x46\x41ILOVER_STEP_STOPPED\x10\x02\x12\x1a\n\x16\x46\x41ILOVER_STEP_RECORDED\x10\x03\x12\x1a\n\x16\x46\x41ILOVER_STEP_PROMOTED\x10\x04\x12\x1a\n\x16\x46\x41ILOVER_STEP_REJOINED\x10\x05*\x85\x01\n\tCondition\x12\x19\n\x15\x43ONDITION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43ONDITION_UNKNOWN\x10\x01\x12\x15\n\x11\x43ONDITION_HEALTHY\x10\x02\x12\x16\n\x12\x43ONDITION_DEGRADED\x10\x03\x12\x17\n\x13\x43ONDITION_UNHEALTHY\x10\x04*|\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x02\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x03*\x89\x01\n\x0fRecoveryOutcome\x12 \n\x1cRECOVERY_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15RECOVERY_OUTCOME_DONE\x10\x01\x12\x1b\n\x17RECOVERY_OUTCOME_FAILED\x10\x02\x12\x1c\n\x18RECOVERY_OUTCOME_LIMITED\x10\x03\x32\xab\x04\n\x0e\x43lusterService\x12U\n\x08\x46\x61ilover\x12\".memshard.admin.v1.FailoverRequest\x1a#.memshard.admin.v1.FailoverProgress0\x01\x12\x65\n\x0eSetDegradation\x12(.memshard.admin.v1.SetDegradationRequest\x1a).memshard.admin.v1.SetDegradationResponse\x12V\n\tGetHealth\x12#.memshard.admin.v1.GetHealthRequest\x1a$.memshard.admin.v1.GetHealthResponse\x12S\n\x08GetStats\x12\".memshard.admin.v1.GetStatsRequest\x1a#.memshard.admin.v1.GetStatsResponse\x12\\\n\x0bGetHotUsers\x12%.memshard.admin.v1.GetHotUsersRequest\x1a&.memshard.admin.v1.GetHotUsersResponse\x12P\n\x07Recover\x12!.memshard.admin.v1.RecoverRequest\x1a\".memshard.admin.v1.RecoverResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'memshard.admin.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FAILOVERSTEP']._serialized_start=2198
-  _globals['_FAILOVERSTEP']._serialized_end=2381
-  _globals['_CONDITION']._serialized_start=2384
-  _globals['_CONDITION']._serialized_end=2517
-  _globals['_BREAKERSTATE']._serialized_start=2519
-  _globals['_BREAKERSTATE']._serialized_end=2643
-  _globals['_RECOVERYOUTCOME']._serialized_start=2646
-  _globals['_RECOVERYOUTCOME']._serialized_end=2783
+  _globals['_FAILOVERSTEP']._serialized_start=2826
+  _globals['_FAILOVERSTEP']._serialized_end=3009
+  _globals['_CONDITION']._serialized_start=3012
+  _globals['_CONDITION']._serialized_end=3145
+  _globals['_BREAKERSTATE']._serialized_start=3147
+  _globals['_BREAKERSTATE']._serialized_end=3271
+  _globals['_RECOVERYOUTCOME']._serialized_start=3274
+  _globals['_RECOVERYOUTCOME']._serialized_end=3411
   _globals['_FAILOVERREQUEST']._serialized_start=113
   _globals['_FAILOVERREQUEST']._serialized_end=167
   _globals['_FAILOVERPROGRESS']._serialized_start=169
@@ -60,25 +60,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATSREQUEST']._serialized_start=836
   _globals['_GETSTATSREQUEST']._serialized_end=853
   _globals['_GETSTATSRESPONSE']._serialized_start=856
-  _globals['_GETSTATSRESPONSE']._serialized_end=1249
-  _globals['_BREAKERSTATS']._serialized_start=1251
-  _globals['_BREAKERSTATS']._serialized_end=1343
-  _globals['_RETRYSTATS']._serialized_start=1345
-  _globals['_RETRYSTATS']._serialized_end=1378
-  _globals['_HEDGESTATS']._serialized_start=1380
-  _globals['_HEDGESTATS']._serialized_end=1406
-  _globals['_LIMITSTATS']._serialized_start=1408
-  _globals['_LIMITSTATS']._serialized_end=1470
-  _globals['_LEVELSTATS']._serialized_start=1473
-  _globals['_LEVELSTATS']._serialized_end=1735
-  _globals['_CACHESTATS']._serialized_start=1737
-  _globals['_CACHESTATS']._serialized_end=1805
-  _globals['_RECOVERREQUEST']._serialized_start=1807
-  _globals['_RECOVERREQUEST']._serialized_end=1843
-  _globals['_RECOVERRESPONSE']._serialized_start=1846
-  _globals['_RECOVERRESPONSE']._serialized_end=2014
-  _globals['_RECOVERYATTEMPT']._serialized_start=2017
-  _globals['_RECOVERYATTEMPT']._serialized_end=2195
-  _globals['_CLUSTERSERVICE']._serialized_start=2786
-  _globals['_CLUSTERSERVICE']._serialized_end=3247
+  _globals['_GETSTATSRESPONSE']._serialized_end=1369
+  _globals['_SHARDSTATS']._serialized_start=1371
+  _globals['_SHARDSTATS']._serialized_end=1432
+  _globals['_SERVERSTATS']._serialized_start=1435
+  _globals['_SERVERSTATS']._serialized_end=1629
+  _globals['_BREAKERSTATS']._serialized_start=1631
+  _globals['_BREAKERSTATS']._serialized_end=1723
+  _globals['_RETRYSTATS']._serialized_start=1725
+  _globals['_RETRYSTATS']._serialized_end=1758
+  _globals['_HEDGESTATS']._serialized_start=1760
+  _globals['_HEDGESTATS']._serialized_end=1786
+  _globals['_LIMITSTATS']._serialized_start=1788
+  _globals['_LIMITSTATS']._serialized_end=1850
+  _globals['_LEVELSTATS']._serialized_start=1853
+  _globals['_LEVELSTATS']._serialized_end=2115
+  _globals['_CACHESTATS']._serialized_start=2117
+  _globals['_CACHESTATS']._serialized_end=2185
+  _globals['_GETHOTUSERSREQUEST']._serialized_start=2187
+  _globals['_GETHOTUSERSREQUEST']._serialized_end=2236
+  _globals['_GETHOTUSERSRESPONSE']._serialized_start=2238
+  _globals['_GETHOTUSERSRESPONSE']._serialized_end=2323
+  _globals['_HOTUSER']._serialized_start=2325
+  _globals['_HOTUSER']._serialized_end=2433
+  _globals['_RECOVERREQUEST']._serialized_start=2435
+  _globals['_RECOVERREQUEST']._serialized_end=2471
+  _globals['_RECOVERRESPONSE']._serialized_start=2474
+  _globals['_RECOVERRESPONSE']._serialized_end=2642
+  _globals['_RECOVERYATTEMPT']._serialized_start=2645
+  _globals['_RECOVERYATTEMPT']._serialized_end=2823
+  _globals['_CLUSTERSERVICE']._serialized_start=3414
+  _globals['_CLUSTERSERVICE']._serialized_end=3969
 # @@protoc_insertion_point(module_scope)
