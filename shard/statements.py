@@ -24,6 +24,7 @@ _TABLE = re.compile(
 _MOST_TEXTS = 1000
 _MOST_SUMMARIES = 60
 _OTHER = "other"
+_OWNERSHIP = "owned_slots"
 
 _summaries: dict[str, str] = {}
 _durations: dict[str, Histogram] = {}
@@ -33,8 +34,10 @@ def summary(statement: str) -> str:
     """Like `INSERT memories` (OpenTelemetry's db.query.summary); `SELECT` where no table says more."""
     if change := _CHANGE.search(statement):
         return f"{change[1].split()[0].upper()} {change[2].lower()}"
-    table = _TABLE.search(statement)
-    return f"SELECT {table[1].lower()}" if table else "SELECT"
+    tables = [table.lower() for table in _TABLE.findall(statement)]
+    # Nearly every statement asks for ownership as well as for what it is about.
+    about = next((table for table in tables if table != _OWNERSHIP), tables[0] if tables else "")
+    return f"SELECT {about}".rstrip()
 
 
 async def observed(statement: str, work: Awaitable[T]) -> T:
