@@ -20,7 +20,10 @@ async def page_of(cluster: LocalCluster, service: str) -> str:
 
 async def families_of(cluster: LocalCluster, service: str) -> dict[str, Metric]:
     """The same, parsed, by name."""
-    return {family.name: family for family in text_string_to_metric_families(await page_of(cluster, service))}
+    return {
+        family.name: family
+        for family in text_string_to_metric_families(await page_of(cluster, service))  # type: ignore[no-untyped-call]
+    }
 
 
 async def names_of(cluster: LocalCluster) -> set[str]:
