@@ -14,6 +14,7 @@ from cli.cluster_degrade import degrade
 from cli.cluster_failover import failover
 from cli.cluster_health import health, recover, stats
 from cli.cluster_options import DataDir, failures_shown
+from cli.cluster_top import top
 from cli.terminal import fail
 
 DEFAULT_PORT = 50051
@@ -55,6 +56,7 @@ def register(app: typer.Typer) -> None:
     app.command()(health)
     app.command()(recover)
     app.command()(stats)
+    app.command()(top)
     config = typer.Typer(help="Write and check the settings files of the services.", no_args_is_help=True)
     config.command()(generate)
     config.command()(validate)

@@ -9,6 +9,13 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from local.cluster import metrics_of
 from tests.support.cluster import LocalCluster
 
+_SUFFIXES = {
+    "counter": ("_total",),
+    "gauge": ("",),
+    "histogram": ("_bucket", "_sum", "_count"),
+    "info": ("_info",),
+}
+
 _ACCEPT = {"Accept": "application/openmetrics-text; version=1.0.0"}
 
 
@@ -27,11 +34,13 @@ async def families_of(cluster: LocalCluster, service: str) -> dict[str, Metric]:
 
 
 async def names_of(cluster: LocalCluster) -> set[str]:
-    """Every name that a query may use, of all services that the cluster's targets file names."""
+    """Every name that a query may use, of all services. What has not happened yet has a family, and no samples."""
     ports = cluster.plan().record.ports
     services = [name.removesuffix("-metrics") for name in ports if name.endswith("-metrics")]
     families = [await families_of(cluster, service) for service in services]
-    return {sample.name for found in families for family in found.values() for sample in family.samples}
+    return {
+        f"{family.name}{suffix}" for found in families for family in found.values() for suffix in _SUFFIXES[family.type]
+    }
 
 
 def _get(url: str) -> str:
