@@ -21,6 +21,8 @@ HotAnswers = Sequence[tuple[RouterAdmin, pb.GetHotUsersResponse | LocalClusterEr
 _HOT_SHOWN = 5
 _LONGEST_NAME = 26
 _LONGEST_USER = 32
+# Heading and width of the columns with numbers: with the two before them, 80 characters.
+_NUMBERS = (("slots", 5), ("lag ms", 6), ("calls/s", 7), ("err/s", 6), ("p50 ms", 6), ("p99 ms", 6))
 # Lines besides those of servers: headings, empty lines, hot users.
 _OTHER_LINES = 14
 
@@ -158,7 +160,7 @@ def _server_table(document: Document, height: int | None) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("server", width=_LONGEST_NAME, no_wrap=True)
     table.add_column("state", width=11, no_wrap=True)
-    for name, width in (("slots", 5), ("lag", 6), ("calls/s", 7), ("err/s", 6), ("p50", 5), ("p99", 6)):
+    for name, width in _NUMBERS:
         table.add_column(name, width=width, justify="right", no_wrap=True)
     shards = document["shards"]
     if height is not None:
@@ -238,10 +240,8 @@ def _cut(text: str, width: int) -> str:
 
 
 def _ms(value: float) -> str:
-    """A duration in at most six characters."""
-    if value >= 10_000:
-        return f"{value / 1000:.0f}s"
-    return f"{value:.0f}ms" if value >= 10 else f"{value:.1f}"
+    """Milliseconds in at most six characters."""
+    return f"{value:.1f}" if value < 100 else f"{min(value, 999_999):.0f}"
 
 
 def _short(name: str, prefix: str) -> str:

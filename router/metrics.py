@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from common.breaker import State
 from common.level import Level
+from common.topology import CLUSTER
 from router.hedges import Hedges
 from router.location import LocationCache
 from router.observed import Observed
@@ -88,7 +89,7 @@ class RouterMetrics:
             "memory_shard_pool_usage", "Share of a shard's connections in use, as it last told.", labels=["shard"]
         )
         levels = self.shards.levels
-        for name in levels.vitals:
+        for name in (CLUSTER, *(shard.shard_id for shard in self.watch.topology.shards)):
             in_force = levels.decider(name).level
             for level in Level:
                 active.add_metric([name or CLUSTER_NAME, level.name.lower()], level is in_force)

@@ -78,7 +78,9 @@ async def test_each_service_has_the_metrics_of_what_it_does(
     shard = await families_of(cluster, "shard-0")
     assert shard.keys() >= OF_A_SHARD
     assert value(router, "memory_shard_slots") == 16_384
-    assert value(router, "degradation_mode_active", of="cluster", level="normal") == 1
+    # A busy machine may be at another level than normal, but at one.
+    assert value(router, "degradation_mode_active", of="cluster") == 1
+    assert value(router, "degradation_mode_active", of="shard-2") == 1
     assert value(router, "circuit_breaker_state") == 0
     assert value(shard, "memory_store_size_bytes") > 1_000_000
 
