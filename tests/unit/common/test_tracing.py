@@ -34,7 +34,7 @@ class Recording:
         await self._export.close()
 
     def names(self) -> list[str]:
-        self._export._provider.force_flush()
+        self._export._processor.force_flush()
         return [span.name for span in self.exporter.get_finished_spans()]
 
 
