@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
+from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
@@ -92,7 +93,8 @@ class Export:
             parent=parent,
             resource=self._resource,
             attributes=span.attributes,
-            events=[Event(name, attributes, at_ns) for name, at_ns, attributes in span.events],
+            # Jaeger's exporter asks these how many were dropped.
+            events=[Event(name, BoundedAttributes(attributes=values), at_ns) for name, at_ns, values in span.events],
             kind=_KINDS[span.kind],
             status=Status(StatusCode.ERROR, str(span.attributes.get("error.type", ""))) if span.failed else _UNSET,
             start_time=span.started_ns,
@@ -126,8 +128,10 @@ def _exporter(settings: ServiceSettings) -> SpanExporter | None:
             # A line each, as the log's.
             return ConsoleSpanExporter(formatter=lambda span: span.to_json(indent=None) + "\n")
         case "otlp":
-            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-
+            try:
+                from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+            except ImportError as error:
+                raise StartError("the exporter otlp is not installed: pip install 'memshard-server[otlp]'") from error
             return OTLPSpanExporter()
         case "jaeger":
             try:
@@ -135,7 +139,7 @@ def _exporter(settings: ServiceSettings) -> SpanExporter | None:
             except ImportError as error:
                 raise StartError(
                     "the exporter jaeger is not installed: pip install 'memshard-server[jaeger]'. Jaeger 1.35 and "
-                    "later take OTLP, which needs nothing more: use otlp"
+                    "later take OTLP: use otlp"
                 ) from error
             exporter: SpanExporter = JaegerExporter()
             return exporter
