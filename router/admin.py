@@ -117,7 +117,7 @@ class AdminServicer:
 
     async def GetHotUsers(self, request: pb.GetHotUsersRequest, deadline: Deadline) -> pb.GetHotUsersResponse:
         if not 0 <= request.most <= _MOST_HOT_USERS:
-            raise InvalidArgument.field("most", "BAD_LIMIT", f"must be 0 to {_MOST_HOT_USERS}")
+            raise InvalidArgument.field("most", "OUT_OF_RANGE", f"must be 0 to {_MOST_HOT_USERS}")
         hitters, total = self.observed.hot_users(request.most or _HOT_USERS)
         users = []
         for hitter in hitters:
