@@ -19,11 +19,11 @@ setup: $(STAMP)  ## Create .venv and install pinned dependencies
 $(RUNTIME): constraints.txt pyproject.toml sdk/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "memshard needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another with make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e ./sdk -e '.[local]'
+	$(PIP) -e ./sdk -e '.[local,otlp]'
 	@touch $@
 
 $(STAMP): $(RUNTIME)
-	$(PIP) -e ./sdk -e '.[local,dev]'
+	$(PIP) -e ./sdk -e '.[local,otlp,dev]'
 	@touch $@
 
 up: $(RUNTIME)  ## Start a cluster in the foreground; Ctrl-C stops it (ARGS="--shards 3")

@@ -17,6 +17,7 @@ from cli.cluster_health import health, recover, stats
 from cli.cluster_options import DataDir, failures_shown
 from cli.cluster_restart import restart
 from cli.cluster_rotate import rotate_secrets
+from cli.cluster_top import top
 from cli.terminal import fail
 
 DEFAULT_PORT = 50051
@@ -63,6 +64,7 @@ def register(app: typer.Typer) -> None:
     app.command()(stats)
     cluster_shards.register(app)
     cluster_moves.register(app)
+    app.command()(top)
     config = typer.Typer(help="Write and check the settings files of the services.", no_args_is_help=True)
     config.command()(generate)
     config.command()(validate)

@@ -4,6 +4,7 @@ A setting `catalog_dsn` of the router comes from `MEMSHARD_ROUTER_CATALOG_DSN`, 
 default. Every field says its meaning, unit and the reason of its default; `memshard config generate` prints them.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_va
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
@@ -21,6 +23,9 @@ from pydantic_settings import (
 from common.dsn import hosts
 
 MIB = 1024 * 1024
+
+# Variables that everything with OpenTelemetry knows. The exporters read others by themselves.
+_STANDARD = {"OTEL_TRACES_EXPORTER": "traces_exporter", "OTEL_TRACES_SAMPLER_ARG": "traces_sample_ratio"}
 
 
 class ConfigError(Exception):
@@ -84,6 +89,25 @@ class ProcessSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is logged."""
 
+    metrics_port: Port | None = None
+    """TCP port of `/metrics`, for Prometheus. None: there is none."""
+
+    metrics_host: str = "127.0.0.1"
+    """Address that `/metrics` listens on. Loopback by default, whatever `host` is: it asks nobody for a password."""
+
+    traces_exporter: Literal["none", "otlp", "console", "jaeger"] = "none"
+    """Where traces go. OpenTelemetry's own variable OTEL_TRACES_EXPORTER is heard as well. `otlp`: to
+    OTEL_EXPORTER_OTLP_ENDPOINT, by gRPC (http://localhost:4317). `console`: into the log. `jaeger`: to an agent from
+    before Jaeger took OTLP, at OTEL_EXPORTER_JAEGER_AGENT_HOST; needs the extra `jaeger`."""
+
+    traces_sample_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the traces that begin here that is kept. Who calls with a trace decides for it. Heard as
+    OTEL_TRACES_SAMPLER_ARG as well."""
+
+    traces_slow_s: Seconds = 0.5
+    """Seconds from which on a call is kept as a trace though it was not sampled, as those are in which something
+    failed. Twenty a second at most."""
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -95,7 +119,13 @@ class ProcessSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Environment before file; no `.env`, which would be read from wherever the process happens to start."""
         yaml_file = cls.model_config.get("yaml_file")
-        return (init_settings, env_settings, *([YamlConfigSettingsSource(settings_cls)] if yaml_file else []))
+        standard = {setting: value for name, setting in _STANDARD.items() if (value := os.environ.get(name))}
+        return (
+            init_settings,
+            env_settings,
+            InitSettingsSource(settings_cls, standard),
+            *([YamlConfigSettingsSource(settings_cls)] if yaml_file else []),
+        )
 
 
 class ServiceSettings(ProcessSettings):

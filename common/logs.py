@@ -10,7 +10,9 @@ import traceback
 from typing import Literal, TextIO
 
 import structlog
-from structlog.typing import FilteringBoundLogger, Processor
+from structlog.typing import EventDict, FilteringBoundLogger, Processor
+
+from common import tracing
 
 Logger = FilteringBoundLogger
 
@@ -23,6 +25,7 @@ def configure(
     """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        _add_trace,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -46,6 +49,13 @@ def configure(
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("memshard").setLevel(level.upper())
     structlog.contextvars.bind_contextvars(service=service)
+
+
+def _add_trace(_: object, __: str, event: EventDict) -> EventDict:
+    """Which call a line is about, wherever it is answered: the id that all services' lines about it have."""
+    if trace_id := tracing.current().trace_id:
+        event["trace_id"] = trace_id
+    return event
 
 
 def get_logger(name: str) -> Logger:

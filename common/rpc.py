@@ -15,9 +15,10 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from common import errors, logs, status
+from common import errors, logs, status, tracing
 from common.deadline import Deadline
 from common.methods import Methods
+from common.telemetry.calls import Call, Operation
 
 if TYPE_CHECKING:
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
@@ -42,6 +43,18 @@ class Admits(Protocol):
         ...
 
 
+class Watches(Protocol):
+    """What looks at requests and answers as they pass, for metrics and traces. It must not raise."""
+
+    def asked(self, rpc: str, request: Message) -> None:
+        """A request was parsed. Nothing is known of its worth yet."""
+        ...
+
+    def answered(self, rpc: str, request: Message, response: Message, size_bytes: int) -> None:
+        """It was answered, with so many bytes."""
+        ...
+
+
 Handler = Callable[[Message, Deadline], Awaitable[Message]]
 _Behavior = Callable[[bytes, "Context"], Awaitable[bytes]]
 
@@ -53,12 +66,15 @@ def methods_of(
     default_deadline_s: float,
     authorise: "Callable[[Context], None] | None" = None,
     admission: Admits | None = None,
+    watch: Watches | None = None,
+    begins_traces: bool = False,
 ) -> Methods:
     """What `servicer` offers of `service`: each rpc is the method of it that has the same name.
 
     They take (request, deadline) and return the response. An rpc that the servicer lacks answers UNIMPLEMENTED.
     `authorise` raises what a caller hears who may not call at all, `admission` what one hears who is too much; both
-    before anything is looked at.
+    before anything is looked at. `watch` sees what passes. A call without a trace around it has one with
+    `begins_traces`.
     """
     return Methods(
         service.full_name,
@@ -66,10 +82,15 @@ def methods_of(
             method.name: grpc.unary_unary_rpc_method_handler(
                 _behavior(
                     method,
-                    getattr(servicer, method.name, None) or _unimplemented(method),
+                    _Answering(
+                        method,
+                        getattr(servicer, method.name, None) or _unimplemented(method),
+                        authorise or _everybody,
+                        admission or _EVERYTHING,
+                        watch or _NOBODY,
+                    ),
                     default_deadline_s,
-                    authorise or _everybody,
-                    admission or _EVERYTHING,
+                    begins_traces=begins_traces,
                 )
             )
             for method in service.methods
@@ -88,46 +109,69 @@ def _everybody(_: "Context") -> None:
 
 
 def _behavior(
-    method: MethodDescriptor,
-    handler: Handler,
-    default_deadline_s: float,
-    authorise: "Callable[[Context], None]",
-    admission: Admits,
+    method: MethodDescriptor, answering: "_Answering", default_deadline_s: float, *, begins_traces: bool
 ) -> _Behavior:
-    request_class: type[Message] = GetMessageClass(method.input_type)
+    full_name = f"{method.containing_service.full_name}/{method.name}"
+    operation = Operation(method.name, full_name)
 
     async def behavior(raw: bytes, context: "Context") -> bytes:
         _current.set(context)
-        deadline = Deadline.of(context, default_deadline_s)
-        error: errors.MemshardError
+        span = tracing.received(full_name, context.invocation_metadata() or (), begins=begins_traces)
+        with Call(operation, span) as call:
+            outcome = await answering.outcome(raw, context, Deadline.of(context, default_deadline_s))
+            if isinstance(outcome, bytes):
+                call.answered = True
+                return outcome
+            call.error = outcome
+        await status.abort(context, outcome)
+        raise AssertionError("unreachable: abort raises")
+
+    return behavior
+
+
+class _Answering:
+    """One rpc: from a request's bytes to the answer's, or to the error that the caller is to hear."""
+
+    def __init__(
+        self,
+        method: MethodDescriptor,
+        handler: Handler,
+        authorise: "Callable[[Context], None]",
+        admission: Admits,
+        watch: Watches,
+    ) -> None:
+        self._rpc = method.name
+        self._request_class: type[Message] = GetMessageClass(method.input_type)
+        self._handler = handler
+        self._authorise = authorise
+        self._admission = admission
+        self._watch = watch
+
+    async def outcome(self, raw: bytes, context: "Context", deadline: Deadline) -> bytes | errors.MemshardError:
+        """Raises CancelledError when the caller has left, and nothing else."""
         try:
-            authorise(context)
-            await admission.room(method.name)
-            with admission.of(method.name):
+            self._authorise(context)
+            await self._admission.room(self._rpc)
+            with self._admission.of(self._rpc):
                 async with deadline.bound():
-                    response = await handler(_parse(request_class, raw), deadline)
-            return response.SerializeToString()
+                    request = _parse(self._request_class, raw)
+                    self._watch.asked(self._rpc, request)
+                    response = await self._handler(request, deadline)
+            answer = response.SerializeToString()
+            self._watch.answered(self._rpc, request, response, len(answer))
         except errors.MemshardError as raised:
-            error = raised
+            return raised
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
             # Something that the handler waited for was cancelled, not the call: the caller still waits for a status.
-            error = errors.Unavailable("the request was interrupted", reason=INTERRUPTED, retry_after_s=1.0)
+            return errors.Unavailable("the request was interrupted", reason=INTERRUPTED, retry_after_s=1.0)
         except TimeoutError:
-            error = errors.DeadlineExceeded("the deadline passed before the answer was there")
+            return errors.DeadlineExceeded("the deadline passed before the answer was there")
         except Exception as bug:  # The last resort: whatever is not a domain error is a bug, and says so.
-            _log.error("request failed by a bug", rpc=method.name, **logs.describe_bug(bug))
-            error = errors.Internal("internal error; the server's log says where")
-        try:
-            await status.abort(context, error)
-        finally:
-            # Its traceback holds this frame, which would hold it: under overload, refusals would be garbage that only
-            # the collector finds, and its pauses are what callers wait for.
-            del error
-        raise AssertionError("unreachable: abort raises")
-
-    return behavior
+            _log.error("request failed by a bug", rpc=self._rpc, **logs.describe_bug(bug))
+            return errors.Internal("internal error; the server's log says where")
+        return answer
 
 
 class _Everything:
@@ -139,6 +183,17 @@ class _Everything:
 
 
 _EVERYTHING = _Everything()
+
+
+class _Nobody:
+    def asked(self, rpc: str, request: Message) -> None:
+        """Is not looked at."""
+
+    def answered(self, rpc: str, request: Message, response: Message, size_bytes: int) -> None:
+        """Is not looked at."""
+
+
+_NOBODY = _Nobody()
 
 
 def _parse(request_class: type[Message], raw: bytes) -> Message:

@@ -73,6 +73,11 @@ class Layout:
         return self.root / "admin-token"
 
     @property
+    def metrics_targets(self) -> Path:
+        """Where the services have their metrics, in a file that Prometheus reads again when it changes."""
+        return self.root / "metrics-targets.json"
+
+    @property
     def config(self) -> Path:
         """Settings files of the services."""
         return self.root / "config"

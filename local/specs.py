@@ -8,7 +8,7 @@ from typing import Any
 
 from common.roles import APP, OWNER
 from local import leftovers, postgres, probes, redis, services
-from local.cluster import REDIS, Plan, Programs, admin_of, router_name
+from local.cluster import REDIS, Plan, Programs, admin_of, metrics_of, router_name, service_names
 from local.postgres import Server, dsn_of_primary
 from local.process import ProcessSpec
 from local.services import Service
@@ -40,6 +40,7 @@ class Specs:
         """Shards, replicas and routers."""
         record = self.plan.record
         of_shards = [spec for shard_id in record.shard_ids() for spec in self.services_of(shard_id)]
+        self.write_metrics_targets()
         routers = [self._router(number, port) for number, port in enumerate(self.plan.router_ports)]
         return [*of_shards, *routers]
 
@@ -47,6 +48,15 @@ class Specs:
         """A shard and its replicas."""
         names = self.plan.record.replica_names(shard_id)
         return [self._shard(shard_id), *(self._replica(self.shards[shard_id], name) for name in names)]
+
+    def write_metrics_targets(self) -> None:
+        """Tells Prometheus which services there are, and where their metrics."""
+        record = self.plan.record
+        named = service_names(record, len(self.plan.router_ports))
+        services.write_metrics_targets(
+            self.plan.layout,
+            {role: {name: record.ports[metrics_of(name)] for name in names} for role, names in named.items()},
+        )
 
     def _postgres(self, server: Server, **more: Any) -> ProcessSpec:
         plan = self.plan
@@ -151,6 +161,7 @@ class Specs:
             plan.record,
             shard_id,
             plan.record.ports[shard_id],
+            metrics_port=plan.record.ports[metrics_of(shard_id)],
             data=plan.layout.postgres,
             database=dsn_of_primary(servers, APP, plan.secrets.memshard_app),
             migration=dsn_of_primary(servers, OWNER, plan.secrets.memshard_owner),
@@ -167,6 +178,7 @@ class Specs:
             return services.replica_settings(
                 shard.shard_id,
                 plan.record.ports[name],
+                metrics_port=plan.record.ports[metrics_of(name)],
                 database=server.app_dsn(plan.secrets),
                 catalog=plan.catalog_server().app_dsn(plan.secrets),
             )
@@ -196,6 +208,7 @@ class Specs:
         settings = services.router_settings(
             plan.record,
             port,
+            metrics_port=plan.record.ports[metrics_of(name)],
             admin_port=admin_port,
             admin_token=plan.layout.admin_token,
             catalog=plan.catalog_server().app_dsn(plan.secrets),

@@ -12,9 +12,12 @@ from common import config, lifecycle, logs
 from common.config import ReplicaSettings
 from common.postgres import CONNECT_ERRORS, CONNECT_TIMEOUT_S, explain
 from common.rpc import methods_of
+from common.telemetry.exposition import Exposition
+from common.trace_export import exporting
 from memshard.internal.v1 import shard_pb2
 from replica import lag
 from replica.lag import Probe
+from replica.metrics import ReplicaMetrics
 from replica.service import ReplicaServicer
 from shard import identity
 from shard.database import Database, close_pool, open_pool
@@ -34,6 +37,7 @@ async def main(settings: ReplicaSettings) -> None:
     """Waits until the standby knows whose it is, and serves until SIGTERM."""
     known = await _identity(settings)
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(exporting("replica", settings))
         dsn = settings.database_dsn.get_secret_value()
         try:
             pool = await open_pool(settings, f"memshard replica of {settings.shard_id}")
@@ -48,6 +52,8 @@ async def main(settings: ReplicaSettings) -> None:
             settings,
             [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission())],
         )
+        metrics = ReplicaMetrics(settings.shard_id, database, probe)
+        await stack.enter_async_context(Exposition(settings, [metrics.look]))
         await server.start()
         await server.run_until_stopped([partial(_watch_health, server, probe, database)])
 

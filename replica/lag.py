@@ -1,6 +1,7 @@
 """How far the standby is behind its primary: what it says of itself."""
 
 import asyncio
+import math
 from dataclasses import dataclass
 
 import asyncpg
@@ -62,6 +63,8 @@ class Probe:
         self._max_lag_s = max_lag_s
         self.promoted = False
         """Whether the server that was looked at last was no standby any more."""
+        self.age_s: float | None = None
+        """How old the standby's data was at the last look; None when it did not say."""
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
 
     async def is_serving(self) -> bool:
@@ -72,9 +75,10 @@ class Probe:
                     self._connection = await asyncpg.connect(self._dsn)
                 seen = await replayed(self._connection)
         except CONNECT_ERRORS:
-            self.promoted = False
+            self.promoted, self.age_s = False, None
             self.close()
             return False
+        self.age_s = seen.age_s if math.isfinite(seen.age_s) else None
         self.promoted = not seen.in_recovery
         if self.promoted:
             # The next look goes by the URL again, which may name a Service: of whichever servers are standbys.

@@ -9,7 +9,10 @@ from itertools import takewhile
 from common.errors import ResourceExhausted
 from common.limiter import OVERLOADED, Priority
 from common.shedder import Shedder
+from common.telemetry.registry import SHED
 from common.window import SlidingCount
+
+_SHED = SHED.labels("entrance")
 
 _BATCHES = frozenset({"BatchStoreMemories", "EraseUser"})
 
@@ -39,6 +42,7 @@ class Entrance:
         priority = Priority.BATCH if rpc in _BATCHES else Priority.INTERACTIVE
         if not self.shedder.admits(priority):
             self.shed.add()
+            _SHED.inc()
             raise ResourceExhausted(
                 "too many requests at the moment", reason=OVERLOADED, retry_after_s=_RETRY_AFTER_S[priority]
             )

@@ -5,6 +5,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
+from common import tracing
 from common.deadline import Deadline
 from common.errors import MemshardError, Unavailable, WrongShard
 from common.status import to_status
@@ -97,18 +98,22 @@ class Fanout:
             set_route(request, topology, shard, topology.ranges_of(shard.shard_id))
             try:
                 async with places:
-                    answer, role = await self._retries.run(
-                        lambda: self._reads.ask(shard, rpc, request, wanted, deadline), deadline
-                    )
+                    # Retries and hedges are events of this span.
+                    with tracing.span(f"ask {shard.shard_id}", {"memshard.shard": shard.shard_id}):
+                        answer, role = await self._retries.run(
+                            lambda: self._reads.ask(shard, rpc, request, wanted, deadline), deadline
+                        )
                 answers.append((shard, answer))
                 roles.add(role)
             except MemshardError as error:
                 failed.append((shard, error))
 
         asked = topology.serving()
-        async with asyncio.TaskGroup() as group:
-            for shard in asked:
-                group.create_task(ask(shard))
+        with tracing.span("fan-out", {"memshard.shards.asked": len(asked)}) as span:
+            async with asyncio.TaskGroup() as group:
+                for shard in asked:
+                    group.create_task(ask(shard))
+            span.set("memshard.shards.failed", len(failed))
         # A shard that is in neither list would be missing from the answer without a word.
         assert len(answers) + len(failed) == len(asked)
         return Gathered(_by_id(answers), _by_id(failed), frozenset(roles))

@@ -22,12 +22,13 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
-from common import logs
+from common import logs, tracing
 from common.breaker_log import logged
 from common.breaker_settings import CACHE
 from common.config import RouterSettings
 from common.errors import Unavailable
 from common.slots import SLOT_COUNT
+from router.cache_layer import CacheLayer
 
 _log = logs.get_logger("location")
 
@@ -39,6 +40,9 @@ _MAX_SLOTS = 8
 _MAX_CONNECTIONS = 64
 # Keys in one command: some milliseconds of Redis' one thread.
 _MAX_KEYS = 1000
+
+# Instead of a reply.
+_SILENCE = object()
 
 _JUST_NOW_MS = 60_000
 _CLOCK_SKEW_MS = 5_000
@@ -94,15 +98,22 @@ class LocationCache:
         self._redis = _connect(settings)
         self._write = self._redis.register_script(_WRITE) if self._redis is not None else None
         self.breaker = logged("Redis", CACHE)
+        self._of_memory, self._of_redis = CacheLayer("memory"), CacheLayer("redis")
 
     async def find(self, memory_id: str) -> Slots:
         """The slots where a memory with this id was last known; empty when nothing is known."""
         slots = self._recall(memory_id)
-        if not slots:
-            began = self.moment()
-            slots = parse(await self._ask(lambda redis: redis.get(_key(memory_id))))
+        self._of_memory.looked("hit" if slots else "miss")
+        if not slots and self._redis is not None:
+            with tracing.span("look into Redis", {"memshard.cache.layer": self._of_redis.name}) as span:
+                began = self.moment()
+                reply = await self._ask(lambda redis: redis.get(_key(memory_id)))
+                slots = parse(reply)
+                span.set("memshard.cache.hit", bool(slots))
+            self._of_redis.looked("hit" if slots else "unavailable" if reply is _SILENCE else "miss")
             if slots:
                 self._remember(memory_id, slots, began)
+        tracing.current().set("memshard.cache.hit", bool(slots))
         return slots
 
     def moment(self) -> Moment:
@@ -183,6 +194,11 @@ class LocationCache:
         await self._ask(lambda redis: redis.delete(_key(memory_id)))
 
     @property
+    def layers(self) -> tuple[CacheLayer, ...]:
+        """What there is, in the order in which it is asked."""
+        return (self._of_memory, self._of_redis) if self.is_shared else (self._of_memory,)
+
+    @property
     def is_shared(self) -> bool:
         """Whether there is a Redis."""
         return self._redis is not None
@@ -246,9 +262,10 @@ class LocationCache:
         return dict(zip(entries, map(parse, replies), strict=True)) if isinstance(replies, list) else {}
 
     async def _ask(self, command: Callable[[Redis], Awaitable[object]]) -> object:
-        """Redis' reply, or None when there is no Redis, or it failed, or its breaker is open."""
+        """Redis' reply, None to what it refuses, or _SILENCE when there is no Redis, or it failed, or its breaker is
+        open."""
         if self._redis is None or self.breaker.refused_for_s():
-            return None
+            return _SILENCE
         permit = self.breaker.admit()
         began = time.monotonic()
         try:
@@ -262,7 +279,7 @@ class LocationCache:
             # A cache may fail a call in no way whatever, not even by an answer that its client chokes on.
             permit.failure()
             _log.warning("going on without Redis", error=type(error).__name__)
-            return None
+            return _SILENCE
         else:
             permit.success(time.monotonic() - began)
             return reply

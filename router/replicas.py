@@ -65,6 +65,10 @@ class Replicas:
             watched.replica.replica_id: watched.standing for watched in self._of(shard) if watched.standing is not None
         }
 
+    def all(self) -> list[tuple[str, str, Standing | None]]:
+        """Every replica: its shard's id, its own, and what is known of it; None while it does not serve."""
+        return [(*key, watched.standing) for key, watched in self._watched.items()]
+
     def answered(self, shard: Shard, replica: Replica, wanted: Wanted) -> None:
         """A replica has answered a read that asked for this."""
         if (watched := self._heard(shard, replica)) and watched.standing:

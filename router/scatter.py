@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 from google.rpc import status_pb2
 
+from common import tracing
 from common.deadline import Deadline
 from common.errors import Internal, MemshardError, WrongShard
 from common.slots import as_ranges
@@ -82,9 +83,12 @@ class Scatter:
             request = sending.request_of(group)
             set_route(request, topology, shard, as_ranges(sending.slot_of(item) for item in group))
             try:
-                answer = await self._retries.run(
-                    lambda: self._shards.call(shard, sending.rpc, request, deadline), deadline
-                )
+                with tracing.span(
+                    f"send to {shard.shard_id}", {"memshard.shard": shard.shard_id, "memshard.items": len(group)}
+                ):
+                    answer = await self._retries.run(
+                        lambda: self._shards.call(shard, sending.rpc, request, deadline), deadline
+                    )
             except MemshardError as error:
                 outcomes.update(dict.fromkeys(numbers, error))
                 return

@@ -11,6 +11,7 @@ import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
+from common import tracing
 from common.cancellation import raise_if_cancelled, requested
 from common.config import RouterSettings
 from common.deadline import Deadline
@@ -48,6 +49,7 @@ _GONE = "SHARD_UNAVAILABLE"
 # Reasons for which nothing is known of a write that was asked for.
 _LEFT_IN_DOUBT = frozenset({_GONE, DeadlineExceeded.default_reason})
 
+_SERVICE = shard_pb2.DESCRIPTOR.services_by_name["ShardService"].full_name
 _HEALTH = "/grpc.health.v1.Health/Check"
 
 Q = TypeVar("Q", bound=Message)
@@ -175,6 +177,11 @@ class Shards:
             self._channels[address] = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         return self._channels[address]
 
+    @property
+    def channel_count(self) -> int:
+        """How many channels are open."""
+        return len(self._channels)
+
     def outstanding(self, address: str) -> int:
         """How many calls the server at an address has not answered yet."""
         return len(self._in_flight.get(address, ()))
@@ -230,7 +237,14 @@ class Shards:
             timeout_s -= time.monotonic() - began
             if timeout_s <= 0:
                 raise guard.limiter.refusal(rpc.priority)
-            with guard.passing(rpc.kind, rpc.name, rpc.priority):
+            with (
+                tracing.span(
+                    f"{_SERVICE}/{rpc.name}",
+                    {"rpc.system.name": "grpc", "memshard.server": guard.name, "memshard.shard": guard.shard_id},
+                    tracing.Kind.CLIENT,
+                ),
+                guard.passing(rpc.kind, rpc.name, rpc.priority),
+            ):
                 return await self._ask(address, guard.name, rpc, request, timeout_s)
         except (DeadlineExceeded, Unavailable) as error:
             if rpc.writes and error.reason in _LEFT_IN_DOUBT:
@@ -238,7 +252,9 @@ class Shards:
             raise
 
     async def _ask(self, address: str, name: str, rpc: Rpc[Q, R], request: Q, timeout_s: float) -> R:
-        call: grpc.aio.UnaryUnaryCall[Q, R] = getattr(self._stub(address), rpc.name)(request, timeout=timeout_s)
+        call: grpc.aio.UnaryUnaryCall[Q, R] = getattr(self._stub(address), rpc.name)(
+            request, timeout=timeout_s, metadata=tracing.outgoing()
+        )
         in_flight = self._in_flight.setdefault(address, set())
         in_flight.add(call)
         cancellations = requested()

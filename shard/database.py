@@ -76,6 +76,12 @@ class Database:
         """How many connections there may be, and how many of them are in use."""
         return self._pool.get_max_size(), len(self._lent)
 
+    @property
+    def open_connections(self) -> int:
+        """How many are open, in use or not."""
+        count: int = self._pool.get_size()
+        return count
+
     async def recycle(self) -> int:
         """Has every connection replaced, those in use once they are given back; how many there were."""
         there_were: int = self._pool.get_size()

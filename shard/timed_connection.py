@@ -5,9 +5,11 @@ is a write, which goes on without its caller: then the server's own `statement_t
 before a commit begins (PostgreSQL's postgres.c, `finish_xact_command`), so that it never cuts one short.
 """
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import asyncpg
+
+from shard.statements import observed
 
 if TYPE_CHECKING:
     _Base: TypeAlias = asyncpg.Connection[asyncpg.Record]
@@ -32,5 +34,20 @@ class TimedConnection(_Base):
         if wanted_s != self.statement_timeout_s:
             # Cut off in the middle, nobody knows which of the two it is.
             self.statement_timeout_s = _UNKNOWN
-            await self.execute("SELECT set_config('statement_timeout', $1, false)", f"{wanted_s}s")
+            await super().execute("SELECT set_config('statement_timeout', $1, false)", f"{wanted_s}s")
             self.statement_timeout_s = wanted_s
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        return await observed(query, super().execute(query, *args, timeout=timeout))
+
+    async def executemany(self, command: str, args: Any, *, timeout: float | None = None) -> None:
+        return await observed(command, super().executemany(command, args, timeout=timeout))
+
+    async def fetch(self, query: str, *args: Any, **options: Any) -> Any:
+        return await observed(query, super().fetch(query, *args, **options))
+
+    async def fetchval(self, query: str, *args: Any, **options: Any) -> Any:
+        return await observed(query, super().fetchval(query, *args, **options))
+
+    async def fetchrow(self, query: str, *args: Any, **options: Any) -> Any:
+        return await observed(query, super().fetchrow(query, *args, **options))

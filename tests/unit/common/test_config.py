@@ -248,3 +248,20 @@ def test_a_shards_database_is_found_by_name_or_by_template(tmp_path: Path) -> No
     assert "shard_id" in _complaint(
         MoverSettings, _written(tmp_path, {"catalog_dsn": _DSN, "shard_dsn_template": _DSN})
     )
+
+
+def test_opentelemetrys_own_variables_are_heard_before_the_file_and_after_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "router.yaml"
+    file.write_text("catalog_dsn: postgresql://u@h/d\ntraces_exporter: console\ntraces_sample_ratio: 0.5\n")
+    assert config.load(RouterSettings, file).traces_exporter == "console"
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.25")
+    heard = config.load(RouterSettings, file)
+    assert (heard.traces_exporter, heard.traces_sample_ratio) == ("otlp", 0.25)
+    monkeypatch.setenv("MEMSHARD_ROUTER_TRACES_EXPORTER", "none")
+    assert config.load(RouterSettings, file).traces_exporter == "none"
+    monkeypatch.setenv("MEMSHARD_ROUTER_TRACES_EXPORTER", "zipkin")
+    with pytest.raises(ConfigError, match="traces_exporter"):
+        config.load(RouterSettings, file)

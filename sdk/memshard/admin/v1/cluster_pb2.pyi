@@ -1023,9 +1023,14 @@ class GetStatsResponse(_message.Message):
     LEVELS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     RECOVERIES_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    SERVERS_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_S_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Of the topology that it routes by."""
     uptime_s: _builtins.float
+    requests_per_s: _builtins.float
+    """That came to this router, over the last ten seconds."""
     @_builtins.property
     def breakers(self) -> _containers.RepeatedCompositeFieldContainer[Global___BreakerStats]: ...
     @_builtins.property
@@ -1042,6 +1047,10 @@ class GetStatsResponse(_message.Message):
     def recoveries(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecoveryAttempt]:
         """The last of them, oldest first."""
 
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardStats]: ...
+    @_builtins.property
+    def servers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServerStats]: ...
     def __init__(
         self,
         *,
@@ -1054,14 +1063,98 @@ class GetStatsResponse(_message.Message):
         levels: _abc.Iterable[Global___LevelStats] | None = ...,
         cache: Global___CacheStats | None = ...,
         recoveries: _abc.Iterable[Global___RecoveryAttempt] | None = ...,
+        shards: _abc.Iterable[Global___ShardStats] | None = ...,
+        servers: _abc.Iterable[Global___ServerStats] | None = ...,
+        requests_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "hedges", b"hedges", "retries", b"retries"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["breakers", b"breakers", "cache", b"cache", "epoch", b"epoch", "hedges", b"hedges", "levels", b"levels", "limits", b"limits", "recoveries", b"recoveries", "retries", b"retries", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["breakers", b"breakers", "cache", b"cache", "epoch", b"epoch", "hedges", b"hedges", "levels", b"levels", "limits", b"limits", "recoveries", b"recoveries", "requests_per_s", b"requests_per_s", "retries", b"retries", "servers", b"servers", "shards", b"shards", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015
+
+@_typing.final
+class ShardStats(_message.Message):
+    """A shard, by the topology."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    status: _builtins.str
+    """active, readonly, draining, maintenance."""
+    slots: _builtins.int
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        status: _builtins.str = ...,
+        slots: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_id", b"shard_id", "slots", b"slots", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardStats: _TypeAlias = ShardStats  # noqa: Y015
+
+@_typing.final
+class ServerStats(_message.Message):
+    """A server of a shard, as this router has seen it over the last ten seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_FIELD_NUMBER: _builtins.int
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
+    LAG_MS_FIELD_NUMBER: _builtins.int
+    CALLS_PER_S_FIELD_NUMBER: _builtins.int
+    ERRORS_PER_S_FIELD_NUMBER: _builtins.int
+    P50_MS_FIELD_NUMBER: _builtins.int
+    P99_MS_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    server: _builtins.str
+    """The shard's name for its primary, and the replica's after it for that."""
+    shard_id: _builtins.str
+    replica_id: _builtins.str
+    """Empty: the primary."""
+    serving: _builtins.bool
+    """Of a primary: calls are not turned away by its breakers."""
+    lag_ms: _builtins.float
+    """How old a replica's data was when it last said so."""
+    calls_per_s: _builtins.float
+    errors_per_s: _builtins.float
+    p50_ms: _builtins.float
+    """Of calls that were answered, batches aside."""
+    p99_ms: _builtins.float
+    in_flight: _builtins.int
+    def __init__(
+        self,
+        *,
+        server: _builtins.str = ...,
+        shard_id: _builtins.str = ...,
+        replica_id: _builtins.str = ...,
+        serving: _builtins.bool = ...,
+        lag_ms: _builtins.float = ...,
+        calls_per_s: _builtins.float = ...,
+        errors_per_s: _builtins.float = ...,
+        p50_ms: _builtins.float = ...,
+        p99_ms: _builtins.float = ...,
+        in_flight: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_per_s", b"calls_per_s", "errors_per_s", b"errors_per_s", "in_flight", b"in_flight", "lag_ms", b"lag_ms", "p50_ms", b"p50_ms", "p99_ms", b"p99_ms", "replica_id", b"replica_id", "server", b"server", "serving", b"serving", "shard_id", b"shard_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerStats: _TypeAlias = ServerStats  # noqa: Y015
 
 @_typing.final
 class BreakerStats(_message.Message):
@@ -1242,6 +1335,101 @@ class CacheStats(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CacheStats: _TypeAlias = CacheStats  # noqa: Y015
+
+@_typing.final
+class GetHotUsersRequest(_message.Message):
+    """How many, and whether with their names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOST_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    most: _builtins.int
+    """At most 100; 0: ten."""
+    names: _builtins.bool
+    """With the users' ids. Without: with hashes of them, which are the same as in traces."""
+    def __init__(
+        self,
+        *,
+        most: _builtins.int = ...,
+        names: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["most", b"most", "names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHotUsersRequest: _TypeAlias = GetHotUsersRequest  # noqa: Y015
+
+@_typing.final
+class GetHotUsersResponse(_message.Message):
+    """Who is asked about most."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USERS_FIELD_NUMBER: _builtins.int
+    HALF_LIFE_S_FIELD_NUMBER: _builtins.int
+    half_life_s: _builtins.float
+    """A call counts half after so long."""
+    @_builtins.property
+    def users(self) -> _containers.RepeatedCompositeFieldContainer[Global___HotUser]:
+        """Most first."""
+
+    def __init__(
+        self,
+        *,
+        users: _abc.Iterable[Global___HotUser] | None = ...,
+        half_life_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["half_life_s", b"half_life_s", "users", b"users"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHotUsersResponse: _TypeAlias = GetHotUsersResponse  # noqa: Y015
+
+@_typing.final
+class HotUser(_message.Message):
+    """One user and one operation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    TOO_MANY_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    user: _builtins.str
+    """Its id, or the hash of it."""
+    operation: _builtins.str
+    calls: _builtins.float
+    """Weighted by age."""
+    too_many: _builtins.float
+    """By how much that may be too high; never too low."""
+    share: _builtins.float
+    """Of all calls that name a user."""
+    shard_id: _builtins.str
+    """Whose the user is; empty when it is many shards'."""
+    def __init__(
+        self,
+        *,
+        user: _builtins.str = ...,
+        operation: _builtins.str = ...,
+        calls: _builtins.float = ...,
+        too_many: _builtins.float = ...,
+        share: _builtins.float = ...,
+        shard_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "operation", b"operation", "shard_id", b"shard_id", "share", b"share", "too_many", b"too_many", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HotUser: _TypeAlias = HotUser  # noqa: Y015
 
 @_typing.final
 class RecoverRequest(_message.Message):

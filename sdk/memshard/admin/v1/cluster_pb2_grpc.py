@@ -110,6 +110,11 @@ class ClusterServiceStub:
                 request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsResponse.FromString,
                 _registered_method=True)
+        self.GetHotUsers = channel.unary_unary(
+                '/memshard.admin.v1.ClusterService/GetHotUsers',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHotUsersRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHotUsersResponse.FromString,
+                _registered_method=True)
         self.Recover = channel.unary_unary(
                 '/memshard.admin.v1.ClusterService/Recover',
                 request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RecoverRequest.SerializeToString,
@@ -236,6 +241,14 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetHotUsers(self, request, context):
+        """Who is asked about most, of the last minutes. A bounded list; whoever makes a large share of the calls is on it. By a
+        router.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Recover(self, request, context):
         """Tries what may help against what is found wrong, no action on the same thing more than once a minute. By a router.
         """
@@ -320,6 +333,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.GetStats,
                     request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsRequest.FromString,
                     response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'GetHotUsers': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHotUsers,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHotUsersRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHotUsersResponse.SerializeToString,
             ),
             'Recover': grpc.unary_unary_rpc_method_handler(
                     servicer.Recover,
@@ -733,6 +751,33 @@ class ClusterService:
             '/memshard.admin.v1.ClusterService/GetStats',
             memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsRequest.SerializeToString,
             memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHotUsers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/GetHotUsers',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHotUsersRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHotUsersResponse.FromString,
             options,
             channel_credentials,
             insecure,

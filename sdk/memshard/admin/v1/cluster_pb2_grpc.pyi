@@ -88,6 +88,10 @@ class ClusterServiceStub:
     """How everything is that a router needs, each with its figure. By a router."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetStatsRequest, _cluster_pb2.GetStatsResponse]
     """What a router keeps count of. By a router."""
+    GetHotUsers: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetHotUsersRequest, _cluster_pb2.GetHotUsersResponse]
+    """Who is asked about most, of the last minutes. A bounded list; whoever makes a large share of the calls is on it. By a
+    router.
+    """
     Recover: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RecoverRequest, _cluster_pb2.RecoverResponse]
     """Tries what may help against what is found wrong, no action on the same thing more than once a minute. By a router."""
 
@@ -144,6 +148,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """How everything is that a router needs, each with its figure. By a router."""
     GetStats: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetStatsRequest, _cluster_pb2.GetStatsResponse]  # type: ignore[assignment]
     """What a router keeps count of. By a router."""
+    GetHotUsers: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetHotUsersRequest, _cluster_pb2.GetHotUsersResponse]  # type: ignore[assignment]
+    """Who is asked about most, of the last minutes. A bounded list; whoever makes a large share of the calls is on it. By a
+    router.
+    """
     Recover: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RecoverRequest, _cluster_pb2.RecoverResponse]  # type: ignore[assignment]
     """Tries what may help against what is found wrong, no action on the same thing more than once a minute. By a router."""
 
@@ -287,6 +295,16 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.GetStatsResponse, _abc.Awaitable[_cluster_pb2.GetStatsResponse]]:
         """What a router keeps count of. By a router."""
+
+    @_abc_1.abstractmethod
+    def GetHotUsers(
+        self,
+        request: _cluster_pb2.GetHotUsersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.GetHotUsersResponse, _abc.Awaitable[_cluster_pb2.GetHotUsersResponse]]:
+        """Who is asked about most, of the last minutes. A bounded list; whoever makes a large share of the calls is on it. By a
+        router.
+        """
 
     @_abc_1.abstractmethod
     def Recover(

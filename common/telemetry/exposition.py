@@ -1,0 +1,102 @@
+"""`/metrics`: what this process counts, and what it looks up when it is asked, for Prometheus.
+
+The page is served by prometheus-client from a thread, so that it answers while the event loop is busy. What collectors
+read belongs to the event loop, so they run there, and only there.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import TimeoutError as LookTimeoutError
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Metric, start_http_server
+from prometheus_client.registry import Collector
+
+from common import logs
+from common.config import ServiceSettings
+from common.lifecycle import StartError
+from common.telemetry.registry import REGISTRY
+
+if TYPE_CHECKING:
+    from threading import Thread
+    from wsgiref.simple_server import WSGIServer
+
+_log = logs.get_logger("metrics")
+
+Look = Callable[[], Iterable[Metric]]
+"""Reads what there is at this moment, without waiting for anything."""
+
+# Below the 10 s that Prometheus waits by default. An event loop that is later than this is hung: the counts are served
+# without what would have to be looked up.
+_LOOK_TIMEOUT_S = 5.0
+
+
+class _OnLoop(Collector):
+    """Runs looks on the event loop, for whoever asks in a thread."""
+
+    def __init__(self, looks: Sequence[Look], loop: asyncio.AbstractEventLoop) -> None:
+        self._looks = looks
+        self._loop = loop
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: it is not known before somebody looks."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        asked = asyncio.run_coroutine_threadsafe(self._collect(), self._loop)
+        try:
+            return asked.result(_LOOK_TIMEOUT_S)
+        except LookTimeoutError:
+            asked.cancel()
+            return ()
+
+    async def _collect(self) -> list[Metric]:
+        found: list[Metric] = []
+        for look in self._looks:
+            try:
+                found.extend(look())
+            except Exception as bug:  # One that fails must not take the others' metrics with it.
+                _log.error("a look for metrics failed by a bug", **logs.describe_bug(bug))
+        return found
+
+
+class Exposition:
+    """The page of this process, while it is entered; no page without a port."""
+
+    def __init__(
+        self, settings: ServiceSettings, looks: Sequence[Look], registry: CollectorRegistry = REGISTRY
+    ) -> None:
+        self._host, self._port = settings.metrics_host, settings.metrics_port
+        self._looks = looks
+        self._registry = registry
+        self._serving: tuple[WSGIServer, Thread, _OnLoop] | None = None
+
+    async def __aenter__(self) -> None:
+        """Raises StartError when the port cannot be had."""
+        if self._port is None:
+            return
+        looks = _OnLoop(self._looks, asyncio.get_running_loop())
+        self._registry.register(looks)
+        try:
+            server, thread = start_http_server(self._port, self._host, self._registry)
+        except OSError as error:
+            self._registry.unregister(looks)
+            raise StartError(
+                f"cannot listen on {self._host}:{self._port} for metrics: is something else using the port?"
+            ) from error
+        self._serving = server, thread, looks
+        _log.info("metrics", address=f"{self._host}:{self._port}")
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._serving is None:
+            return
+        server, thread, looks = self._serving
+        self._registry.unregister(looks)
+        # In a thread, since a page that is being made waits for this loop.
+        await asyncio.to_thread(_stop, server, thread)
+
+
+def _stop(server: "WSGIServer", thread: "Thread") -> None:
+    server.shutdown()
+    server.server_close()
+    thread.join()
