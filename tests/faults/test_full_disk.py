@@ -3,9 +3,11 @@ by itself, with all that was acknowledged.
 """
 
 import asyncio
+import secrets
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 
 from tests.faults.conftest import Record
@@ -14,7 +16,7 @@ from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.generator import Plan, generating, result_file
 from tests.support.small_disk import small_disk
-from tests.support.wire import database, topology_of, user_slot
+from tests.support.wire import database, memory_service, reason_of, store_request, topology_of, user_slot
 
 FULL = "shard-0"
 # Refused: nobody was asked, or the database has said that it did not.
@@ -31,6 +33,7 @@ async def scenario(record: Record, tmp_path: Path, *, full_s: float) -> None:
         users: dict[str, list[str]] = {shard.shard_id: [] for shard in topology.shards}
         for name in (f"user-{number}" for number in range(40)):
             users[topology.owner(user_slot(name)).shard_id].append(name)
+        of_the_test = users[FULL].pop()
         async with small_disk(cluster, cluster.primary(FULL)) as disk:
             await eventually(cluster.healthy, within_s=60)
             mix = {"store": 4.0, "get": 3.0, "list": 1.0, "search": 2.0}
@@ -40,6 +43,7 @@ async def scenario(record: Record, tmp_path: Path, *, full_s: float) -> None:
                 began = time.monotonic()
                 await asyncio.sleep(3)
                 disk.fill()
+                await _use_up_the_rest(cluster.address, of_the_test)
                 filled = time.monotonic()
                 await asyncio.sleep(full_s)
                 freed = time.monotonic()
@@ -73,6 +77,18 @@ async def scenario(record: Record, tmp_path: Path, *, full_s: float) -> None:
     assert not reads_failed.counts()
     assert acknowledged <= there <= acknowledged + in_doubt
     assert back_s < 5
+
+
+async def _use_up_the_rest(address: str, user: str) -> None:
+    """Stores large memories until one is refused for want of room. How much that takes is the database's affair."""
+    async with memory_service(address) as api, asyncio.timeout(30):
+        reason = ""
+        while not reason:
+            try:
+                await api.StoreMemory(store_request(user, secrets.token_hex(32 * 1024), embedding=[1.0] * 16))
+            except grpc.aio.AioRpcError as refused:
+                reason = reason_of(refused)
+    assert reason in {"DATABASE_UNAVAILABLE", "BREAKER_OPEN", "READ_ONLY"}
 
 
 async def test_a_full_disk_refuses_writes_and_loses_none(record: Record, tmp_path: Path) -> None:

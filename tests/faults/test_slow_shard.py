@@ -1,6 +1,7 @@
 """One shard is ten times slower than it was: its callers wait, nobody else does, and few reads are asked twice."""
 
 import asyncio
+import math
 import time
 from pathlib import Path
 
@@ -17,8 +18,8 @@ HEDGES_SHARE = 0.02
 _ADDED_S = 0.05
 # What a router may have saved up (`common.hedge.HedgeBudget`).
 _SAVED_UP = 10
-# Four calls every ten seconds to each of two shards (router/synthetic.py), by this router and by the cluster's own.
-OF_THE_MONITOR_PER_S = 1.6
+# Every ten seconds four calls to each of two shards (router/synthetic.py), by this router and by the cluster's own.
+_MONITOR_EVERY_S, _OF_THE_MONITOR = 10, 16
 
 
 async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: float, whole: bool) -> None:
@@ -42,8 +43,8 @@ async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: f
             calls = await generator.stop()
             in_all = await faulty.shard_requests() - never
     reads = len(calls.where(since=slow_from, until=slow_until))
-    hedges = in_the_end - at_first - reads - round(OF_THE_MONITOR_PER_S * (slow_until - slow_from))
-    in_all -= round(OF_THE_MONITOR_PER_S * (time.monotonic() - began + 3))
+    hedges = in_the_end - at_first - reads - _of_the_monitor(slow_until - slow_from)
+    in_all -= _of_the_monitor(time.monotonic() - began + 3)
     others = [calls.where(but_group=SLOW, since=a, until=b) for a, b in ((began, slow_from), (slow_from, slow_until))]
     mine = [calls.where(group=SLOW, since=a, until=b) for a, b in ((began, slow_from), (slow_from, slow_until))]
     failed = calls.where(outcome="failed").counts()
@@ -66,6 +67,11 @@ async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: f
         assert others[1].percentile_ms(99) < 2 * others[0].percentile_ms(99)
     assert in_all - len(calls) <= HEDGES_SHARE * len(calls) + _SAVED_UP
     assert hedges <= HEDGES_SHARE * reads + _SAVED_UP
+
+
+def _of_the_monitor(seconds: float) -> int:
+    """How many of the calls of so many seconds may be the health monitors'."""
+    return _OF_THE_MONITOR * math.ceil(seconds / _MONITOR_EVERY_S)
 
 
 async def test_a_slow_shard_is_slow_for_its_own_callers(record: Record, tmp_path: Path) -> None:
