@@ -58,6 +58,8 @@ def test_the_plan_reaches_the_weights_with_the_fewest_slots_moved(
     except PlanError:
         assert not weights
         return
+    # A shard that is draining keeps nothing, whoever is pinned to it.
+    pins = {slot: shard_id for slot, shard_id in pins.items() if status.get(shard_id) is not _DRAINING}
     after = _after(topology, [(m.first, m.last, m.source, m.target) for m in moves])
     assert all(1 <= move.slots <= max_slots for move in moves)
     assert all(status[move.source] in (_ACTIVE, _DRAINING) and status[move.target] is _ACTIVE for move in moves)
