@@ -109,6 +109,13 @@ def test_draining_needs_somebody_to_take_the_slots() -> None:
         plan(topology, draining=["a"])
 
 
+def test_a_draining_shard_keeps_nobody_who_is_pinned_to_it() -> None:
+    shards = [Shard("a", "127.0.0.1:1"), Shard("b", "127.0.0.1:1", status=_DRAINING)]
+    topology = _topology({"a": [(0, 99)], "b": [(100, SLOT_COUNT - 1)]}, shards)
+    moves = plan(topology, pins={50: "b", 200: "b"}, max_slots=SLOT_COUNT)
+    assert [(m.first, m.last, m.source, m.target) for m in moves] == [(100, SLOT_COUNT - 1, "b", "a")]
+
+
 @given(_topologies(), st.integers(0, SLOT_COUNT - 1), st.integers(1, 3000))
 def test_handing_over_changes_the_owner_of_these_slots_only(topology: Topology, first: int, count: int) -> None:
     giver = topology.owner(first).shard_id
