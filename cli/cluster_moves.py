@@ -24,7 +24,10 @@ _INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one line for each thing that happens.")]
 MaxRate = Annotated[
-    int, typer.Option("--max-rate", metavar="ROWS", min=0, help="Most rows a second, on average. Default: no bound.")
+    int,
+    typer.Option(
+        "--max-rate", metavar="ROWS", min=0, max=10**9, help="Most rows a second, on average. Default: no bound."
+    ),
 ]
 RollbackWindow = Annotated[
     float | None,
@@ -32,10 +35,16 @@ RollbackWindow = Annotated[
         "--rollback-window",
         metavar="SECONDS",
         min=0,
+        max=7 * 86400,
         help="How long each range can be brought back after it has moved. Default: 30.",
     ),
 ]
-MoveId = Annotated[int, typer.Argument(metavar="MOVE", help="The move's number, as `memshard moves list` shows it.")]
+# The lease of a move is a lock whose number has 32 bits.
+_MAX_ID = 2**31 - 1
+MoveId = Annotated[
+    int,
+    typer.Argument(metavar="MOVE", min=1, max=_MAX_ID, help="The move's number, as `memshard moves list` shows it."),
+]
 
 # What is over at each step, of 100: so that a bar goes on moving after the copy, which takes most of the time.
 _PROGRESS = {
@@ -100,21 +109,25 @@ def list_(
 
 
 def resume(
-    move: Annotated[int, typer.Argument(metavar="[MOVE]", help="One move. Default: all that are open.")] = 0,
+    move: Annotated[
+        int | None, typer.Argument(metavar="[MOVE]", min=1, max=_MAX_ID, help="One move. Default: all that are open.")
+    ] = None,
     json: Json = False,
     data_dir: DataDir = None,
 ) -> None:
     """Bring moves that are open to their end, whatever step they were stopped at."""
     from memshard.admin.v1.cluster_pb2 import ResumeMoveRequest
 
-    follow_moves("ResumeMove", ResumeMoveRequest(move_id=move), data_dir, as_lines=json)
+    request = ResumeMoveRequest(move_id=move or 0)
+    follow_moves("ResumeMove", request, data_dir, as_lines=json, nothing="There is nothing to resume.")
 
 
 def rollback(move: MoveId, json: Json = False, data_dir: DataDir = None) -> None:
     """Bring the slots of a move back to where they were, with all that was written to them since."""
     from memshard.admin.v1.cluster_pb2 import RollbackMoveRequest
 
-    follow_moves("RollbackMove", RollbackMoveRequest(move_id=move), data_dir, as_lines=json)
+    request = RollbackMoveRequest(move_id=move)
+    follow_moves("RollbackMove", request, data_dir, as_lines=json, nothing="It has been rolled back already.")
 
 
 def request_of(request: "R", max_rate: int, rollback_window: float | None) -> "R":
@@ -125,31 +138,46 @@ def request_of(request: "R", max_rate: int, rollback_window: float | None) -> "R
     return request
 
 
-def follow_moves(rpc: str, request: "Message", data_dir: Path | None, *, as_lines: bool) -> None:
-    """Runs an rpc that moves slots, and shows what it tells. Ctrl-C leaves moves that can be resumed."""
+def follow_moves(rpc: str, request: "Message", data_dir: Path | None, *, as_lines: bool, nothing: str = "") -> None:
+    """Runs an rpc that moves slots, and shows what it tells, or to people `nothing` when that is nothing. Ctrl-C leaves
+    moves that can be resumed.
+    """
     from local.layout import Layout
 
     with failures_shown():
         try:
-            asyncio.run(_follow(Layout.of(data_dir), rpc, request, as_lines=as_lines))
+            told = asyncio.run(_follow(Layout.of(data_dir), rpc, request, as_lines=as_lines))
         except KeyboardInterrupt:
             fail("stopped; `memshard moves resume` goes on where it was", code=_INTERRUPTED)
+    if nothing and not told and not as_lines:
+        typer.echo(nothing)
 
 
-async def _follow(layout: "Layout", rpc: str, request: "Message", *, as_lines: bool) -> None:
-    from google.protobuf.json_format import MessageToJson
-
+async def _follow(layout: "Layout", rpc: str, request: "Message", *, as_lines: bool) -> int:
+    """How much it told."""
     from local.admin_client import follow
 
-    events = follow(layout, rpc, request)
+    events, told = follow(layout, rpc, request), 0
     if as_lines:
         async for progress in events:
-            typer.echo(MessageToJson(progress, preserving_proto_field_name=True, indent=None))
-        return
+            typer.echo(as_line(progress))
+            told += 1
+        return told
     with _bars() as bars:
         view = _View(bars)
         async for progress in events:
             view.show(progress)
+            told += 1
+    return told
+
+
+def as_line(message: "Message") -> str:
+    """A message as JSON in one line, with what is 0 or empty too: whoever reads it need not know the defaults."""
+    from google.protobuf.json_format import MessageToJson
+
+    return MessageToJson(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=None
+    )
 
 
 class _View:
@@ -208,13 +236,16 @@ class _View:
 def _bars() -> "Progress":
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    out = console()
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
-        console=console(),
+        console=out,
         transient=True,
+        # Where there are no bars to be seen, they would leave an empty line behind.
+        disable=not out.is_terminal,
     )
 
 

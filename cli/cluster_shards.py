@@ -3,12 +3,13 @@
 # ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
 
 import asyncio
+import json as as_json
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.cluster_moves import Json, MaxRate, RollbackWindow, follow_moves, request_of
+from cli.cluster_moves import Json, MaxRate, RollbackWindow, as_line, follow_moves, request_of
 from cli.cluster_options import DataDir, failures_shown
 from cli.options import not_empty
 from cli.terminal import console, fail
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from local.layout import Layout
     from memshard.admin.v1.cluster_pb2 import ListShardsResponse
 
+_MAX_WEIGHT = 10_000
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Shard = Annotated[str, typer.Argument(metavar="SHARD", help="The shard, like shard-2.")]
 
 
@@ -46,7 +50,7 @@ def register(app: typer.Typer) -> None:
     app.command()(rebalance)
 
 
-def list_(json: Json = False, data_dir: DataDir = None) -> None:
+def list_(json: AsJson = False, data_dir: DataDir = None) -> None:
     """Show the shards: slots, weights, and what each may be used for."""
     from google.protobuf.json_format import MessageToJson
 
@@ -63,7 +67,10 @@ def list_(json: Json = False, data_dir: DataDir = None) -> None:
 
 def add(
     weight: Annotated[
-        int, typer.Option("--weight", metavar="W", min=1, help="Its share of the slots beside the others'.")
+        int,
+        typer.Option(
+            "--weight", metavar="W", min=1, max=_MAX_WEIGHT, help="Its share of the slots beside the others'."
+        ),
     ] = 1,
     json: Json = False,
     data_dir: DataDir = None,
@@ -121,18 +128,25 @@ def set_(
         StatusName | None, typer.Option("--status", help="What it may be used for. Default: as it is.")
     ] = None,
     weight: Annotated[
-        int, typer.Option("--weight", metavar="W", min=0, help="Its share of the slots. Default: as it is.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--weight", metavar="W", min=1, max=_MAX_WEIGHT, help="Its share of the slots. Default: as it is."
+        ),
+    ] = None,
+    json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """Say what a shard may be used for, and what its share of the slots is to be; `memshard rebalance` moves them."""
     from local.admin_client import set_shard
     from local.layout import Layout
 
-    if status is None and not weight:
+    if status is None and weight is None:
         fail("say --status or --weight", code=2)
     with failures_shown():
-        epoch = asyncio.run(set_shard(Layout.of(data_dir), shard, status or "", weight))
+        epoch = asyncio.run(set_shard(Layout.of(data_dir), shard, status or "", weight or 0))
+    if json:
+        typer.echo(as_json.dumps({"shard_id": shard, "epoch": epoch}))
+        return
     typer.echo(f"{shard} is set, as of epoch {epoch}.")
 
 
@@ -142,36 +156,38 @@ User = Annotated[str, typer.Option("--user", metavar="ID", callback=not_empty, h
 def pin(
     user: User,
     shard: Annotated[str, typer.Option("--shard", metavar="ID", callback=not_empty, help="Where it is to be.")],
+    json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """Have a user's slot stay on a shard, whatever the weights say; `memshard rebalance` takes it there."""
-    _pin(data_dir, user, shard)
+    _pin(data_dir, user, shard, json=json)
 
 
-def unpin(user: User, data_dir: DataDir = None) -> None:
+def unpin(user: User, json: AsJson = False, data_dir: DataDir = None) -> None:
     """Leave a user's slot to the weights again."""
-    _pin(data_dir, user, "")
+    _pin(data_dir, user, "", json=json)
 
 
-def _pin(data_dir: DataDir, user: str, shard: str) -> None:
+def _pin(data_dir: DataDir, user: str, shard: str, *, json: bool) -> None:
     from local.admin_client import pin_user
     from local.layout import Layout
 
     with failures_shown():
         slot = asyncio.run(pin_user(Layout.of(data_dir), user, shard))
+    if json:
+        typer.echo(as_json.dumps({"slot": slot, "shard_id": shard}))
+        return
     where = f"is to be on {shard}; `memshard rebalance` takes it there" if shard else "goes by the weights again"
     typer.echo(f"Slot {slot} {where}.")
 
 
 async def _follow(layout: "Layout", rpc: str, request: "Message", *, as_lines: bool) -> None:
-    from google.protobuf.json_format import MessageToJson
-
     from local.admin_client import follow
 
     out = console()
     async for progress in follow(layout, rpc, request):
         if as_lines:
-            typer.echo(MessageToJson(progress, preserving_proto_field_name=True, indent=None))
+            typer.echo(as_line(progress))
         elif progress.message:
             out.print(progress.message, soft_wrap=True)
 

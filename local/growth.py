@@ -56,6 +56,7 @@ class Growth:
         """Starts a shard without slots: its name with each thing that is done. Raises LocalClusterError."""
         async with self._lock:
             plan = self._plan
+            self._require_complete()
             if len(plan.record.shard_ids()) >= MAX_SHARDS:
                 raise RefusedError(f"there are {MAX_SHARDS} shards, the most that there can be")
             record, shard_id = plan.record.with_new_shard()
@@ -91,6 +92,7 @@ class Growth:
         """Ends a shard without slots, and removes its data. Raises RefusedError, LocalClusterError."""
         async with self._lock:
             plan = self._plan
+            self._require_complete()
             known = plan.record.shard_ids()
             names = [*plan.record.server_names(shard_id), shard_id, *plan.record.replica_names(shard_id)]
             if shard_id in known and len(known) == 1:
@@ -137,6 +139,11 @@ class Growth:
         plan = self._plan
         async with as_owner(plan.catalog_server(), plan.secrets, _CATALOG_TIMEOUT_S) as connection:
             await self._retry(lambda epoch: catalog_shards.remove_shard(connection, epoch, shard_id))
+
+    def _require_complete(self) -> None:
+        """A record that says less than what is on disk would have the next start make the cluster anew, empty."""
+        if not self._plan.record.complete:
+            raise RefusedError("the cluster is still being made")
 
     async def _require_empty(self, shard_id: str) -> None:
         plan = self._plan

@@ -148,7 +148,9 @@ class Options:
 
 def load_record(layout: Layout) -> Record:
     """Raises DataDirectoryError when there is no cluster, or its record cannot be read."""
-    return _load(layout.record, Record)
+    record = _load(layout.record, Record)
+    # Shards come and leave in a finished cluster only. Some were written down as unfinished once, with all their data.
+    return record.model_copy(update={"complete": True}) if record.members else record
 
 
 def load_secrets(layout: Layout) -> Secrets:

@@ -91,7 +91,9 @@ class Steps:
     async def _complete(self) -> None:
         """The last step of making a cluster; from here on its directory is never thrown away."""
         await self._tell_catalog()
-        self._plan.record.model_copy(update={"complete": True}).save(self._plan.layout)
+        # In the plan too: what is written next begins from that.
+        self._plan.record = self._plan.record.model_copy(update={"complete": True})
+        self._plan.record.save(self._plan.layout)
 
     async def _tell_catalog(self) -> None:
         plan = self._plan

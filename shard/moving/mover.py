@@ -1,7 +1,7 @@
 """What an operator asks for, made of moves: rebalance, drain, resume, roll back; shards that come and leave."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -39,12 +39,12 @@ class Mover:
         """Ends what is under way where it can be resumed."""
         self._stop.set()
 
-    async def planned(self, draining: Collection[str] = ()) -> list[PlannedMove]:
+    async def planned(self) -> list[PlannedMove]:
         """The moves that would be made now, told as well. Raises PlanError, CatalogError."""
         async with self._catalog() as connection:
             topology = await catalog.read_topology(connection)
             pins = await catalog_moves.read_pins(connection)
-        moves = plan(topology, pins=pins, max_slots=self._settings.max_slots, draining=draining)
+        moves = plan(topology, pins=pins, max_slots=self._settings.max_slots)
         told = [
             {"first": move.first, "last": move.last, "source": move.source, "target": move.target} for move in moves
         ]
@@ -70,6 +70,8 @@ class Mover:
     async def drain(self, shard_id: str) -> None:
         """Moves all slots off a shard, which gets no others from now on. Raises MoveError, CatalogError, PlanError."""
         async with self._catalog() as connection:
+            # Where nobody could take its slots, its status stays as it is.
+            plan(await catalog.read_topology(connection), draining=[shard_id])
             await _set_status(connection, shard_id, ShardStatus.DRAINING)
         await self.rebalance()
         async with self._catalog() as connection:
@@ -113,10 +115,13 @@ class Mover:
         raise CatalogError("the catalog keeps changing")
 
     async def resume(self, move_id: int | None = None) -> None:
-        """Brings moves that are open to their end: one, or all that nobody drives. Raises MoveError."""
-        moves = [move for move in await self.moves() if not move.step.is_final]
+        """Brings moves that are open to their end: one, or all that nobody drives. Raises MoveError, CatalogError."""
+        moves = await self.moves()
         if move_id is not None:
             moves = [move for move in moves if move.move_id == move_id]
+            if not moves:
+                raise CatalogError(f"there is no move {move_id}")
+        moves = [move for move in moves if not move.step.is_final]
         active = [move for move in moves if move.step is Step.ACTIVE]
         await self._drive([move.move_id for move in moves if move.step is not Step.ACTIVE], passing=move_id is None)
         # Those whose time to be brought back is not over wait for it.
@@ -210,10 +215,14 @@ class Mover:
             if await self._stopped_within(left_s):
                 return
             try:
-                await self._driver(move_id).run()
+                ended = await self._driver(move_id).run()
             except LeasedError:
                 if not passing:
                     raise
+                return
+            if ended.step is Step.ROLLED_BACK:
+                # Whoever asked for that does not want its slots to be moved at once again.
+                raise MoveError(f"move {move_id} was rolled back; `memshard rebalance` would move its slots anew")
 
         await _together([settle(move_id) for move_id in move_ids])
 

@@ -1,7 +1,8 @@
 """The plan: which slots go where, so that shards have slots by their weights with the fewest slots moved. Pure.
 
 Shards with the status active share the slots by weight; a draining one is to have none. Shards that are readonly or in
-maintenance keep what they have and get nothing. Slots that are pinned to a shard belong there, and count for nobody.
+maintenance keep what they have and get nothing. Slots that are pinned to a shard belong there, and count for nobody; a
+pin to a draining shard does not count, or the shard would never be empty.
 """
 
 from collections.abc import Collection, Mapping
@@ -50,9 +51,10 @@ def plan(
     status = {s.shard_id: ShardStatus.DRAINING if s.shard_id in draining else s.status for s in topology.shards}
     weights = {s.shard_id: s.weight for s in topology.shards if status[s.shard_id] in _GIVES_AND_TAKES}
     owned = {s.shard_id: _slots_of(topology, s.shard_id) for s in topology.shards}
-    wanted = _pinned(owned, status, pins or {})
+    pins = {slot: to for slot, to in (pins or {}).items() if status.get(to) is not ShardStatus.DRAINING}
+    wanted = _pinned(owned, status, pins)
     free = {
-        shard_id: [slot for slot in slots if slot not in (pins or {})]
+        shard_id: [slot for slot in slots if slot not in pins]
         for shard_id, slots in owned.items()
         if status[shard_id] in _GIVES
     }

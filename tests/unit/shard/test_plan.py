@@ -58,6 +58,8 @@ def test_the_plan_reaches_the_weights_with_the_fewest_slots_moved(
     except PlanError:
         assert not weights
         return
+    # A shard that is draining keeps nothing, whoever is pinned to it.
+    pins = {slot: shard_id for slot, shard_id in pins.items() if status.get(shard_id) is not _DRAINING}
     after = _after(topology, [(m.first, m.last, m.source, m.target) for m in moves])
     assert all(1 <= move.slots <= max_slots for move in moves)
     assert all(status[move.source] in (_ACTIVE, _DRAINING) and status[move.target] is _ACTIVE for move in moves)
@@ -105,6 +107,13 @@ def test_draining_needs_somebody_to_take_the_slots() -> None:
     topology = _topology({"a": [(0, SLOT_COUNT - 1)]}, [Shard("a", "127.0.0.1:1")])
     with pytest.raises(PlanError):
         plan(topology, draining=["a"])
+
+
+def test_a_draining_shard_keeps_nobody_who_is_pinned_to_it() -> None:
+    shards = [Shard("a", "127.0.0.1:1"), Shard("b", "127.0.0.1:1", status=_DRAINING)]
+    topology = _topology({"a": [(0, 99)], "b": [(100, SLOT_COUNT - 1)]}, shards)
+    moves = plan(topology, pins={50: "b", 200: "b"}, max_slots=SLOT_COUNT)
+    assert [(m.first, m.last, m.source, m.target) for m in moves] == [(100, SLOT_COUNT - 1, "b", "a")]
 
 
 @given(_topologies(), st.integers(0, SLOT_COUNT - 1), st.integers(1, 3000))
