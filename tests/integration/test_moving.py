@@ -8,11 +8,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import pytest_asyncio
 
+from common.moves import Step
 from shard import purge
 from shard.database import Database
 from shard.moving.tables import MARKS, MOVED, STAYING
-from tests.support.cluster import LocalCluster
+from tests.support.cluster import LocalCluster, command
 from tests.support.eventually import eventually
+from tests.support.metrics import families_of
 from tests.support.moving import Slots
 from tests.support.wire import database, pool_of_one
 from tests.support.writers import Writers
@@ -95,10 +97,56 @@ async def test_a_shard_is_drained_while_it_is_written(slots: Slots) -> None:
     assert not any((await slots.rows())["shard-1"].values())
 
 
-@pytest.mark.parametrize("command", ["plan", "list"])
-async def test_a_mover_says_what_it_would_do_and_what_was_done(slots: Slots, command: str) -> None:
-    events = await slots.move(command)
-    if command == "plan":
+@pytest.mark.parametrize("asked", ["plan", "list"])
+async def test_a_mover_says_what_it_would_do_and_what_was_done(slots: Slots, asked: str) -> None:
+    events = await slots.move(asked)
+    if asked == "plan":
         assert events[0] == {"event": "plan", "slots": 0, "moves": []}
     else:
         assert {move["step"] for move in events[-1]["moves"]} == {"done"}
+
+
+async def samples(cluster: LocalCluster) -> dict[tuple[str, ...], float]:
+    """What the router has on its page of moves: by name and labels."""
+    families = await families_of(cluster, "router-0")
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for name in ("memory_moves", "memory_moves_unattended", "memory_moving_slots")
+        for sample in families[name].samples
+    }
+
+
+async def test_a_move_under_way_is_seen_and_whether_anybody_drives_it(slots: Slots) -> None:
+    cluster, data_dir = slots.cluster, str(slots.cluster.data_dir)
+    before = await samples(cluster)
+    patient = Slots(cluster, {"rollback_window_s": 600})
+    async with patient.mover("move", "--first", "0", "--last", "99", "--to", "shard-1") as running:
+        await running.until("active")
+
+        async def is_seen(*, driven: bool) -> bool:
+            found = await samples(cluster)
+            return (
+                found["memory_moves", "active"] == 1
+                and found["memory_moves_unattended",] == (not driven)
+                and found["memory_moving_slots", "shard-0", "out"] == 100
+                and found["memory_moving_slots", "shard-1", "in"] == 100
+                and found["memory_moving_slots", "shard-0", "in"] == 0
+            )
+
+        # Below two polls of the catalog.
+        await eventually(lambda: is_seen(driven=True), within_s=10)
+        _, shown = await command("top", "--once", "--data-dir", data_dir)
+        assert "100 slots  shard-0 → shard-1  active" in shown
+        running.send()
+        await eventually(lambda: is_seen(driven=False), within_s=10)
+    _, shown = await command("top", "--once", "--data-dir", data_dir)
+    assert "100 slots  shard-0 → shard-1  stopped at active" in shown
+    await slots.move("resume")
+
+    async def is_over() -> bool:
+        found = await samples(cluster)
+        steps = {key: value - before[key] for key, value in found.items() if key[0] == "memory_moves"}
+        return {key[1]: value for key, value in steps.items() if value} == {Step.DONE: 1}
+
+    await eventually(is_over, within_s=10)
+    assert not any(value for key, value in (await samples(cluster)).items() if key[0] != "memory_moves")
