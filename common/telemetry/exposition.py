@@ -66,8 +66,8 @@ class _OnLoop(Collector):
 class Exposition:
     """The page of this process, while it is entered; no page without a port.
 
-    A successor that takes a service's ports over has no page as long as its predecessor has the port of it: that one may
-    be looked at until it has drained.
+    A successor that takes a service's ports over waits for that of the page: its predecessor may be looked at until it
+    has drained.
     """
 
     def __init__(

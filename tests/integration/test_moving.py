@@ -118,6 +118,8 @@ async def samples(cluster: LocalCluster) -> dict[tuple[str, ...], float]:
 
 async def test_a_move_under_way_is_seen_and_whether_anybody_drives_it(slots: Slots) -> None:
     cluster, data_dir = slots.cluster, str(slots.cluster.data_dir)
+    # It has been drained, and would get none.
+    await cluster.run("shards", "set", "shard-1", "--status", "active")
     before = await samples(cluster)
     patient = Slots(cluster, {"rollback_window_s": 600})
     async with patient.mover("move", "--first", "0", "--last", "99", "--to", "shard-1") as running:
