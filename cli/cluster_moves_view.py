@@ -27,7 +27,7 @@ def move_documents(answer: pb.GetStatsResponse) -> list[Document] | None:
             "step": seen.move.step,
             "attempts": seen.move.attempts,
             "rows": seen.move.rows,
-            "driven": seen.driven,
+            "stopped": seen.stopped,
             "error": seen.move.error,
         }
         for seen in answer.moves
@@ -51,7 +51,7 @@ def _line(move: Document) -> Text:
     step = move["step"].replace("_", "-")
     return Text.assemble(
         f"move {move['move_id']}  {slots:,} slots  {_cut(move['source'])} → {_cut(move['target'])}  ",
-        (step, "cyan") if move["driven"] else (f"stopped at {step}", "yellow"),
+        (f"stopped at {step}", "yellow") if move["stopped"] else (step, "cyan"),
         no_wrap=True,
         overflow="ellipsis",
     )

@@ -95,6 +95,12 @@ class OpenMove:
     is_driven: bool
     """Somebody has its lease, and so is at work on it."""
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it stays as it is until somebody resumes it or rolls it back. One that is active waits without a
+        lease until its time to be brought back is over."""
+        return not self.is_driven and self.move.step is not Step.ACTIVE
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:

@@ -150,7 +150,7 @@ class AdminServicer:
 
     def _moves(self) -> Iterable[pb.MoveStats]:
         for seen in self.watch.moving.progress.open:
-            yield pb.MoveStats(move=message_of(seen.move), driven=seen.is_driven)
+            yield pb.MoveStats(move=message_of(seen.move), stopped=seen.is_stopped)
 
     def _servers(self) -> Iterable[pb.ServerStats]:
         for shard in self.watch.topology.shards:

@@ -79,8 +79,8 @@ class RouterMetrics:
         yield moves
         yield _gauge(
             "memory_moves_unattended",
-            "Moves that are not over, and that nobody drives.",
-            sum(not seen.is_driven for seen in progress.open),
+            "Moves that have stopped before their end, and that nobody drives.",
+            sum(seen.is_stopped for seen in progress.open),
         )
         slots = GaugeMetricFamily(
             "memory_moving_slots",

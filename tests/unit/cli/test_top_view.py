@@ -109,7 +109,7 @@ def moving(answer: pb.GetStatsResponse, count: int, *, age_s: float = 1.0, **of_
     answer.moves_age_s = age_s
     for number in range(count):
         given: dict[str, Any] = {"source": "shard-0", "target": "shard-2", "step": "copying"} | of_each
-        seen = answer.moves.add(driven=number > 0)
+        seen = answer.moves.add(stopped=number == 0)
         seen.move.CopyFrom(pb.Move(move_id=number + 7, first_slot=1024, last_slot=2047, **given))
     return answer
 
@@ -124,7 +124,7 @@ def test_each_move_that_is_not_over_has_a_line_and_one_that_nobody_drives_says_s
 
 def test_moves_are_told_by_the_router_that_heard_of_them_last() -> None:
     found = document(moving(stats(), 2, age_s=9), moving(stats(), 1, age_s=2))
-    assert [(move["move_id"], move["step"], move["driven"]) for move in found["moves"]] == [(7, "copying", False)]
+    assert [(move["move_id"], move["step"], move["stopped"]) for move in found["moves"]] == [(7, "copying", True)]
     assert document(moving(stats(), 1), stats())["moves"] == found["moves"]
 
 

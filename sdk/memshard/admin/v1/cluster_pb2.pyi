@@ -1300,20 +1300,20 @@ class MoveStats(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MOVE_FIELD_NUMBER: _builtins.int
-    DRIVEN_FIELD_NUMBER: _builtins.int
-    driven: _builtins.bool
-    """Somebody is at work on it. If not, it stays as it is until it is resumed or rolled back."""
+    STOPPED_FIELD_NUMBER: _builtins.int
+    stopped: _builtins.bool
+    """Nobody is at work on it: it stays as it is until it is resumed or rolled back."""
     @_builtins.property
     def move(self) -> Global___Move: ...
     def __init__(
         self,
         *,
         move: Global___Move | None = ...,
-        driven: _builtins.bool = ...,
+        stopped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["move", b"move"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driven", b"driven", "move", b"move"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["move", b"move", "stopped", b"stopped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
