@@ -51,8 +51,9 @@ layers: $(STAMP)  ## import-linter
 proto: $(STAMP)  ## Generate the stubs in sdk/memshard from proto/
 	$(BIN)/python sdk/generate_stubs.py
 
-docs: $(STAMP)  ## Generate docs/api.md from the contract's comments
+docs: $(STAMP)  ## Generate docs/api.md from the contract's comments, and PrometheusRules from the rules
 	$(BIN)/python docs/generate_api.py
+	$(BIN)/python deploy/monitoring/generate_kubernetes.py
 
 faults: $(STAMP)  ## The slow fault scenarios; their figures go into docs/reliability.md
 	MEMSHARD_FIGURES=1 $(BIN)/pytest -m slow -s tests/faults tests/cluster $(ARGS)

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cli.cluster_moves_view import move_documents, move_lines
 from cli.terminal import console, printable_line
 from local.errors import LocalClusterError
 from local.router_admin import RouterAdmin
@@ -23,7 +24,7 @@ _LONGEST_NAME = 26
 _LONGEST_USER = 32
 # Heading and width of the columns with numbers: with the two before them, 80 characters.
 _NUMBERS = (("slots", 5), ("lag ms", 6), ("calls/s", 7), ("err/s", 6), ("p50 ms", 6), ("p99 ms", 6))
-# Lines besides those of servers: headings, empty lines, hot users.
+# Lines besides those of servers and moves: headings, empty lines, hot users.
 _OTHER_LINES = 14
 
 
@@ -60,6 +61,7 @@ def document_of(stats: Answers, hot: HotAnswers, now: float) -> Document:
             for breaker in answer.breakers
             if breaker.state != pb.BREAKER_STATE_CLOSED
         ],
+        "moves": _moves(told),
         "hot_users": _hot_users(hot),
     }
 
@@ -77,7 +79,9 @@ def rendered(document: Document, height: int | None = None) -> RenderableType:
         for router in document["routers"]
         if "error" in router
     ]
-    parts += ["", _server_table(document, height), "", *_breaker_lines(document)]
+    moves = move_lines(document["moves"])
+    room = None if height is None else height - _OTHER_LINES - len(moves)
+    parts += ["", _server_table(document, room), "", *_breaker_lines(document), *moves]
     if document["hot_users"]:
         parts += ["", _hot_table(document["hot_users"][:_HOT_SHOWN])]
     return Group(*parts)
@@ -92,6 +96,7 @@ def _router(router: RouterAdmin, answer: pb.GetStatsResponse | LocalClusterError
         "requests_per_s": round(answer.requests_per_s, 2),
         "retry_budget_left": round(answer.retries.budget_left, 1),
         "hedges_sent": answer.hedges.sent,
+        "shed_at_entrance": answer.entrance.shed,
     }
 
 
@@ -128,6 +133,12 @@ def _servers(told: Iterable[pb.GetStatsResponse], shard_id: str) -> list[Documen
     ]
 
 
+def _moves(told: Sequence[pb.GetStatsResponse]) -> list[Document] | None:
+    """As the router says that heard from the catalog last."""
+    heard = [answer for answer in told if answer.HasField("moves_age_s")]
+    return move_documents(min(heard, key=lambda answer: answer.moves_age_s)) if heard else None
+
+
 def _hot_users(answers: HotAnswers) -> list[Document]:
     calls: dict[tuple[str, str, str], float] = {}
     total = 0.0
@@ -156,17 +167,18 @@ def _heading(document: Document) -> Text:
     )
 
 
-def _server_table(document: Document, height: int | None) -> Table:
+def _server_table(document: Document, room: int | None) -> Table:
+    """All servers, or as many as there is room for."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("server", width=_LONGEST_NAME, no_wrap=True)
     table.add_column("state", width=11, no_wrap=True)
     for name, width in _NUMBERS:
         table.add_column(name, width=width, justify="right", no_wrap=True)
     shards = document["shards"]
-    if height is not None:
+    if room is not None:
         shards = sorted(shards, key=lambda shard: (not _is_troubled(shard), shard["shard_id"]))
     rows = [(shard, server) for shard in shards for server in shard["servers"]]
-    most = len(rows) if height is None else max(3, height - _OTHER_LINES)
+    most = len(rows) if room is None else max(3, room)
     for shard, server in rows[:most]:
         is_primary = server["role"] == "primary"
         name = server["server"] if is_primary else f"  {server['server'].removeprefix(shard['shard_id'] + '-')}"

@@ -4,13 +4,14 @@ Whoever drives a move holds its lease, a session's advisory lock, on the connect
 two cannot drive one move, and who has lost the connection has lost the right to change anything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import asyncpg
 
 from common.catalog import CatalogError, raise_epoch
-from common.moves import Move, Step
+from common.moves import Move, OpenMove, Progress, Step
 from common.postgres import Connection
 from common.topology import SlotRange
 
@@ -23,6 +24,14 @@ _CREATE = f"""
 INSERT INTO moves (first, last, source, target, step) VALUES ($1, $2, $3, $4, 'planned') RETURNING {_COLUMNS}
 """  # noqa: S608  # A constant, here as below.
 _READ = f"SELECT {_COLUMNS} FROM moves ORDER BY move_id"  # noqa: S608
+_READ_OPEN = f"""
+SELECT {_COLUMNS}, EXISTS (
+    SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid = $1 AND objid::bigint = move_id
+        AND objsubid = 2 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+) AS is_driven
+FROM moves WHERE step NOT IN ('done', 'rolled_back') ORDER BY move_id
+"""  # noqa: S608
+_COUNT_ENDED = "SELECT step, count(*) FROM moves WHERE step IN ('done', 'rolled_back') GROUP BY step"
 _READ_ONE = f"SELECT {_COLUMNS} FROM moves WHERE move_id = $1"  # noqa: S608
 _CHANGE = """
 UPDATE moves SET step = $3, attempts = $4, source_timeline = $5, target_timeline = $6, rows = $7, fenced_at = $8,
@@ -61,12 +70,22 @@ async def create_move(connection: Connection, first: int, last: int, source: str
     except asyncpg.ExclusionViolationError as error:
         raise MoveConflictError(f"slots {first} to {last} are being moved already") from error
     assert row is not None
-    return _move(row)
+    return _move(dict(row))
 
 
 async def read_moves(connection: Connection) -> list[Move]:
     """All moves ever, oldest first."""
-    return [_move(row) for row in await connection.fetch(_READ)]
+    return [_move(dict(row)) for row in await connection.fetch(_READ)]
+
+
+async def read_progress(connection: Connection) -> Progress:
+    """The moves that are not over, each with whether somebody drives it, and how many have ended."""
+    rows = [dict(row) for row in await connection.fetch(_READ_OPEN, LEASE_CLASS)]
+    ended = await connection.fetch(_COUNT_ENDED)
+    return Progress(
+        tuple(OpenMove(is_driven=row.pop("is_driven"), move=_move(row)) for row in rows),
+        {Step(row["step"]): row["count"] for row in ended},
+    )
 
 
 async def read_move(connection: Connection, move_id: int) -> Move:
@@ -74,7 +93,7 @@ async def read_move(connection: Connection, move_id: int) -> Move:
     row = await connection.fetchrow(_READ_ONE, move_id)
     if row is None:
         raise CatalogError(f"there is no move {move_id}")
-    return _move(row)
+    return _move(dict(row))
 
 
 async def change_move(connection: Connection, planned: Move, changed: Move) -> Move:
@@ -179,6 +198,5 @@ async def pin(connection: Connection, slot: int, shard_id: str | None) -> None:
         raise CatalogError(f"there is no shard {shard_id!r}") from error
 
 
-def _move(row: asyncpg.Record) -> Move:
-    values = dict(row)
-    return Move(**{**values, "step": Step(values["step"])})
+def _move(row: Mapping[str, Any]) -> Move:
+    return Move(**{**row, "step": Step(row["step"])})

@@ -17,7 +17,8 @@
 | rolled_back | | source | |
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -84,3 +85,28 @@ class Move:
     def slots(self) -> int:
         """How many slots it moves."""
         return self.last - self.first + 1
+
+
+@dataclass(frozen=True, slots=True)
+class OpenMove:
+    """A move that is not over."""
+
+    move: Move
+    is_driven: bool
+    """Somebody has its lease, and so is at work on it."""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it stays as it is until somebody resumes it or rolls it back. One that is active waits without a
+        lease until its time to be brought back is over."""
+        return not self.is_driven and self.move.step is not Step.ACTIVE
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the moves of a cluster are."""
+
+    open: tuple[OpenMove, ...] = ()
+    """Oldest first."""
+    ended: Mapping[Step, int] = field(default_factory=dict)
+    """How many were ever done, and rolled back."""

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 
 from common import catalog, catalog_shards, errors
 from common.catalog_moves import read_moves
-from common.moves import Move as MoveRecord
+from common.move_message import message_of
 from common.slots import slot_of
 from common.topology import ShardStatus
 from local import mover
@@ -106,7 +106,7 @@ class Moves:
         """Raises LocalClusterError."""
         plan = self._plan
         async with as_owner(plan.catalog_server(), plan.secrets, _CATALOG_TIMEOUT_S) as connection:
-            return cluster_pb2.ListMovesResponse(moves=map(_of_record, await read_moves(connection)))
+            return cluster_pb2.ListMovesResponse(moves=map(message_of, await read_moves(connection)))
 
     async def pin(self, request: cluster_pb2.PinUserRequest) -> cluster_pb2.PinUserResponse:
         """Raises LocalClusterError, InvalidArgument, FailedPrecondition."""
@@ -216,20 +216,3 @@ def _range(event: Mapping[str, Any]) -> cluster_pb2.Move:
     return cluster_pb2.Move(
         first_slot=event["first"], last_slot=event["last"], source=event["source"], target=event["target"]
     )
-
-
-def _of_record(move: MoveRecord) -> cluster_pb2.Move:
-    message = cluster_pb2.Move(
-        move_id=move.move_id,
-        first_slot=move.first,
-        last_slot=move.last,
-        source=move.source,
-        target=move.target,
-        step=move.step.value,
-        attempts=move.attempts,
-        rows=move.rows,
-        error=move.error,
-    )
-    if move.cutover_at is not None:
-        message.cutover_time.FromDatetime(move.cutover_at)
-    return message

@@ -84,6 +84,7 @@ class Growth:
             yield shard_id, f"the catalog knows {shard_id}"
             specs = Specs(plan, self._programs, self._shards)
             others = [specs.shard_server(servers, name) for name in servers.servers if name != first.name]
+            specs.write_metrics_targets()
             await self._supervisor.add(shard_id, [*others, *specs.services_of(shard_id)], [], [ShardWatch(servers).run])
             self._log.info("%s was added", shard_id)
             yield shard_id, f"{shard_id} serves, and has no slots yet; memshard rebalance gives it some"
@@ -105,6 +106,7 @@ class Growth:
             yield shard_id, f"the catalog knows {shard_id} no more"
             await self._supervisor.remove(shard_id, names)
             servers = self._shards.pop(shard_id, None)
+            Specs(plan, self._programs, self._shards).write_metrics_targets()
             yield shard_id, f"{shard_id} has ended"
             for server in servers.servers.values() if servers else ():
                 await asyncio.to_thread(shutil.rmtree, server.pgdata, ignore_errors=True)

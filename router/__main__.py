@@ -128,6 +128,7 @@ async def main(settings: RouterSettings) -> None:
             replicas=replicas,
             observed=observed,
             placement=placement,
+            entrance=entrance,
         )
         metrics = RouterMetrics(watch, shards, replicas, retries, reads.hedges, locations, observed)
         server = lifecycle.Server(

@@ -13,9 +13,11 @@ from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import InvalidArgument
 from common.lifecycle import Listener, StartError
+from common.move_message import message_of
 from common.rpc import methods_of
 from memshard.admin.v1 import cluster_pb2 as pb
 from memshard.v1.memory_pb2 import DegradationLevel
+from router.entrance import Entrance
 from router.findings import Finding, Report
 from router.guard import TALLY_S, Kind
 from router.hedges import Hedges
@@ -83,6 +85,7 @@ class AdminServicer:
     replicas: Replicas
     observed: Observed
     placement: Placement
+    entrance: Entrance
     started_at: float = field(default_factory=time.monotonic)
 
     async def GetHealth(self, request: pb.GetHealthRequest, deadline: Deadline) -> pb.GetHealthResponse:
@@ -113,6 +116,9 @@ class AdminServicer:
             shards=self._shards(),
             servers=self._servers(),
             requests_per_s=self.observed.requests_per_s,
+            entrance=pb.EntranceStats(shed=self.entrance.shed_ever),
+            moves=self._moves(),
+            moves_age_s=self.watch.moving.age_s,
         )
 
     async def GetHotUsers(self, request: pb.GetHotUsersRequest, deadline: Deadline) -> pb.GetHotUsersResponse:
@@ -141,6 +147,10 @@ class AdminServicer:
             yield pb.ShardStats(
                 shard_id=shard.shard_id, status=shard.status.value, slots=topology.slot_count(shard.shard_id)
             )
+
+    def _moves(self) -> Iterable[pb.MoveStats]:
+        for seen in self.watch.moving.progress.open:
+            yield pb.MoveStats(move=message_of(seen.move), stopped=seen.is_stopped)
 
     def _servers(self) -> Iterable[pb.ServerStats]:
         for shard in self.watch.topology.shards:

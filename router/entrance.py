@@ -32,6 +32,8 @@ class Entrance:
     ) -> None:
         """`shed` counts the requests that are refused."""
         self.shed = shed
+        self.shed_ever = 0
+        """Requests that were refused since the start."""
         self.shedder = shedder or Shedder()
         self._clock = clock
         # In the order in which they began.
@@ -42,6 +44,7 @@ class Entrance:
         priority = Priority.BATCH if rpc in _BATCHES else Priority.INTERACTIVE
         if not self.shedder.admits(priority):
             self.shed.add()
+            self.shed_ever += 1
             _SHED.inc()
             raise ResourceExhausted(
                 "too many requests at the moment", reason=OVERLOADED, retry_after_s=_RETRY_AFTER_S[priority]

@@ -1,5 +1,6 @@
 """What a router looks up for `/metrics`: the state of what guards it, of what it knows, and of what it remembers."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from common.breaker import State
 from common.level import Level
+from common.moves import Step
 from common.topology import CLUSTER
 from router.hedges import Hedges
 from router.location import LocationCache
@@ -42,6 +44,7 @@ class RouterMetrics:
         yield from self._levels()
         yield from self._replicas()
         yield from self._cache()
+        yield from self._moves()
         yield _gauge(
             "memory_retry_budget_available", "Retries that there may be at once.", self.retries.budget.balance()
         )
@@ -61,6 +64,34 @@ class RouterMetrics:
         slots = GaugeMetricFamily("memory_shard_slots", "Slots of a shard, by the topology.", labels=["shard"])
         for shard in topology.shards:
             slots.add_metric([shard.shard_id], topology.slot_count(shard.shard_id))
+        yield slots
+
+    def _moves(self) -> Iterable[Metric]:
+        moving = self.watch.moving
+        if moving.age_s is None:
+            return
+        progress = moving.progress
+        counts = Counter(progress.ended)
+        counts.update(seen.move.step for seen in progress.open)
+        moves = GaugeMetricFamily("memory_moves", "Moves of slots that the catalog knows, by step.", labels=["step"])
+        for step in Step:
+            moves.add_metric([step.value], counts[step])
+        yield moves
+        yield _gauge(
+            "memory_moves_unattended",
+            "Moves that have stopped before their end, and that nobody drives.",
+            sum(seen.is_stopped for seen in progress.open),
+        )
+        slots = GaugeMetricFamily(
+            "memory_moving_slots",
+            "Slots of moves that are not over, of the shard that they go from (out) and to (in).",
+            labels=["shard", "direction"],
+        )
+        for shard in self.watch.topology.shards:
+            out = sum(seen.move.slots for seen in progress.open if seen.move.source == shard.shard_id)
+            coming = sum(seen.move.slots for seen in progress.open if seen.move.target == shard.shard_id)
+            slots.add_metric([shard.shard_id, "out"], out)
+            slots.add_metric([shard.shard_id, "in"], coming)
         yield slots
 
     def _guards(self) -> Iterable[Metric]:

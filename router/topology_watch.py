@@ -18,6 +18,7 @@ from common.departure import Departure
 from common.errors import Unavailable
 from common.postgres import Connection
 from common.topology import Topology
+from router.moving import Moving
 
 _log = logs.get_logger("topology")
 
@@ -43,6 +44,7 @@ class TopologyWatch:
         self._looks = 0
         self._looking = False
         self.breaker = logged("the catalog", CATALOG)
+        self.moving = Moving()
 
     @property
     def topology(self) -> Topology:
@@ -150,6 +152,8 @@ class TopologyWatch:
             if await catalog.read_epoch(connection) != self._catalogs.epoch:
                 await self._take(connection)
         await self._announce_look()
+        # Nobody waits for this.
+        await self.moving.look(connection)
 
     async def _take(self, connection: Connection) -> None:
         topology = await catalog.read_topology(connection)

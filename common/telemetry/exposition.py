@@ -7,6 +7,7 @@ read belongs to the event loop, so they run there, and only there.
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import TimeoutError as LookTimeoutError
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Metric, start_http_server
@@ -29,6 +30,8 @@ Look = Callable[[], Iterable[Metric]]
 # Below the 10 s that Prometheus waits by default. An event loop that is later than this is hung: the counts are served
 # without what would have to be looked up.
 _LOOK_TIMEOUT_S = 5.0
+# Between two tries to take the port over. Nobody scrapes more often than once a second.
+_TAKEOVER_INTERVAL_S = 0.25
 
 
 class _OnLoop(Collector):
@@ -61,39 +64,59 @@ class _OnLoop(Collector):
 
 
 class Exposition:
-    """The page of this process, while it is entered; no page without a port."""
+    """The page of this process, while it is entered; no page without a port.
+
+    A successor that takes a service's ports over waits for that of the page: its predecessor may be looked at until it
+    has drained.
+    """
 
     def __init__(
         self, settings: ServiceSettings, looks: Sequence[Look], registry: CollectorRegistry = REGISTRY
     ) -> None:
         self._host, self._port = settings.metrics_host, settings.metrics_port
+        self._is_successor = settings.handover_file is not None
         self._looks = looks
         self._registry = registry
         self._serving: tuple[WSGIServer, Thread, _OnLoop] | None = None
+        self._takeover: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> None:
-        """Raises StartError when the port cannot be had."""
+        """Raises StartError when the port cannot be had, unless a predecessor may have it."""
         if self._port is None:
             return
-        looks = _OnLoop(self._looks, asyncio.get_running_loop())
-        self._registry.register(looks)
         try:
-            server, thread = start_http_server(self._port, self._host, self._registry)
+            self._serve(self._port)
         except OSError as error:
-            self._registry.unregister(looks)
-            raise StartError(
-                f"cannot listen on {self._host}:{self._port} for metrics: is something else using the port?"
-            ) from error
-        self._serving = server, thread, looks
-        _log.info("metrics", address=f"{self._host}:{self._port}")
+            if not self._is_successor:
+                raise StartError(
+                    f"cannot listen on {self._host}:{self._port} for metrics: is something else using the port?"
+                ) from error
+            self._takeover = asyncio.create_task(self._take_over(self._port))
 
     async def __aexit__(self, *_: object) -> None:
+        if self._takeover is not None:
+            self._takeover.cancel()
+            await asyncio.gather(self._takeover, return_exceptions=True)
         if self._serving is None:
             return
         server, thread, looks = self._serving
         self._registry.unregister(looks)
         # In a thread, since a page that is being made waits for this loop.
         await asyncio.to_thread(_stop, server, thread)
+
+    def _serve(self, port: int) -> None:
+        server, thread = start_http_server(port, self._host, self._registry)
+        looks = _OnLoop(self._looks, asyncio.get_running_loop())
+        self._registry.register(looks)
+        self._serving = server, thread, looks
+        _log.info("metrics", address=f"{self._host}:{port}")
+
+    async def _take_over(self, port: int) -> None:
+        _log.info("waiting for the port of metrics", port=port)
+        while self._serving is None:
+            await asyncio.sleep(_TAKEOVER_INTERVAL_S)
+            with suppress(OSError):
+                self._serve(port)
 
 
 def _stop(server: "WSGIServer", thread: "Thread") -> None:

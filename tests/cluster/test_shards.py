@@ -28,12 +28,18 @@ async def _all_there(cluster: LocalCluster) -> bool:
     return True
 
 
+def _scraped(cluster: LocalCluster) -> set[str]:
+    """The services that Prometheus is told of."""
+    return {target["labels"]["service"] for target in json.loads(cluster.layout.metrics_targets.read_text())}
+
+
 async def test_a_shard_comes_serves_and_leaves_and_none_has_its_name_again() -> None:
     async with LocalCluster(shards=2, replicas=1) as cluster:
         await _store(cluster)
         slots = Slots(cluster, {})
         output = await cluster.run("shards", "add")
         assert "shard-2 serves" in output
+        assert {"shard-2", "shard-2-replica-1"} <= _scraped(cluster)
         planned = await cluster.run("rebalance", "--plan")
         assert "5,461 slots are to be moved" in planned
         output = await cluster.run("rebalance", "--rollback-window", "0")
@@ -53,6 +59,10 @@ async def test_a_shard_comes_serves_and_leaves_and_none_has_its_name_again() -> 
         assert await _all_there(cluster)
         assert not any("shard-2" in process["name"] for process in (await cluster.status())["processes"])
         assert not list(cluster.layout.postgres.glob("postgres-shard-2*"))
+        assert _scraped(cluster) == {
+            "router-0",
+            *(f"shard-{n}{suffix}" for n in (0, 1) for suffix in ("", "-replica-1")),
+        }
         await cluster.run("shards", "add")
         assert [shard.shard_id for shard in (await slots.topology()).shards] == ["shard-0", "shard-1", "shard-3"]
         assert await slots.left_over() == []

@@ -34,7 +34,7 @@ def test_it_is_what_was_asked_for() -> None:
     found = settings().values()
     kinds = (RouterSettings, ShardSettings, ReplicaSettings)
     assert [sum(isinstance(each, kind) for each in found) for kind in kinds] == [2, 2, 2]
-    assert {"redis", "jaeger", "prometheus", "grafana"} <= services().keys()
+    assert {"redis", "jaeger", "prometheus", "alertmanager", "grafana"} <= services().keys()
     assert services()["postgres-shard-0"]["image"].startswith("pgvector/pgvector:")
 
 
@@ -103,7 +103,7 @@ def test_nothing_holds_a_secret_and_the_example_has_none() -> None:
     secret = {name for name in compose.example_environment() if name.endswith("PASSWORD")}
     assert {compose.example_environment()[name] for name in secret} == {"change-me"}
     for file in (FILE, LOCAL):
-        for password in re.findall(r"://[^:/@]*:([^@]+)@", file.read_text()):
+        for password in re.findall(r"://[^:/@\s]*:([^@\s]+)@", file.read_text()):
             assert re.fullmatch(r"\$\{[A-Z_]+:\?\}", password), password
 
 
@@ -127,5 +127,5 @@ def test_compose_takes_the_files(files: tuple[Path, ...]) -> None:
         pytest.skip("there is neither `docker compose` nor docker-compose here")
     done = compose.run("config", files=files, variables=compose.example_environment())
     # Those that start only when asked for, old ones print as well.
-    optional = {"mover", *({"jaeger", "prometheus", "grafana"} if files[-1] is LOCAL else ())}
+    optional = {"mover", *({"jaeger", "prometheus", "alertmanager", "grafana"} if files[-1] is LOCAL else ())}
     assert services().keys() - optional <= yaml.safe_load(done.stdout)["services"].keys() <= services().keys()

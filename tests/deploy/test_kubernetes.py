@@ -35,6 +35,8 @@ from tests.deploy.settings import service_of, settings_of
 
 # The oldest release with a pause before the end that needs no shell in the image (preStop.sleep), and the newest known.
 VERSIONS = ("1.32", kubernetes_validate.latest_version())
+# Whose kinds Kubernetes does not know.
+OPERATORS = ("postgresql.cnpg.io/", "monitoring.coreos.com/")
 HEALTH_NAMES = {
     "router": {memory_pb2.DESCRIPTOR.services_by_name["MemoryService"].full_name},
     "shard": {shard_pb2.DESCRIPTOR.services_by_name["ShardService"].full_name},
@@ -89,7 +91,7 @@ def services(directory: str) -> list[tuple[Workload, Manifest, str]]:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_built_in_kinds_are_valid_to_the_letter(directory: str, version: str) -> None:
     for manifest in render(directory):
-        if "cnpg.io" not in manifest["apiVersion"]:
+        if not manifest["apiVersion"].startswith(OPERATORS):
             kubernetes_validate.validate(manifest, version, strict=True)
 
 
@@ -292,6 +294,7 @@ def test_policies_let_through_what_the_services_need_and_nothing_by_default(dire
     replica, job = by_name["memshard-replica"], by_name["memshard-catalog-create"]
     mover = workloads(render("jobs/rebalance"))[0].labels
     client = {"memshard.io/client": "true"}
+    prometheus = {"app.kubernetes.io/name": "prometheus"}
     redis, proxy = by_name["memshard-redis"], by_name["memshard-redis-proxy"]
     wanted = [
         (client, router, 50051),
@@ -304,6 +307,7 @@ def test_policies_let_through_what_the_services_need_and_nothing_by_default(dire
         (router, proxy, 6379),
         (proxy, redis, 6379),
         (redis, redis, 26379),
+        *((prometheus, service, 9464) for service in (router, shard, replica) if directory == "overlays/production"),
         *((service, database, 5432) for service in (shard, replica, job) for database in databases),
         (databases[1], databases[1], 5432),
     ]
@@ -316,14 +320,18 @@ def test_policies_let_through_what_the_services_need_and_nothing_by_default(dire
         (client, redis, 6379),
         (router, databases[1], 5433),
         (shard, router, 50051),
+        (client, router, 9464),
+        (prometheus, router, 50052),
+        (prometheus, databases[1], 5432),
     ]:
         assert not _passes(policies, source, target, port), (source, target, port)
 
 
 def _passes(policies: list[Manifest], source: dict[str, str], target: dict[str, str], port: int) -> bool:
     """Whether some policy of the source lets it out to the target, and some policy of the target lets it in."""
-    # Clients are in a namespace of their own, where no policy of ours holds.
-    out = "memshard.io/client" in source or _allowed(policies, "egress", "to", source, target, port)
+    # Clients and Prometheus are in namespaces of their own, where no policy of ours holds.
+    elsewhere = "memshard.io/client" in source or source.get("app.kubernetes.io/name") == "prometheus"
+    out = elsewhere or _allowed(policies, "egress", "to", source, target, port)
     return out and _allowed(policies, "ingress", "from", target, source, port)
 
 

@@ -3,16 +3,20 @@
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 import pytest_asyncio
 
+from common import catalog_moves
+from common.moves import Step
 from shard import purge
 from shard.database import Database
 from shard.moving.tables import MARKS, MOVED, STAYING
-from tests.support.cluster import LocalCluster
+from tests.support.cluster import LocalCluster, command
 from tests.support.eventually import eventually
+from tests.support.metrics import families_of
 from tests.support.moving import Slots
 from tests.support.wire import database, pool_of_one
 from tests.support.writers import Writers
@@ -95,10 +99,80 @@ async def test_a_shard_is_drained_while_it_is_written(slots: Slots) -> None:
     assert not any((await slots.rows())["shard-1"].values())
 
 
-@pytest.mark.parametrize("command", ["plan", "list"])
-async def test_a_mover_says_what_it_would_do_and_what_was_done(slots: Slots, command: str) -> None:
-    events = await slots.move(command)
-    if command == "plan":
+@pytest.mark.parametrize("asked", ["plan", "list"])
+async def test_a_mover_says_what_it_would_do_and_what_was_done(slots: Slots, asked: str) -> None:
+    events = await slots.move(asked)
+    if asked == "plan":
         assert events[0] == {"event": "plan", "slots": 0, "moves": []}
     else:
         assert {move["step"] for move in events[-1]["moves"]} == {"done"}
+
+
+async def samples(cluster: LocalCluster) -> dict[tuple[str, ...], float]:
+    """What the router has on its page of moves: by name, and labels in the order of their names."""
+    families = await families_of(cluster, "router-0")
+    return {
+        (sample.name, *(sample.labels[label] for label in sorted(sample.labels))): sample.value
+        for name in ("memory_moves", "memory_moves_unattended", "memory_moving_slots")
+        for sample in families[name].samples
+    }
+
+
+async def test_a_move_under_way_is_seen_and_whether_it_has_stopped(slots: Slots) -> None:
+    cluster, data_dir = slots.cluster, str(slots.cluster.data_dir)
+    # It has been drained, and would get none.
+    await cluster.run("shards", "set", "shard-1", "--status", "active")
+    before = await samples(cluster)
+
+    async def is_seen(step: str, *, stopped: bool) -> bool:
+        found = await samples(cluster)
+        wanted = {
+            ("memory_moves", step): 1,
+            ("memory_moves_unattended",): 1 if stopped else 0,
+            ("memory_moving_slots", "out", "shard-0"): 100,
+            ("memory_moving_slots", "in", "shard-1"): 100,
+            ("memory_moving_slots", "in", "shard-0"): 0,
+        }
+        assert {key: found[key] for key in wanted} == wanted
+        return True
+
+    async def shown() -> str:
+        code, output = await command("top", "--once", "--data-dir", data_dir)
+        assert code == 0
+        return output
+
+    # Two polls of the catalog are 10 s.
+    async with slots.mover("move", "--first", "0", "--last", "99", "--to", "shard-1") as running:
+        await running.until("copying")
+        running.send()
+        await running.process.wait()
+        await eventually(lambda: is_seen("copying", stopped=True), within_s=15)
+        assert "100 slots  shard-0 → shard-1  stopped at copying" in await shown()
+    patient = Slots(cluster, {"rollback_window_s": 600})
+    async with patient.mover("resume") as running:
+        await running.until("active")
+        await eventually(lambda: is_seen("active", stopped=False), within_s=15)
+        assert "100 slots  shard-0 → shard-1  active" in await shown()
+    await slots.move("resume")
+
+    async def is_over() -> bool:
+        found = await samples(cluster)
+        steps = {key: value - before[key] for key, value in found.items() if key[0] == "memory_moves"}
+        return {key[1]: value for key, value in steps.items() if value} == {Step.DONE: 1}
+
+    await eventually(is_over, within_s=15)
+    assert not any(value for key, value in (await samples(cluster)).items() if key[0] != "memory_moves")
+    assert await slots.left_over() == []
+
+
+async def test_a_move_that_is_driven_has_not_stopped(slots: Slots) -> None:
+    async with database(slots.cluster.catalog_dsn(owner=True)) as driver, database(slots.cluster.catalog_dsn()) as app:
+        move = await catalog_moves.create_move(driver, 200, 299, "shard-0", "shard-1")
+        (seen,) = (await catalog_moves.read_progress(app)).open
+        assert (seen.move, seen.is_driven, seen.is_stopped) == (move, False, True)
+        assert await catalog_moves.take_lease(driver, move.move_id)
+        (seen,) = (await catalog_moves.read_progress(app)).open
+        assert (seen.is_driven, seen.is_stopped) == (True, False)
+        done = await catalog_moves.change_move(driver, move, replace(move, step=Step.ROLLED_BACK))
+        progress = await catalog_moves.read_progress(app)
+        assert (progress.open, progress.ended[done.step]) == ((), 1)

@@ -69,7 +69,7 @@ async def test_it_refreshes_and_quits_clean(cluster: LocalCluster, end: str) -> 
     async with on_a_terminal("top", "--interval", "0.2", "--data-dir", str(cluster.data_dir)) as (screen, slave):
         before = termios.tcgetattr(slave)
         await eventually(lambda: screen.text.count(b"requests/s") >= 3, within_s=30)
-        for shown in (b"shard-0", b"shard-2", b"All breakers are closed."):
+        for shown in (b"shard-0", b"shard-2", b"All breakers are closed.", b"No slots are being moved."):
             assert shown in screen.text
         assert termios.tcgetattr(slave) != before or b"\x1b[?1049h" in screen.text
         if end == "q":
@@ -96,6 +96,7 @@ async def test_scripts_get_a_document(cluster: LocalCluster, user: str) -> None:
     assert [shard["shard_id"] for shard in document["shards"]] == ["shard-0", "shard-1", "shard-2"]
     assert sum(shard["slots"] for shard in document["shards"]) == 16_384
     assert document["requests_per_s"] > 0
+    assert document["moves"] == []
     assert user not in output
     _, named = await command("top", "--json", "--names", "--data-dir", str(cluster.data_dir))
     assert user in named

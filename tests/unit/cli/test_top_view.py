@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cli.cluster_health_view import stats_document
 from cli.cluster_top_view import document_of, rendered
 from local.errors import LocalClusterError
 from local.router_admin import RouterAdmin
@@ -102,3 +103,48 @@ def test_a_large_cluster_fits_the_terminal_with_its_troubles_first() -> None:
 def test_a_user_cannot_command_the_terminal() -> None:
     shown = lines(document(stats(), users=hot("\x1b[2J" + "x" * 100)))
     assert all("\x1b" not in line and len(line) <= 80 for line in shown)
+
+
+def moving(answer: pb.GetStatsResponse, count: int, *, age_s: float = 1.0, **of_each: Any) -> pb.GetStatsResponse:
+    answer.moves_age_s = age_s
+    for number in range(count):
+        given: dict[str, Any] = {"source": "shard-0", "target": "shard-2", "step": "copying"} | of_each
+        seen = answer.moves.add(stopped=number == 0)
+        seen.move.CopyFrom(pb.Move(move_id=number + 7, first_slot=1024, last_slot=2047, **given))
+    return answer
+
+
+def test_each_move_that_is_not_over_has_a_line_and_one_that_nobody_drives_says_so() -> None:
+    shown = lines(document(moving(stats(), 2)))
+    assert "move 7  1,024 slots  shard-0 → shard-2  stopped at copying" in shown
+    assert "move 8  1,024 slots  shard-0 → shard-2  copying" in shown
+    assert "No slots are being moved." in lines(document(moving(stats(), 0)))
+    assert "Whether slots are being moved is not known." in lines(document(stats()))
+
+
+def test_moves_are_told_by_the_router_that_heard_of_them_last() -> None:
+    found = document(moving(stats(), 2, age_s=9), moving(stats(), 1, age_s=2))
+    assert [(move["move_id"], move["step"], move["stopped"]) for move in found["moves"]] == [(7, "copying", True)]
+    assert document(moving(stats(), 1), stats())["moves"] == found["moves"]
+
+
+def test_long_names_and_many_moves_take_no_more_room_than_there_is() -> None:
+    many = moving(stats(64), 9, source="a" * 63, target="b" * 63, step="rolling_back")
+    shown = lines(document(many), height=24)
+    assert len(shown) <= 24
+    assert all(len(line) <= 80 for line in shown)
+    assert "move 7  1,024 slots  aaaaaaaaaaaaa… → bbbbbbbbbbbbb…  stopped at rolling-back" in shown
+    assert "… and 6 more moves that are not over" in shown
+
+
+def test_stats_have_what_the_entrance_refused_and_moves_as_numbers() -> None:
+    told, silent = moving(stats(), 1), stats()
+    told.entrance.shed = 5_000_000_000
+    for answer in (told, silent):
+        answer.hedges.SetInParent()
+        answer.cache.SetInParent()
+    first, second = stats_document(list(zip(ROUTERS, (told, silent), strict=True)))["routers"]
+    assert first["entrance"] == {"shed": 5_000_000_000}
+    assert first["moves"][0]["move_id"] == 7
+    # A router from before either.
+    assert (second["entrance"], second["moves"]) == ({"shed": 0}, None)

@@ -5,6 +5,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Metric
@@ -16,10 +18,11 @@ from common.lifecycle import StartError
 from common.telemetry import exposition
 from common.telemetry.exposition import Exposition
 from tests.support.cluster import free_port
+from tests.support.eventually import eventually
 
 
-def settings(port: int | None) -> RouterSettings:
-    return RouterSettings(catalog_dsn="postgresql://u@h/d", metrics_port=port)  # type: ignore[arg-type]  # As read.
+def settings(port: int | None, **others: Any) -> RouterSettings:
+    return RouterSettings(catalog_dsn="postgresql://u@h/d", metrics_port=port, **others)  # type: ignore[arg-type]  # As read.
 
 
 def get(port: int) -> str:
@@ -87,3 +90,25 @@ async def test_a_port_that_is_taken_is_said_and_no_port_is_no_page() -> None:
     async with Exposition(settings(port), [], registry()), Exposition(settings(None), [], registry()):
         with pytest.raises(StartError, match=f"{port} for metrics"):
             await Exposition(settings(port), [], registry()).__aenter__()
+
+
+async def test_a_successor_starts_while_its_predecessor_has_the_page_and_takes_it_over(tmp_path: Path) -> None:
+    port, new = free_port(), CollectorRegistry()
+
+    async def is_taken_over() -> bool:
+        return "looked_up 2.0" in await asyncio.to_thread(get, port)
+
+    predecessor = Exposition(settings(port), [lambda: gauge(1)], registry())
+    await predecessor.__aenter__()
+    async with Exposition(settings(port, handover_file=tmp_path / "ready"), [lambda: gauge(2)], new):
+        assert not await is_taken_over()
+        await predecessor.__aexit__()
+        await eventually(is_taken_over, within_s=5)
+
+
+async def test_a_successor_that_never_gets_the_page_leaves_it_alone(tmp_path: Path) -> None:
+    port = free_port()
+    async with Exposition(settings(port), [], registry()):
+        async with Exposition(settings(port, handover_file=tmp_path / "ready"), [], registry()):
+            pass
+        assert "counted_total" in await asyncio.to_thread(get, port)

@@ -1026,11 +1026,16 @@ class GetStatsResponse(_message.Message):
     SHARDS_FIELD_NUMBER: _builtins.int
     SERVERS_FIELD_NUMBER: _builtins.int
     REQUESTS_PER_S_FIELD_NUMBER: _builtins.int
+    ENTRANCE_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    MOVES_AGE_S_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Of the topology that it routes by."""
     uptime_s: _builtins.float
     requests_per_s: _builtins.float
     """That came to this router, over the last ten seconds."""
+    moves_age_s: _builtins.float
+    """Since it did. Absent: it never has, or its role may not read them."""
     @_builtins.property
     def breakers(self) -> _containers.RepeatedCompositeFieldContainer[Global___BreakerStats]: ...
     @_builtins.property
@@ -1051,6 +1056,12 @@ class GetStatsResponse(_message.Message):
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardStats]: ...
     @_builtins.property
     def servers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServerStats]: ...
+    @_builtins.property
+    def entrance(self) -> Global___EntranceStats: ...
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveStats]:
+        """Those that are not over, oldest first, as the catalog told them last."""
+
     def __init__(
         self,
         *,
@@ -1066,12 +1077,17 @@ class GetStatsResponse(_message.Message):
         shards: _abc.Iterable[Global___ShardStats] | None = ...,
         servers: _abc.Iterable[Global___ServerStats] | None = ...,
         requests_per_s: _builtins.float = ...,
+        entrance: Global___EntranceStats | None = ...,
+        moves: _abc.Iterable[Global___MoveStats] | None = ...,
+        moves_age_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "hedges", b"hedges", "retries", b"retries"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_moves_age_s", b"_moves_age_s", "cache", b"cache", "entrance", b"entrance", "hedges", b"hedges", "moves_age_s", b"moves_age_s", "retries", b"retries"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["breakers", b"breakers", "cache", b"cache", "epoch", b"epoch", "hedges", b"hedges", "levels", b"levels", "limits", b"limits", "recoveries", b"recoveries", "requests_per_s", b"requests_per_s", "retries", b"retries", "servers", b"servers", "shards", b"shards", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_moves_age_s", b"_moves_age_s", "breakers", b"breakers", "cache", b"cache", "entrance", b"entrance", "epoch", b"epoch", "hedges", b"hedges", "levels", b"levels", "limits", b"limits", "moves", b"moves", "moves_age_s", b"moves_age_s", "recoveries", b"recoveries", "requests_per_s", b"requests_per_s", "retries", b"retries", "servers", b"servers", "shards", b"shards", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__moves_age_s: _TypeAlias = _typing.Literal["moves_age_s"]  # noqa: Y015
+    _WhichOneofArgType__moves_age_s: _TypeAlias = _typing.Literal["_moves_age_s", b"_moves_age_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__moves_age_s) -> _WhichOneofReturnType__moves_age_s | None: ...
 
 Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015
 
@@ -1254,6 +1270,54 @@ class LimitStats(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LimitStats: _TypeAlias = LimitStats  # noqa: Y015
+
+@_typing.final
+class EntranceStats(_message.Message):
+    """The way into the router: what it refuses because it has too much to do itself, and not a shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHED_FIELD_NUMBER: _builtins.int
+    shed: _builtins.int
+    """Requests that were refused since the router's start."""
+    def __init__(
+        self,
+        *,
+        shed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shed", b"shed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EntranceStats: _TypeAlias = EntranceStats  # noqa: Y015
+
+@_typing.final
+class MoveStats(_message.Message):
+    """A move of slots that is not over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_FIELD_NUMBER: _builtins.int
+    STOPPED_FIELD_NUMBER: _builtins.int
+    stopped: _builtins.bool
+    """Nobody is at work on it: it stays as it is until it is resumed or rolled back."""
+    @_builtins.property
+    def move(self) -> Global___Move: ...
+    def __init__(
+        self,
+        *,
+        move: Global___Move | None = ...,
+        stopped: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["move", b"move"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["move", b"move", "stopped", b"stopped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveStats: _TypeAlias = MoveStats  # noqa: Y015
 
 @_typing.final
 class LevelStats(_message.Message):
