@@ -50,13 +50,15 @@ class Database:
     async def reading(self, deadline: Deadline) -> AsyncIterator[Connection]:
         """A connection for a read, or work that may be done again. A lost one is Unavailable: any retry is safe."""
         connection = await self._acquire(deadline)
+        finished = False
         try:
             with _explained():
                 yield connection
+            finished = True
         except CONNECTION_LOST as error:
             raise _unavailable() from error
         finally:
-            await self._release(connection)
+            await self._release(connection, finished=finished)
 
     async def to_write(self, deadline: Deadline) -> "WriteConnection":
         """A connection for one write. Whoever gets it must enter it, which gives it back at the end.
@@ -88,13 +90,15 @@ class Database:
         await self._pool.expire_connections()
         return there_were
 
-    async def _give_back(self, connection: "PoolConnectionProxy[asyncpg.Record]", *, read_only: bool) -> None:
+    async def _give_back(
+        self, connection: "PoolConnectionProxy[asyncpg.Record]", *, finished: bool, read_only: bool
+    ) -> None:
         try:
             if read_only:
                 await self._pool.expire_connections()
                 if self._primary is not None:
                     self._primary.doubt()
-            await self._release(connection)
+            await self._release(connection, finished=finished)
         finally:
             self._writes.release()
 
@@ -113,7 +117,7 @@ class Database:
             if not self._is_outdated(connection):
                 return connection
             await self._pool.expire_connections()
-            await self._release(connection)
+            await self._release(connection, finished=True)
 
     async def _lend(self, deadline: Deadline) -> "PoolConnectionProxy[asyncpg.Record]":
         connection = await self._pool.acquire(timeout=deadline.remaining_s())
@@ -122,12 +126,15 @@ class Database:
             timed: Any = connection  # The pool's proxy has the methods of what it was told to make.
             await timed.limit_statements(deadline.remaining_s())
         except BaseException:
-            await self._release(connection)
+            await self._release(connection, finished=False)
             raise
         return connection
 
-    async def _release(self, connection: "PoolConnectionProxy[asyncpg.Record]") -> None:
+    async def _release(self, connection: "PoolConnectionProxy[asyncpg.Record]", *, finished: bool) -> None:
         self._lent.discard(connection)
+        if not finished:
+            timed: Any = connection
+            timed.leave_midway()
         # A connection that died cannot be tidied up. The pool replaces it, and its complaint must not take the place
         # of the error that the caller is about to see.
         with suppress(*CONNECTION_LOST):
@@ -156,10 +163,11 @@ class WriteConnection:
     async def entered(self) -> AsyncIterator[Connection]:
         """The connection, given back at the end."""
         warnings: list[Any] = []
-        read_only = False
+        finished = read_only = False
         try:
             with _explained(), _listening(self._connection, warnings):
                 yield self._connection
+            finished = True
             if any(map(_leaves_in_doubt, warnings)):
                 raise _in_doubt("the wait for a standby was cut short")
         except CONNECTION_LOST as error:
@@ -168,11 +176,13 @@ class WriteConnection:
             read_only = isinstance(error.__cause__, asyncpg.ReadOnlySQLTransactionError)
             raise
         finally:
-            await self._give_back(self._connection, read_only=read_only)
+            await self._give_back(self._connection, finished=finished, read_only=read_only)
 
 
 class _GiveBack(Protocol):
-    async def __call__(self, connection: "PoolConnectionProxy[asyncpg.Record]", *, read_only: bool) -> None: ...
+    async def __call__(
+        self, connection: "PoolConnectionProxy[asyncpg.Record]", *, finished: bool, read_only: bool
+    ) -> None: ...
 
 
 async def open_pool(
@@ -189,7 +199,7 @@ async def open_pool(
         min_size=settings.pool_min_connections,
         max_size=settings.pool_max_connections,
         init=_prepare,
-        reset=_keep,
+        reset=settle,
         timeout=CONNECT_TIMEOUT_S,
         server_settings={
             "application_name": application_name,
@@ -226,8 +236,10 @@ async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
     await register_vector(connection)
 
 
-async def _keep(connection: Connection) -> None:
-    """Instead of asyncpg's reset, which costs a round trip: no statement here changes a session's state."""
+async def settle(connection: Connection) -> None:
+    """Instead of asyncpg's reset, which costs a round trip each time: no statement here changes a session's state."""
+    timed: Any = connection
+    await timed.settle()
 
 
 @contextmanager

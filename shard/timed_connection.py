@@ -27,6 +27,21 @@ class TimedConnection(_Base):
     """Connections begin with the longest timeout, which the pool asks for when it makes them."""
 
     statement_timeout_s = LONGEST_S
+    _left_midway = False
+
+    def leave_midway(self) -> None:
+        """Its use ended by an error or by a cancellation, maybe between two messages of one statement.
+
+        asyncpg prepares a statement without a Sync, so that the server, waiting for the rest, keeps a transaction open
+        and its locks held: for as long as nobody else uses the connection.
+        """
+        self._left_midway = True
+
+    async def settle(self) -> None:
+        """Ends what was left midway: a round trip then, and nothing otherwise."""
+        if self._left_midway:
+            await self.execute("SELECT")
+            self._left_midway = False
 
     async def limit_statements(self, remaining_s: float) -> None:
         """Has the server end statements after `remaining_s` seconds, rounded up to one of a few steps."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from common.deadline import Deadline
-from common.errors import OutcomeUnknown, Unavailable
+from common.errors import InvalidArgument, OutcomeUnknown, Unavailable
 from memshard.v1 import memory_pb2 as pb
 from shard.database import Database
 from tests.support.cluster import LocalCluster
@@ -73,3 +73,19 @@ async def test_a_read_whose_caller_has_left_ends_in_the_database(
 
         await eventually(gone, within_s=5)
     assert (await api.ListMemories(pb.ListMemoriesRequest(user_id=user))).memories
+
+
+async def test_a_use_that_ended_midway_leaves_no_transaction_open(cluster: LocalCluster) -> None:
+    """A value that the client cannot encode: the statement is prepared by then, and the server waits for the rest."""
+    async with (
+        pool_of_one(cluster.shard_dsn("shard-0")) as pool,
+        database(cluster.shard_dsn("shard-0")) as watcher,
+    ):
+        here = Database(pool)
+        async with here.reading(Deadline.after(5)) as connection:
+            pid = connection.get_server_pid()
+        with pytest.raises(InvalidArgument):
+            async with here.reading(Deadline.after(5)) as connection:
+                await connection.fetch("SELECT id FROM memories WHERE version = $1", "no number")
+        held = "SELECT count(*) FROM pg_locks WHERE pid = $1 AND relation = 'memories'::regclass"
+        assert await watcher.fetchval(held, pid) == 0
