@@ -134,7 +134,9 @@ class Database:
         self._lent.discard(connection)
         if not finished:
             timed: Any = connection
-            timed.leave_midway()
+            # One that has died was taken from under its user, and there is nothing behind this one any more.
+            with suppress(AttributeError):
+                timed.leave_midway()
         # A connection that died cannot be tidied up. The pool replaces it, and its complaint must not take the place
         # of the error that the caller is about to see.
         with suppress(*CONNECTION_LOST):

@@ -75,6 +75,23 @@ async def test_a_read_whose_caller_has_left_ends_in_the_database(
     assert (await api.ListMemories(pb.ListMemoriesRequest(user_id=user))).memories
 
 
+async def test_a_write_whose_connection_dies_is_in_doubt(cluster: LocalCluster) -> None:
+    async with (
+        pool_of_one(cluster.shard_dsn("shard-0")) as pool,
+        database(cluster.shard_dsn("shard-0")) as other,
+    ):
+
+        async def dies() -> None:
+            async with (await Database(pool).to_write(Deadline.after(5))).entered() as connection:
+                await other.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
+                await connection.execute("SELECT pg_sleep(5)")
+
+        with pytest.raises(OutcomeUnknown):
+            await dies()
+        async with Database(pool).reading(Deadline.after(5)) as connection:
+            assert await connection.fetchval("SELECT 1") == 1
+
+
 async def test_a_use_that_ended_midway_leaves_no_transaction_open(cluster: LocalCluster) -> None:
     """A value that the client cannot encode: the statement is prepared by then, and the server waits for the rest."""
     async with (
