@@ -238,10 +238,14 @@ async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
     await register_vector(connection)
 
 
-async def settle(connection: Connection) -> None:
-    """Instead of asyncpg's reset, which costs a round trip each time: no statement here changes a session's state."""
+async def settle(connection: Connection | None) -> None:
+    """Instead of asyncpg's reset, which costs a round trip each time: no statement here changes a session's state.
+
+    The pool hands over None when the connection has died on its way back.
+    """
     timed: Any = connection
-    await timed.settle()
+    if timed is not None:
+        await timed.settle()
 
 
 @contextmanager

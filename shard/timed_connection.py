@@ -5,6 +5,7 @@ is a write, which goes on without its caller: then the server's own `statement_t
 before a commit begins (PostgreSQL's postgres.c, `finish_xact_command`), so that it never cuts one short.
 """
 
+import asyncio
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import asyncpg
@@ -20,6 +21,8 @@ else:
 # default, and the longest that any statement may take.
 _STEPS_S = (1, 10)
 LONGEST_S = 30
+# Whoever waited for the statement waits for this too, and what it asks for is nothing.
+_SETTLE_S = 0.5
 _UNKNOWN = 0
 
 
@@ -38,10 +41,18 @@ class TimedConnection(_Base):
         self._left_midway = True
 
     async def settle(self) -> None:
-        """Ends what was left midway: a round trip then, and nothing otherwise."""
-        if self._left_midway:
-            await self.execute("SELECT")
-            self._left_midway = False
+        """Ends what was left midway: a round trip then, and nothing otherwise.
+
+        Raises ConnectionError when the server does not answer at once: the connection is not to be used again.
+        """
+        if not self._left_midway:
+            return
+        try:
+            async with asyncio.timeout(_SETTLE_S):
+                await self.execute("SELECT")
+        except TimeoutError:
+            raise ConnectionAbortedError("the server does not answer") from None
+        self._left_midway = False
 
     async def limit_statements(self, remaining_s: float) -> None:
         """Has the server end statements after `remaining_s` seconds, rounded up to one of a few steps."""

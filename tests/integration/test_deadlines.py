@@ -3,6 +3,7 @@
 import asyncio
 import time
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
@@ -13,6 +14,8 @@ from memshard.v1 import memory_pb2 as pb
 from shard.database import Database
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
+from tests.support.proxies import Proxies
+from tests.support.proxy import Fault
 from tests.support.wire import database, pool_of_one, store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
@@ -109,3 +112,23 @@ async def test_a_use_that_ended_midway_leaves_no_transaction_open(cluster: Local
                 await connection.fetch("SELECT id FROM memories WHERE version = $1", "no number")
         held = "SELECT count(*) FROM pg_locks WHERE pid = $1 AND relation = 'memories'::regclass"
         assert await watcher.fetchval(held, pid) == 0
+
+
+async def test_a_connection_to_a_server_that_is_silent_is_given_up_at_once(cluster: LocalCluster) -> None:
+    """Whoever's use of it failed does not wait until the server can be asked to end it."""
+    dsn = urlsplit(cluster.shard_dsn("shard-0"))
+    where = f"{dsn.hostname}:{dsn.port}"
+    async with Proxies({"server": where}) as proxies:
+        through = urlunsplit(dsn).replace(where, proxies.addresses["server"])
+        async with pool_of_one(through) as pool:
+            here = Database(pool)
+            async with here.reading(Deadline.after(60)) as connection:
+                assert await connection.fetchval("SELECT 1") == 1
+            await proxies.inflict(Fault.BLACK_HOLE, "server")
+            async with asyncio.timeout(3):
+                with pytest.raises(ZeroDivisionError):
+                    async with here.reading(Deadline.after(60)):
+                        raise ZeroDivisionError
+            await proxies.heal("server")
+            async with here.reading(Deadline.after(60)) as connection:
+                assert await connection.fetchval("SELECT 1") == 1
