@@ -152,6 +152,12 @@ class ServiceSettings(ProcessSettings):
     """File that is made when all is ready but the ports, which a predecessor still has: then they are waited for. So a
     service is restarted with hardly a pause. None: ports that are in use are an error."""
 
+    @model_validator(mode="after")
+    def _own_port_for_metrics(self) -> Self:
+        if self.metrics_port == self.port:
+            raise ValueError("metrics_port must be another than port")
+        return self
+
 
 class EmbedderSettings(ServiceSettings):
     """What a service needs that turns text into embeddings: the router at once, the shard what had to wait."""
@@ -258,6 +264,8 @@ class RouterSettings(EmbedderSettings):
             raise ValueError("admin_token_file is required with admin_port")
         if self.admin_port == self.port:
             raise ValueError("admin_port must be another than port")
+        if self.admin_port is not None and self.admin_port == self.metrics_port:
+            raise ValueError("metrics_port must be another than admin_port")
         if self.embedder_timeout_s > self.default_deadline_s:
             raise ValueError("embedder_timeout_s must not exceed default_deadline_s")
         if self.shard_deadline_margin_s >= self.default_deadline_s:
