@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -234,7 +235,7 @@ async def test_a_successor_listens_before_its_predecessor_ends_and_nobody_is_ref
     (new / "release").touch()
     async with (
         _serving(old) as predecessor,
-        _started(new, port=predecessor.port, handover_file=file),
+        _started(new, port=predecessor.port, handover_file=file) as successor,
         asyncio.TaskGroup() as group,
     ):
         knocking = group.create_task(_knock(predecessor.port))
@@ -243,6 +244,8 @@ async def test_a_successor_listens_before_its_predecessor_ends_and_nobody_is_ref
         in_flight = asyncio.ensure_future(predecessor.memories.GetMemory(pb.GetMemoryRequest(id="kept")))
         await eventually((old / "entered").exists)
         await eventually(file.exists, within_s=20)
+        assert _listens(predecessor)
+        assert _listens(successor)
         await eventually(lambda: _reaches(new, predecessor.port), within_s=20)
         (new / "entered").unlink()
 
@@ -259,12 +262,18 @@ async def test_a_successor_listens_before_its_predecessor_ends_and_nobody_is_ref
         knocking.cancel()
 
 
+def _listens(service: _Service) -> bool:
+    open_ = psutil.Process(service.process.pid).net_connections("tcp")
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == service.port for c in open_)
+
+
 async def _knock(port: int) -> None:
     """One connection after the other, for ever. Raises ConnectionRefusedError when nobody listens."""
     while True:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.close()
-        with suppress(ConnectionError):
+        # One that the predecessor had not accepted yet is reset, which clients take for a first try.
+        with suppress(ConnectionResetError):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
             await writer.wait_closed()
 
 
