@@ -1,7 +1,6 @@
 """Claiming a port for a start that is no handover: nobody listens on it before, and no other claim comes between."""
 
 import socket
-from collections.abc import Iterator
 
 import pytest
 
@@ -21,7 +20,7 @@ def listener(host: str = _HOST, port: int = 0, *, shares: bool) -> socket.socket
 
 
 @pytest.fixture
-def port() -> Iterator[int]:
+def port() -> int:
     """A free one."""
     with socket.socket() as probe:
         probe.bind((_HOST, 0))

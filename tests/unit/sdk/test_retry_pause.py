@@ -108,7 +108,7 @@ async def test_the_retry_comes_after_the_connection_has_been_tried_again(get: Ge
             door.bind(("127.0.0.1", 0))
             door.listen()
             port = door.getsockname()[1]
-            getting = asyncio.create_task(get(f"127.0.0.1:{port}", 10))
+            getting = asyncio.ensure_future(get(f"127.0.0.1:{port}", 10))
             await eventually(lambda: select.select([door], [], [], 0)[0])
             async with _serving(_Answers(), port):
                 door.close()
