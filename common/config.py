@@ -149,8 +149,8 @@ class ServiceSettings(ProcessSettings):
     that balance by DNS look again and find servers that have come since. None: never."""
 
     handover_file: Path | None = None
-    """File that is made when all is ready but the ports, which a predecessor still has: then they are waited for. So a
-    service is restarted with hardly a pause. None: ports that are in use are an error."""
+    """File that is made once this process listens, on ports that a predecessor still listens on: the predecessor may be
+    ended then, and a service is restarted without a pause. None: ports that are in use are an error."""
 
     @model_validator(mode="after")
     def _own_port_for_metrics(self) -> Self:
