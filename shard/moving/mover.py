@@ -33,6 +33,7 @@ class Mover:
         self._settings = settings
         self._tell = tell
         self._stop = asyncio.Event()
+        self._turns = asyncio.Lock()
         self._pace = Pace(settings.max_rate, settings.max_standby_lag_bytes, tell)
 
     def stop(self) -> None:
@@ -242,7 +243,7 @@ class Mover:
             await self._pace.room(source, target)
 
     def _driver(self, move_id: int) -> Driver:
-        return Driver(self._settings, move_id, self._tell, self._stop)
+        return Driver(self._settings, move_id, self._tell, self._stop, self._turns)
 
     @asynccontextmanager
     async def _catalog(self) -> AsyncIterator[Connection]:
