@@ -111,9 +111,12 @@ async def compared(moving: Moving, stream: Stream) -> Comparison:
     return comparison
 
 
-async def settle(moving: Moving, stream: Stream, comparison: Comparison) -> None:
-    """Looks again at what differed or has changed since, until that is little and the subscriber is close."""
+async def settle(moving: Moving, stream: Stream, comparison: Comparison) -> float:
+    """Looks again at what differed or has changed since, until that is little and the subscriber is close; the seconds
+    that the last look took.
+    """
     for _ in range(_ROUNDS):
+        looked = time.monotonic()
         await comparison.changes.shorten()
         # The commit of the mark takes the snapshot to the disk too, so that this `take` has it, and the next one begins
         # there: what is decoded under the fence is what came since.
@@ -126,7 +129,7 @@ async def settle(moving: Moving, stream: Stream, comparison: Comparison) -> None
         comparison.suspects = await comparison.verifier.some(merged(comparison.suspects, changed))
         moving.told(rows=comparison.verifier.rows, lag_ms=round(lag_s * 1000), suspects=count(comparison.suspects))
         if lag_s <= _CLOSE_S and count(changed) + count(comparison.suspects) <= _FEW_SUSPECTS:
-            return
+            return time.monotonic() - looked
     raise MoveError(
         f"{stream.subscriber.shard_id} does not keep up with what is written to {stream.publisher.shard_id}"
     )

@@ -28,6 +28,11 @@ _log = logs.get_logger("cutover")
 MAX_ATTEMPTS = 8
 _PAUSE_S = 0.5
 _CATALOG_TIMEOUT_S = 2.0
+# A look takes as long as the first half of what is done under the fence. One that takes longer than this means that the
+# servers are busy, with a copy that begins or whatever it is, and the fence can wait for a better moment: so long.
+_CALM_S = 0.1
+_CALM_TIMEOUT_S = 3.0
+_CALM_POLL_S = 0.05
 
 _FAILURES = (FenceError, StreamError, SideError, MoveError, CatalogError, *CONNECT_ERRORS)
 
@@ -113,11 +118,16 @@ async def settle_return(moving: Moving) -> None:
 
 
 async def _made_ready(moving: Moving, stream: Stream) -> None:
-    """Waits for this move's turn, and does before the fence what can be: what is left to be done under it is little."""
+    """Waits for this move's turn and for a calm moment, and does before the fence what can be done before it."""
     assert moving.comparison is not None
     await moving.turn.take()
     await moving.rehearse(stream.publisher, stream.subscriber)
-    await settle(moving, stream, moving.comparison)
+    deadline = time.monotonic() + _CALM_TIMEOUT_S
+    while True:
+        looked_s = await settle(moving, stream, moving.comparison)
+        if looked_s <= _CALM_S or time.monotonic() >= deadline:
+            return
+        await asyncio.sleep(_CALM_POLL_S)
 
 
 async def _brought_over(moving: Moving, stream: Stream) -> Position:

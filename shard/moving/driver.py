@@ -30,6 +30,8 @@ _LEASE_TIMEOUT_S = 15.0
 _POLL_S = 0.1
 # Decided, and not over: whoever has come this far goes on, told to stop or not.
 _HANDING_OVER = (Step.CUT_OVER, Step.RETURNED)
+# They begin what keeps servers busy, and while they wait no slot is fenced.
+_CAN_WAIT = (Step.COPYING, Step.REVERSING, Step.CLEANING)
 _LOST = (DatabaseUnreachableError, SideError, *CONNECT_ERRORS)
 
 
@@ -113,7 +115,7 @@ class Driver:
         """Takes one step; False when told to stop. What is fenced by then is not left so."""
         if self._stop.is_set() and moving.move.step not in _HANDING_OVER:
             return False
-        work = asyncio.ensure_future(STEPS[moving.move.step](moving))
+        work = asyncio.ensure_future(self._work(moving))
         stop = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -126,6 +128,11 @@ class Driver:
             for task in (work, stop):
                 task.cancel()
             await asyncio.gather(work, stop, return_exceptions=True)
+
+    async def _work(self, moving: Moving) -> None:
+        if moving.move.step in _CAN_WAIT:
+            await self._turn.others()
+        await STEPS[moving.move.step](moving)
 
     async def _unfence(self, moving: Moving) -> Move:
         move = moving.move

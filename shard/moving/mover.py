@@ -15,7 +15,7 @@ from common.postgres import Connection
 from common.topology import Shard, ShardStatus, Topology
 from shard.moving import side
 from shard.moving.driver import Driver, LeasedError
-from shard.moving.moving import MoveError, Tell
+from shard.moving.moving import MoveError, Tell, Turn
 from shard.moving.pacing import Pace
 from shard.moving.plan import PlannedMove, by_hand, plan
 
@@ -177,6 +177,7 @@ class Mover:
                             )
                         except MoveConflictError as error:
                             raise MoveError(f"{error}, by another mover; wait for it") from error
+                    await Turn(self._turns).others()
                     await self._room(made)
                     ended = await self._driver(made.move_id).run(hold=True)
                     self._pace.moved(ended.rows)

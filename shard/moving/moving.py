@@ -41,6 +41,12 @@ class Turn:
             await self._lock.acquire()
             self._is_ours = True
 
+    async def others(self) -> None:
+        """Returns when no other move hands over: what is not urgent leaves the servers to it meanwhile."""
+        if not self._is_ours:
+            async with self._lock:
+                pass
+
     def end(self) -> None:
         """Lets the next one have its turn, if this one has it."""
         if self._is_ours:
