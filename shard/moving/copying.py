@@ -94,7 +94,7 @@ async def reverse(moving: Moving) -> None:
     await way.publish()
     await way.make_slot()
     await way.subscribe(enabled=False, copy=False)
-    await _settle(moving, moving.forward, moving.comparison)
+    await settle(moving, moving.forward, moving.comparison)
     await moving.advance(Step.FENCED)
 
 
@@ -106,21 +106,30 @@ async def compared(moving: Moving, stream: Stream) -> Comparison:
     comparison = Comparison(Verifier(stream.publisher, stream.subscriber, move.first, move.last), changes)
     await stream.caught_up(_CATCH_UP_TIMEOUT_S)
     comparison.suspects = await comparison.verifier.all()
-    await _settle(moving, stream, comparison)
+    await settle(moving, stream, comparison)
     moving.comparison = comparison
     return comparison
 
 
-async def _settle(moving: Moving, stream: Stream, comparison: Comparison) -> None:
-    """Looks again at what differed or has changed since, until that is little and the subscriber is close."""
+async def settle(moving: Moving, stream: Stream, comparison: Comparison) -> float:
+    """Looks again at what differed or has changed since, until that is little and the subscriber is close; the seconds
+    that the last look took.
+    """
     for _ in range(_ROUNDS):
+        looked = time.monotonic()
         await comparison.changes.shorten()
+        # The commit of the mark takes the snapshot to the disk too, so that this `take` has it, and the next one begins
+        # there: what is decoded under the fence is what came since.
+        mark = await stream.mark()
         changed = await comparison.changes.take()
-        lag_s = await stream.caught_up(_CATCH_UP_TIMEOUT_S)
+        # As under the fence, the subscriber has the time of the `take` to come closer.
+        began = time.monotonic()
+        await stream.arrived(mark, _CATCH_UP_TIMEOUT_S)
+        lag_s = time.monotonic() - began
         comparison.suspects = await comparison.verifier.some(merged(comparison.suspects, changed))
         moving.told(rows=comparison.verifier.rows, lag_ms=round(lag_s * 1000), suspects=count(comparison.suspects))
         if lag_s <= _CLOSE_S and count(changed) + count(comparison.suspects) <= _FEW_SUSPECTS:
-            return
+            return time.monotonic() - looked
     raise MoveError(
         f"{stream.subscriber.shard_id} does not keep up with what is written to {stream.publisher.shard_id}"
     )

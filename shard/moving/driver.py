@@ -15,7 +15,7 @@ from common.config import MoverSettings
 from common.moves import UNFENCED, Move, Step
 from common.postgres import CONNECT_ERRORS, Connection, DatabaseUnreachableError
 from shard.moving import cutover, side
-from shard.moving.moving import MoveError, Moving, Tell
+from shard.moving.moving import MoveError, Moving, Tell, Turn
 from shard.moving.side import SideError
 from shard.moving.steps import STEPS
 from shard.moving.streams import StreamError
@@ -28,6 +28,10 @@ _BACKOFF_S = 0.5
 # Another mover's session, which may be ending.
 _LEASE_TIMEOUT_S = 15.0
 _POLL_S = 0.1
+# Decided, and not over: whoever has come this far goes on, told to stop or not.
+_HANDING_OVER = (Step.CUT_OVER, Step.RETURNED)
+# They begin what keeps servers busy, and while they wait no slot is fenced.
+_CAN_WAIT = (Step.COPYING, Step.REVERSING, Step.CLEANING)
 _LOST = (DatabaseUnreachableError, SideError, *CONNECT_ERRORS)
 
 
@@ -36,10 +40,15 @@ class LeasedError(MoveError):
 
 
 class Driver:
-    """Drives one move. `stop` makes it end where it can be resumed, as soon as no slot is fenced."""
+    """Drives one move. `stop` makes it end where it can be resumed, as soon as no slot is fenced. Who has the lock
+    `turns` hands over.
+    """
 
-    def __init__(self, settings: MoverSettings, move_id: int, tell: Tell, stop: asyncio.Event) -> None:
+    def __init__(
+        self, settings: MoverSettings, move_id: int, tell: Tell, stop: asyncio.Event, turns: asyncio.Lock
+    ) -> None:
         self._settings = settings
+        self._turn = Turn(turns)
         self._move_id = move_id
         self._tell = tell
         self._stop = stop
@@ -53,7 +62,10 @@ class Driver:
         tried_since, seen = time.monotonic(), (Step.DONE, 0)
         while True:
             try:
-                return await self._run_connected(hold=hold, bring_back=bring_back, unfence=unfence)
+                try:
+                    return await self._run_connected(hold=hold, bring_back=bring_back, unfence=unfence)
+                finally:
+                    self._turn.end()
             except catalog_moves.MoveConflictError as error:
                 # A change whose answer was lost: what the catalog says now is true.
                 failure: Exception = error
@@ -82,7 +94,7 @@ class Driver:
                 side.opened(move.source, self._settings.shard_dsn(move.source), move.move_id) as source,
                 side.opened(move.target, self._settings.shard_dsn(move.target), move.move_id) as target,
             ):
-                moving = Moving(connection, self._settings, move, source, target, self._tell)
+                moving = Moving(connection, self._settings, move, source, target, self._tell, self._turn)
                 moving.told()
                 if bring_back:
                     await self._turn_round(moving)
@@ -94,18 +106,20 @@ class Driver:
                         await moving.advance(Step.RETURNING)
                     if not await self._step(moving):
                         break
+                    if moving.move.step not in _HANDING_OVER:
+                        self._turn.end()
                     self._at = moving.move
                 return moving.move
 
     async def _step(self, moving: Moving) -> bool:
         """Takes one step; False when told to stop. What is fenced by then is not left so."""
-        if self._stop.is_set() and moving.move.step not in (Step.CUT_OVER, Step.RETURNED):
+        if self._stop.is_set() and moving.move.step not in _HANDING_OVER:
             return False
-        work = asyncio.ensure_future(STEPS[moving.move.step](moving))
+        work = asyncio.ensure_future(self._work(moving))
         stop = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
-            decided = moving.fenced_at is not None or moving.move.step in (Step.CUT_OVER, Step.RETURNED)
+            decided = moving.fenced_at is not None or moving.move.step in _HANDING_OVER
             if work.done() or decided:
                 await work
                 return True
@@ -115,9 +129,14 @@ class Driver:
                 task.cancel()
             await asyncio.gather(work, stop, return_exceptions=True)
 
+    async def _work(self, moving: Moving) -> None:
+        if moving.move.step in _CAN_WAIT:
+            await self._turn.others()
+        await STEPS[moving.move.step](moving)
+
     async def _unfence(self, moving: Moving) -> Move:
         move = moving.move
-        if move.step in (Step.CUT_OVER, Step.RETURNED):
+        if move.step in _HANDING_OVER:
             await STEPS[move.step](moving)
         elif move.step is Step.RETURNING:
             await moving.advance(Step.RETURNING, fenced_at=None, error=UNFENCED)

@@ -15,7 +15,7 @@ from common.postgres import Connection
 from common.topology import Shard, ShardStatus, Topology
 from shard.moving import side
 from shard.moving.driver import Driver, LeasedError
-from shard.moving.moving import MoveError, Tell
+from shard.moving.moving import MoveError, Tell, Turn
 from shard.moving.pacing import Pace
 from shard.moving.plan import PlannedMove, by_hand, plan
 
@@ -33,6 +33,7 @@ class Mover:
         self._settings = settings
         self._tell = tell
         self._stop = asyncio.Event()
+        self._turns = asyncio.Lock()
         self._pace = Pace(settings.max_rate, settings.max_standby_lag_bytes, tell)
 
     def stop(self) -> None:
@@ -176,6 +177,7 @@ class Mover:
                             )
                         except MoveConflictError as error:
                             raise MoveError(f"{error}, by another mover; wait for it") from error
+                    await Turn(self._turns).others()
                     await self._room(made)
                     ended = await self._driver(made.move_id).run(hold=True)
                     self._pace.moved(ended.rows)
@@ -242,7 +244,7 @@ class Mover:
             await self._pace.room(source, target)
 
     def _driver(self, move_id: int) -> Driver:
-        return Driver(self._settings, move_id, self._tell, self._stop)
+        return Driver(self._settings, move_id, self._tell, self._stop, self._turns)
 
     @asynccontextmanager
     async def _catalog(self) -> AsyncIterator[Connection]:

@@ -10,7 +10,10 @@ import pytest
 import pytest_asyncio
 
 from common import catalog_moves
+from common.catalog import EpochConflictError
+from common.catalog_moves import MoveConflictError
 from common.moves import Step
+from common.topology import Cutover
 from shard import purge
 from shard.database import Database
 from shard.moving.tables import MARKS, MOVED, STAYING
@@ -176,3 +179,34 @@ async def test_a_move_that_is_driven_has_not_stopped(slots: Slots) -> None:
         done = await catalog_moves.change_move(driver, move, replace(move, step=Step.ROLLED_BACK))
         progress = await catalog_moves.read_progress(app)
         assert (progress.open, progress.ended[done.step]) == ((), 1)
+
+
+async def test_a_hand_over_is_recorded_whole_or_not_at_all(slots: Slots) -> None:
+    """Epoch and move both are what it was planned against, or nothing changes."""
+    async with database(slots.cluster.catalog_dsn(owner=True)) as connection:
+        move = await catalog_moves.create_move(connection, 300, 399, "shard-0", "shard-1")
+        before = await slots.topology()
+        standing = await catalog_moves.read_standing(connection, "shard-0", "shard-1")
+        assert (standing.epoch, standing.ranges) == (before.epoch, before.ranges)
+        assert standing.address == next(shard.address for shard in before.shards if shard.shard_id == "shard-1")
+        over = replace(move, step=Step.CUT_OVER, cutover_at=datetime.now(UTC))
+        for stale, planned, error in (
+            (replace(standing, epoch=standing.epoch - 1), move, EpochConflictError),
+            (standing, replace(move, version=move.version + 1), MoveConflictError),
+        ):
+            with pytest.raises(error):
+                await catalog_moves.hand_over(connection, stale, planned, over, "shard-0", "shard-1", (1, 4711))
+            assert await slots.topology() == before
+            assert await catalog_moves.read_move(connection, move.move_id) == move
+        there = await catalog_moves.hand_over(connection, standing, move, over, "shard-0", "shard-1", (1, 4711))
+        after = await slots.topology()
+        assert await catalog_moves.read_move(connection, move.move_id) == there
+        assert (there.step, there.cutover_epoch, after.epoch) == (Step.CUT_OVER, before.epoch + 1, before.epoch + 1)
+        assert {after.owner(slot).shard_id for slot in range(300, 400)} == {"shard-1"}
+        assert [after.owner(slot) for slot in (299, 400)] == [before.owner(slot) for slot in (299, 400)]
+        assert Cutover("shard-0", "shard-1", 1, 4711) in after.cutovers
+        # The shards were never told.
+        standing = await catalog_moves.read_standing(connection, "shard-1", "shard-0")
+        back = replace(there, step=Step.ROLLED_BACK)
+        await catalog_moves.hand_over(connection, standing, there, back, "shard-1", "shard-0", (1, 4712))
+        assert (await slots.topology()).ranges == before.ranges
