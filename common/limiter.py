@@ -168,8 +168,7 @@ class Limiter:
     def _room(self, batch: bool) -> float:
         if batch:
             # So few hardly queue, and half of a batch refused is work done twice: degradation leaves them their room.
-            short = max(self.settings.least, min(self.limit, self.settings.usual))
-            return max(self.limit * self.batch_share, short * self.settings.batch_share)
+            return max(self.limit * self.batch_share, self.settings.least * self.settings.batch_share)
         # Where only batches were too many, a measurement needs nobody else to stay out.
         return self.limit if self._period.refused_interactive else int(self._limit)
 

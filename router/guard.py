@@ -28,8 +28,12 @@ Clock = Callable[[], float]
 # Seconds that a failure says something of a breaker that is half-open: the health monitor tries more often than that.
 _FAILURE_HOLDS_S = 20.0
 
-# Seconds that a tally looks back on: longer than a level takes to be entered, so that single seconds do not flap it.
 TALLY_S = 10
+"""Seconds that the tally looks back on which people are shown."""
+
+LATELY_S = 4
+"""Seconds that the tally looks back on from which levels are decided: less than a level takes to be entered
+(`common.level`), so that what happened in one moment is out of sight before it could be taken for lasting."""
 
 
 _SHED = SHED.labels("server")
@@ -44,13 +48,13 @@ class Kind(StrEnum):
 
 
 class Tally:
-    """What became of the calls of the last ten seconds, from which a level is decided (`router.levels`)."""
+    """What became of the calls of the last `window_s` seconds."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.answered = SlidingCount(1.0, TALLY_S, clock)
-        self.failed = SlidingCount(1.0, TALLY_S, clock)
-        self.shed = SlidingCount(1.0, TALLY_S, clock)
-        self.latency = LatencyWindow(TALLY_S, clock)
+    def __init__(self, window_s: int, clock: Clock) -> None:
+        self.answered = SlidingCount(1.0, window_s, clock)
+        self.failed = SlidingCount(1.0, window_s, clock)
+        self.shed = SlidingCount(1.0, window_s, clock)
+        self.latency = LatencyWindow(window_s, clock)
         """Of interactive calls that were answered, in seconds."""
 
 
@@ -61,7 +65,8 @@ class Guard:
         self.shard_id = shard_id
         self.name = name
         self.limiter = Limiter(clock, SERVER)
-        self.tally = Tally(clock)
+        self.tally = Tally(TALLY_S, clock)
+        self.lately = Tally(LATELY_S, clock)
         self._queue = WaitingRoom(self.limiter, clock)
         self._durations = {kind: SERVER_CALL_DURATION.labels(name, kind.value) for kind in Kind}
         self._ended: dict[tuple[Kind, str], Counter] = {}
@@ -93,11 +98,11 @@ class Guard:
             if isinstance(error, DeadlineExceeded) and waited_s < SHARD.fair_timeout_s:
                 raise  # Of a caller in a hurry: it says nothing, and nobody else is to feel it.
             if speaks_of_callee(error):
-                self.tally.failed.add()
+                for tally in (self.tally, self.lately):
+                    tally.failed.add()
                 self._failed_at[kind] = self._clock()
             else:
-                self.tally.answered.add()
-                self._failed_at.pop(kind, None)
+                self._answered(kind)
             if isinstance(error, DeadlineExceeded | ResourceExhausted):
                 admission.release(waited_s, dropped=True)
             elif not speaks_of_callee(error):
@@ -109,10 +114,10 @@ class Guard:
             self._count(kind, "OK")
             self._durations[kind].observe(took_s)
             admission.release(took_s)
-            self.tally.answered.add()
-            self._failed_at.pop(kind, None)
+            self._answered(kind)
             if priority is Priority.INTERACTIVE:
-                self.tally.latency.add(took_s)
+                for tally in (self.tally, self.lately):
+                    tally.latency.add(took_s)
         finally:
             # Of a call that its caller gave up, and of one that failed at once, the time says nothing.
             permit.ignore()
@@ -135,8 +140,14 @@ class Guard:
             self._shed()
             raise
 
+    def _answered(self, kind: Kind) -> None:
+        for tally in (self.tally, self.lately):
+            tally.answered.add()
+        self._failed_at.pop(kind, None)
+
     def _shed(self) -> None:
-        self.tally.shed.add()
+        for tally in (self.tally, self.lately):
+            tally.shed.add()
         _SHED.inc()
 
     def _count(self, kind: Kind, status: str) -> None:
