@@ -233,7 +233,7 @@ class Checks:
 
     async def _embed(self) -> None:
         assert self.embedder is not None
-        await self.embedder.embed(["health"], _EMBEDDER_CUT_OFF_S)
+        await self.embedder.probe(_EMBEDDER_CUT_OFF_S)
 
 
 async def _timed(name: str, subject: str, ask: Callable[[], Awaitable[None]]) -> Sequence[Finding]:
