@@ -41,7 +41,7 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
     ("grpc.max_send_message_length", -1),
-    # Otherwise a channel that is made anew (`reconnect`) would be given the old one's connection.
+    # Otherwise a channel that is made anew (`reconnect`) shares the old one's connection, as long as that has calls.
     ("grpc.use_local_subchannel_pool", 1),
     # Retrying is decided where the budget is known, not inside the channel.
     ("grpc.enable_retries", 0),
