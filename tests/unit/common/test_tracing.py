@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from common import tracing
 from common.errors import InvalidArgument, Unavailable
 from common.trace_export import Export
-from common.tracing import Kind, parse
+from common.tracing import Kind, parse, parse_state
 
 SAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 UNSAMPLED = SAMPLED[:-1] + "0"
@@ -110,6 +110,24 @@ async def test_what_travels_names_the_span_that_calls() -> None:
             )
 
 
+async def test_a_tracestate_travels_and_is_in_no_span_and_what_is_none_is_dropped_without_a_word(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Recording() as recording:
+        for state, travels in (("a=alice,b=tea", "a=alice,b=tea"), ("alice@example.com likes tea", "")):
+            with tracing.received("Service/Rpc", [("traceparent", SAMPLED), ("tracestate", state)], begins=True):
+                assert dict(tracing.outgoing() or ()).get("tracestate", "") == travels
+        assert len(recording.names()) == 2
+        assert "alice" not in "".join(span.to_json() for span in recording.exporter.get_finished_spans())
+    assert caplog.records == []
+
+
+async def test_lines_of_a_tracestate_are_one_list() -> None:
+    headers = [("traceparent", SAMPLED), ("tracestate", "a=1"), ("tracestate", "b=2")]
+    with tracing.received("Service/Rpc", headers, begins=True):
+        assert dict(tracing.outgoing() or ())["tracestate"] == "a=1,b=2"
+
+
 async def test_what_is_still_open_at_the_end_of_the_call_is_ended_and_marked() -> None:
     async with Recording() as recording:
         release = asyncio.Event()
@@ -166,3 +184,40 @@ def test_a_traceparent_is_read_as_the_standard_says() -> None:
 @given(st.text(max_size=80))
 def test_any_text_is_a_traceparent_or_is_not(text: str) -> None:
     assert parse(text) is None or len(text) >= 55
+
+
+def test_a_tracestate_is_read_as_the_standard_says() -> None:
+    most = ",".join(f"k{number}=v" for number in range(32))
+    for good in (
+        "",
+        "a=b",
+        "rojo=00f067aa0ba902b7,congo=t61rcWkgMzE",
+        "0tenant@system-1/x*_=a b:;",
+        most,
+        "a=" + 256 * "v",
+    ):
+        assert parse_state(good) == good
+    assert parse_state(" a=b \t,, c=d,") == "a=b,c=d"
+    for bad in (
+        "a",
+        "a=",
+        "=b",
+        "A=b",
+        "a b=c",
+        "a=b=c",
+        "a=é",
+        "a=b\n",
+        "a=b,a=c",
+        "a=b,alice@example.com likes tea",
+        "@a=b",
+        "k" * 257 + "=v",
+        "a=" + 257 * "v",
+        most + ",k=v",
+        ",".join(f"k{number}={'v' * 60}" for number in range(9)),
+    ):
+        assert parse_state(bad) == "", bad
+
+
+@given(st.text(max_size=600))
+def test_what_travels_of_any_text_travels_on(text: str) -> None:
+    assert parse_state(parse_state(text)) == parse_state(text)
