@@ -86,18 +86,13 @@ class Trace:
         self.spans: list[Span] = []
         self.ended = False
 
-    @property
-    def failed(self) -> bool:
-        """Whether something in it did, if only at the first attempt."""
-        return any(span.failed for span in self.spans)
-
 
 class Span:
     """`with` it: a piece of work. What it is entered in, its children are children of."""
 
     __slots__ = (
-        "_token", "attributes", "ended_ns", "events", "failed", "is_kept", "kind", "name", "parent_id", "span_id",
-        "started_ns", "trace",
+        "_token", "attributes", "ended_ns", "events", "failed", "is_kept", "kind", "name", "parent_id", "shed",
+        "span_id", "started_ns", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -111,6 +106,8 @@ class Span:
         self.attributes = attributes
         self.events: list[tuple[str, int, dict[str, Value]]] = []
         self.failed = False
+        # It failed for being too much.
+        self.shed = False
         self.is_kept = False
         self.started_ns = time.time_ns()
         self.ended_ns = 0
@@ -166,6 +163,7 @@ class Span:
         if isinstance(error, MemshardError):
             self.attributes["error.type"] = error.reason
             self.failed = error.code in _FAULTS
+            self.shed = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         elif isinstance(error, Exception):
             self.attributes["error.type"] = type(error).__qualname__
             self.failed = True

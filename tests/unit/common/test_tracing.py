@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from common import tracing
-from common.errors import InvalidArgument, Unavailable
+from common.errors import InvalidArgument, ResourceExhausted, Unavailable
+from common.telemetry.registry import REGISTRY
 from common.trace_export import Export
 from common.tracing import Kind, parse, parse_state
+from tests.support.clock import Clock
 
 SAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 UNSAMPLED = SAMPLED[:-1] + "0"
@@ -23,7 +25,8 @@ class Recording:
 
     def __init__(self, *, sample_ratio: float = 0.0, slow_s: float = 60.0) -> None:
         self.exporter = InMemorySpanExporter()
-        self._export = Export("router", self.exporter, sample_ratio=sample_ratio, slow_s=slow_s)
+        self.clock = Clock()
+        self._export = Export("router", self.exporter, sample_ratio=sample_ratio, slow_s=slow_s, clock=self.clock)
 
     async def __aenter__(self) -> "Recording":
         tracing.record(self._export)
@@ -40,6 +43,11 @@ class Recording:
 
 def call(traceparent: str = "", *, begins: bool = True) -> tracing.Span:
     return tracing.received("Service/Rpc", [("traceparent", traceparent)] if traceparent else [], begins=begins)
+
+
+def dropped() -> dict[str, float]:
+    name = "memory_traces_dropped_total"
+    return {cause: REGISTRY.get_sample_value(name, {"cause": cause}) or 0.0 for cause in ("failed", "slow", "shed")}
 
 
 async def test_a_sampled_call_is_kept_with_its_children_under_the_span_of_its_caller() -> None:
@@ -86,7 +94,48 @@ async def test_in_an_outage_some_of_the_failures_are_kept_and_not_all() -> None:
         for _ in range(500):
             with call(UNSAMPLED) as span:
                 span.end(Unavailable("gone"))
-        assert 20 <= len(recording.names()) <= 60
+        assert len(recording.names()) == 20
+        recording.clock.pass_(1.0)
+        with call(UNSAMPLED) as span:
+            span.end(Unavailable("gone"))
+        assert len(recording.names()) == 21
+
+
+async def test_a_flood_of_refusals_leaves_room_for_what_failed_or_was_slow() -> None:
+    before = dropped()
+    async with Recording(slow_s=0.05) as recording:
+        for _ in range(500):
+            with call(UNSAMPLED), pytest.raises(ResourceExhausted), tracing.span("was refused, and then not"):
+                raise ResourceExhausted("too much")
+        with call(UNSAMPLED), tracing.span("failed"):
+            with pytest.raises(ResourceExhausted), tracing.span("refused"):
+                raise ResourceExhausted("too much")
+            with pytest.raises(Unavailable), tracing.span("gone"):
+                raise Unavailable("gone")
+        for refused in (True, False):
+            with call(UNSAMPLED) as span:
+                span.started_ns -= 100_000_000
+                if refused:
+                    span.end(ResourceExhausted("too much"))
+        assert recording.names() == [
+            *("Service/Rpc", "was refused, and then not"),
+            *("Service/Rpc", "failed", "refused", "gone"),
+            "Service/Rpc",
+        ]
+    assert dropped() == {"shed": before["shed"] + 500, "failed": before["failed"], "slow": before["slow"]}
+
+
+async def test_slow_calls_and_failed_ones_leave_each_other_room() -> None:
+    before = dropped()
+    async with Recording(slow_s=0.05) as recording:
+        for _ in range(30):
+            with call(UNSAMPLED) as span:
+                span.end(Unavailable("gone"))
+        for _ in range(30):
+            with call(UNSAMPLED) as span:
+                span.started_ns -= 100_000_000
+        assert len(recording.names()) == 20 + 10
+    assert dropped() == {"shed": before["shed"], "failed": before["failed"] + 10, "slow": before["slow"] + 20}
 
 
 async def test_calls_without_a_trace_are_sampled_at_the_ratio_and_internal_ones_not_at_all() -> None:
