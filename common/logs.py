@@ -80,7 +80,9 @@ def _without_values(_: object, __: str, event: EventDict) -> EventDict:
         error = raised[1]
     elif raised is True:
         error = sys.exception()
-    return event | describe_bug(error) if isinstance(error, BaseException) else event
+    if isinstance(error, BaseException):
+        event.update(describe_bug(error))
+    return event
 
 
 def get_logger(name: str) -> Logger:
