@@ -1,7 +1,11 @@
 """What is noted of requests: users in a bounded list and in no metric, and answers by their size and worth."""
 
+from collections.abc import Iterator
+
+import pytest
 from google.protobuf.message import Message
 
+from common import tracing
 from common.telemetry.registry import REGISTRY
 from memshard.v1 import memory_pb2 as pb
 from router.guard import Guards
@@ -51,6 +55,60 @@ def test_ten_thousand_users_add_no_series_and_the_list_stays_as_long() -> None:
     hitters, total = seen.hot_users(10_000)
     assert len(hitters) == 200
     assert total == 8 * 10_001
+
+
+class Nobody:
+    """Records traces, and keeps none."""
+
+    def samples(self, trace_id: int) -> bool:
+        return False
+
+    def keep(self, trace: tracing.Trace) -> bool:
+        return False
+
+
+@pytest.fixture
+def recorded() -> Iterator[None]:
+    tracing.record(Nobody())
+    yield
+    tracing.record(None)
+
+
+def attributes_of(rpc: str, request: Message) -> dict[str, tracing.Value]:
+    with tracing.received(rpc, [], begins=True) as span:
+        observed().asked(rpc, request)
+    return span.attributes
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_span_has_the_agent_of_what_is_written_if_it_is_one_and_short() -> None:
+    def memory(agent: str, user: str = "alice") -> pb.Memory:
+        return pb.Memory(user_id=user, content="tea", agent_id=agent)
+
+    def batch(*memories: pb.Memory) -> pb.BatchStoreMemoriesRequest:
+        return pb.BatchStoreMemoriesRequest(memories=memories)
+
+    of_one: list[tuple[str, Message]] = [
+        ("StoreMemory", pb.StoreMemoryRequest(memory=memory("barista"))),
+        ("UpdateMemory", pb.UpdateMemoryRequest(memory=memory("barista"))),
+        ("BatchStoreMemories", batch(memory("barista"), memory("barista", "bob"))),
+    ]
+    for rpc, request in of_one:
+        attributes = attributes_of(rpc, request)
+        assert attributes["gen_ai.agent.id"] == "barista"
+        assert attributes["memshard.operation"] == rpc
+        assert "alice" not in str(attributes)
+    of_none: list[tuple[str, Message]] = [
+        ("StoreMemory", pb.StoreMemoryRequest(memory=memory(""))),
+        ("UpdateMemory", pb.UpdateMemoryRequest(memory=memory("b" * 257))),
+        ("BatchStoreMemories", batch()),
+        ("BatchStoreMemories", batch(memory("barista"), memory("waiter"))),
+        ("BatchStoreMemories", batch(memory("barista"), memory(""))),
+        ("BatchStoreMemories", batch(memory("barista"), memory("b" * 257))),
+        ("GetMemory", pb.GetMemoryRequest(user_id="alice")),
+    ]
+    for rpc, request in of_none:
+        assert "gen_ai.agent.id" not in attributes_of(rpc, request)
 
 
 def test_an_erased_user_is_on_the_list_no_more() -> None:
