@@ -71,7 +71,9 @@ class Observed:
         if isinstance(response, pb.SearchMemoriesResponse):
             # By recency, nothing has a score.
             if response.results and response.score_kind != pb.SCORE_KIND_RECENCY:
-                self._relevance[response.score_kind].observe(response.results[0].score)
+                # What is unlike has a cosine below 0. A histogram's sum may not fall, and a page on which it is below 0
+                # is no OpenMetrics.
+                self._relevance[response.score_kind].observe(max(0.0, response.results[0].score))
         elif isinstance(request, pb.BatchStoreMemoriesRequest):
             BATCH_SIZE.observe(len(request.memories))
         elif isinstance(request, pb.EraseUserRequest):

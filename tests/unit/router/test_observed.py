@@ -1,6 +1,7 @@
 """What is noted of requests: users in a bounded list and in no metric, and answers by their size and worth."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from google.protobuf.message import Message
@@ -109,6 +110,21 @@ def test_a_span_has_the_agent_of_what_is_written_if_it_is_one_and_short() -> Non
     ]
     for rpc, request in of_none:
         assert "gen_ai.agent.id" not in attributes_of(rpc, request)
+
+
+def test_the_sum_of_scores_never_falls_though_a_cosine_may_be_below_zero() -> None:
+    def total() -> float:
+        name, labels = "agent_memory_relevance_score", {"score_kind": "cosine"}
+        assert REGISTRY.get_sample_value(f"{name}_bucket", labels | {"le": "0.1"}) is not None
+        return REGISTRY.get_sample_value(f"{name}_sum", labels) or 0.0
+
+    seen = observed()
+    sums = [total()]
+    for score in (0.7, -0.5, 0.2):
+        found = pb.SearchMemoriesResponse(results=[pb.ScoredMemory(score=score)], score_kind=pb.SCORE_KIND_COSINE)
+        seen.answered("SearchMemories", pb.SearchMemoriesRequest(), found, 100)
+        sums.append(total())
+    assert [round(later - earlier, 6) for earlier, later in pairwise(sums)] == [0.7, 0.0, 0.2]
 
 
 def test_an_erased_user_is_on_the_list_no_more() -> None:
