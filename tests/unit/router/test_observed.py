@@ -7,12 +7,16 @@ import pytest
 from google.protobuf.message import Message
 
 from common import tracing
+from common.errors import InvalidArgument, MemshardError, Unavailable
+from common.telemetry.calls import Call, Operation
 from common.telemetry.registry import REGISTRY
 from memshard.v1 import memory_pb2 as pb
 from router.guard import Guards
 from router.levels import Levels
 from router.observed import Observed
 from tests.support.clock import Clock
+
+SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"]
 
 
 def observed(key: bytes = b"k" * 32) -> Observed:
@@ -56,6 +60,32 @@ def test_ten_thousand_users_add_no_series_and_the_list_stays_as_long() -> None:
     hitters, total = seen.hot_users(10_000)
     assert len(hitters) == 200
     assert total == 8 * 10_001
+
+
+def test_ten_thousand_users_who_call_every_operation_add_no_series_whatever_becomes_of_it() -> None:
+    seen = observed()
+    operations = {rpc.name: Operation(rpc.name, f"{SERVICE.full_name}/{rpc.name}") for rpc in SERVICE.methods}
+
+    def call_all(user: str, error: MemshardError | None) -> None:
+        erasure = ("EraseUser", pb.EraseUserRequest(user_id=user, request_id=user), pb.EraseUserResponse())
+        called = [*requests(user), erasure]
+        assert {rpc for rpc, _, _ in called} == operations.keys()
+        for rpc, request, response in called:
+            with Call(operations[rpc], tracing.received(rpc, [], begins=True)) as call:
+                seen.asked(rpc, request)
+                call.error, call.answered = error, error is None
+            if error is None:
+                seen.answered(rpc, request, response, 100)
+
+    def outcomes(user: str) -> list[MemshardError | None]:
+        return [None, InvalidArgument(f"{user} is nobody"), Unavailable(f"nobody serves {user}")]
+
+    for error in outcomes("first"):
+        call_all("first", error)
+    before = series()
+    for number in range(10_000):
+        call_all(f"user-{number}", outcomes(f"user-{number}")[number % 3])
+    assert series() == before
 
 
 class Nobody:
