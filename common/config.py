@@ -106,7 +106,7 @@ class ProcessSettings(BaseSettings):
 
     traces_slow_s: Seconds = 0.5
     """Seconds from which on a call is kept as a trace though it was not sampled, as those are in which something
-    failed. Twenty a second at most."""
+    failed. Ten a second at most."""
 
     @classmethod
     def settings_customise_sources(

@@ -101,3 +101,9 @@ WRITES = Counter(
     "memory_writes_acknowledged", "Writes acknowledged, by what their receipt promises.", ("durability",),
     registry=REGISTRY,
 )  # fmt: skip
+TRACES_DROPPED = Counter(
+    "memory_traces_dropped",
+    "Parts of traces that were to be kept for what became of them, and were too many, by cause: failed, slow, or shed.",
+    ("cause",),
+    registry=REGISTRY,
+)
