@@ -37,16 +37,29 @@ def relabelled(labels: Mapping[str, str], configs: list[dict[str, Any]]) -> dict
     return found
 
 
-def scraped_by_pod(pod: Workload, config: Manifest) -> dict[str, str]:
-    """The ports of a pod that are scraped, by name, with the jobs' names."""
+def scraped_by_pod(pod: Workload, config: Manifest) -> dict[str, dict[str, str]]:
+    """The ports of a pod that are scraped, by name, with their labels."""
+    assert config["honor_labels"], "a shard's name would be there twice"
     found = {}
     for name in pod.ports():
-        labels = {f"__meta_kubernetes_pod_label_{re.sub('[^a-zA-Z0-9_]', '_', k)}": v for k, v in pod.labels.items()}
-        meta = {"__meta_kubernetes_pod_container_port_name": name, "__meta_kubernetes_pod_name": "pod-0", **labels}
-        if (kept := relabelled({**meta, "job": config["job_name"]}, config["relabel_configs"])) is not None:
-            assert kept["service"] == "pod-0"
-            found[name] = kept["job"]
+        meta = {"__meta_kubernetes_pod_container_port_name": name, **_meta(pod), "job": config["job_name"]}
+        if (kept := relabelled(meta, config["relabel_configs"])) is not None:
+            found[name] = {label: value for label, value in kept.items() if not label.startswith("__")}
     return found
+
+
+def pod_labels(pod: Workload, endpoint: Manifest) -> dict[str, str]:
+    """The labels that a ServiceMonitor's endpoint gives what it scrapes of a pod, besides the operator's own."""
+    assert endpoint["honorLabels"], "a shard's name would be there twice"
+    configs = [{"source_labels": c["sourceLabels"], "target_label": c["targetLabel"]} for c in endpoint["relabelings"]]
+    kept = relabelled(_meta(pod), configs)
+    assert kept is not None
+    return {label: value for label, value in kept.items() if not label.startswith("__")}
+
+
+def _meta(pod: Workload) -> dict[str, str]:
+    labels = {f"__meta_kubernetes_pod_label_{re.sub('[^a-zA-Z0-9_]', '_', k)}": v for k, v in pod.labels.items()}
+    return {"__meta_kubernetes_pod_name": "pod-0", **labels}
 
 
 def scraped_by_monitor(monitor: Manifest, among: tuple[Manifest, ...]) -> list[tuple[Manifest, str, str]]:
