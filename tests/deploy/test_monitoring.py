@@ -3,6 +3,8 @@
 import json
 import re
 import runpy
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ import yaml
 from tests.deploy import compose, monitoring
 from tests.deploy.compose import FILE
 from tests.deploy.kubernetes import OVERLAYS, Workload, named, of_kind, render, workloads
-from tests.deploy.monitoring import DIRECTORY, JOBS, scrape_config, scraped_by_monitor, scraped_by_pod
+from tests.deploy.monitoring import DIRECTORY, JOBS, pod_labels, scrape_config, scraped_by_monitor, scraped_by_pod
 from tests.deploy.settings import service_of, settings_of
 
 PRODUCTION = OVERLAYS[0]
 SCHEMA = yaml.safe_load(Path(__file__).with_name("prometheus_operator_schema.yaml").read_text())
+RULE_TESTS = sorted((DIRECTORY / "prometheus" / "tests").glob("*.yml"))
 RULES = sorted((DIRECTORY / "prometheus").glob("rules-*.yml"))
 
 
@@ -38,6 +41,20 @@ def pods(directory: str) -> list[tuple[Workload, str, Any]]:
     ]
 
 
+# What the rules say.
+
+
+@pytest.mark.parametrize("file", RULE_TESTS, ids=lambda file: str(file.stem))
+def test_alerts_fire_when_they_should_and_no_others(file: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian's package prometheus has it)")
+    done = subprocess.run(
+        [promtool, "test", "rules", str(file)], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # Compose.
 
 
@@ -54,7 +71,8 @@ def test_compose_has_prometheus_ask_every_service_where_it_has_its_metrics() -> 
             settings = settings_of(service, document["environment"])
             assert settings.metrics_host == "0.0.0.0", name
             assert settings.metrics_port in exposed(), name
-            wanted[f"{name}:{settings.metrics_port}"] = {"job": JOBS[service], "service": name}
+            of_shard = {} if service == "router" else {"shard": settings.shard_id}
+            wanted[f"{name}:{settings.metrics_port}"] = {"job": JOBS[service], "service": name, **of_shard}
     assert asked == wanted
     assert len(asked) == 6
 
@@ -122,6 +140,7 @@ def test_the_service_monitor_finds_each_service_once_and_calls_its_job_by_its_na
         assert job == JOBS[kind]
         (target,) = [each["targetPort"] for each in service["spec"]["ports"] if each["name"] == port]
         assert workload.ports()[target] == settings.metrics_port
+        assert pod_labels(workload, monitor["spec"]["endpoints"][0]) == of_pod(kind, settings)
         behind[named(workload.manifest)] += 1
     assert behind == {named(workload.manifest): 1 for workload, _, _ in pods(PRODUCTION)}
     # A port that nothing has is scraped by nobody, and says nothing of it.
@@ -131,10 +150,18 @@ def test_the_service_monitor_finds_each_service_once_and_calls_its_job_by_its_na
 @pytest.mark.parametrize("directory", OVERLAYS)
 def test_a_prometheus_without_its_operator_finds_the_same(directory: str) -> None:
     config = scrape_config("prometheus-kubernetes.yml")
-    known = {named(workload.manifest): JOBS[service] for workload, service, _ in pods(directory)}
+    known = {
+        named(workload.manifest): {"job": JOBS[service], **of_pod(service, settings)}
+        for workload, service, settings in pods(directory)
+    }
     for workload in workloads(render(directory)):
-        job = known.get(named(workload.manifest))
-        assert scraped_by_pod(workload, config) == ({"metrics": job} if job else {})
+        labels = known.get(named(workload.manifest))
+        assert scraped_by_pod(workload, config) == ({"metrics": labels} if labels else {})
+
+
+def of_pod(service: str, settings: Any) -> dict[str, str]:
+    """What a target's labels have to say of the pod: of what does not answer, nothing else says it."""
+    return {"service": "pod-0", "shard": "" if service == "router" else settings.shard_id}
 
 
 def test_what_the_operator_and_grafana_get_is_what_the_others_get() -> None:
