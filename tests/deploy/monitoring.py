@@ -37,6 +37,33 @@ def relabelled(labels: Mapping[str, str], configs: list[dict[str, Any]]) -> dict
     return found
 
 
+def alertmanager() -> Manifest:
+    """Alertmanager's configuration."""
+    config = yaml.safe_load((DIRECTORY / "alertmanager" / "alertmanager.yml").read_text())
+    assert isinstance(config, dict)
+    return config
+
+
+def inhibited(alert: Mapping[str, str], firing: Mapping[str, str], rules: list[Manifest]) -> bool:
+    """Whether nobody hears of an alert while another fires, by Alertmanager's inhibit rules. A label that is not there
+    is an empty one, so that two alerts that lack a label of `equal` have it in common.
+    """
+    return any(
+        all(_matches(matcher, firing) for matcher in rule["source_matchers"])
+        and all(_matches(matcher, alert) for matcher in rule["target_matchers"])
+        and all(alert.get(label, "") == firing.get(label, "") for label in rule.get("equal", []))
+        for rule in rules
+    )
+
+
+def _matches(matcher: str, labels: Mapping[str, str]) -> bool:
+    parsed = re.fullmatch(r'(\w+)(=~|!~|!=|=)"?([^"]*)"?', matcher)
+    assert parsed, matcher
+    label, operator, value = parsed.groups()
+    pattern = value if "~" in operator else re.escape(value)
+    return (re.fullmatch(pattern, labels.get(label, "")) is not None) is not operator.startswith("!")
+
+
 def scraped_by_pod(pod: Workload, config: Manifest) -> dict[str, dict[str, str]]:
     """The ports of a pod that are scraped, by name, with their labels."""
     assert config["honor_labels"], "a shard's name would be there twice"

@@ -55,6 +55,45 @@ def test_alerts_fire_when_they_should_and_no_others(file: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_amtool_finds_nothing_wrong_with_alertmanagers_configuration() -> None:
+    amtool = shutil.which("amtool")
+    if amtool is None:
+        pytest.skip("amtool is not installed (Debian's package prometheus-alertmanager has it)")
+    file = DIRECTORY / "alertmanager" / "alertmanager.yml"
+    done = subprocess.run([amtool, "check-config", str(file)], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_shard_that_is_away_hides_what_follows_from_it_and_nothing_else() -> None:
+    rules = monitoring.alertmanager()["inhibit_rules"]
+    known = re.findall(r"alert: (\w+)", "".join(file.read_text() for file in RULES))
+    assert set(re.findall(r"Memshard\w+", str(rules))) <= set(known)
+
+    def heard(alert: str, firing: dict[str, str], /, **labels: str) -> bool:
+        return not monitoring.inhibited({"alertname": alert, **labels}, firing, rules)
+
+    down = {"alertname": "MemshardDown", "job": "memshard-shard", "service": "pod-x", "shard": "shard-1"}
+    for away in (down, {"alertname": "MemshardShardMissing", "shard": "shard-1"}):
+        assert not heard("MemshardBreakerOpen", away, name="shard-1", kind="store", shard="shard-1")
+        assert not heard("MemshardDegraded", away, of="shard-1", level="reduced", shard="shard-1")
+        assert heard("MemshardBreakerOpen", away, name="shard-2", kind="store", shard="shard-2")
+        assert heard("MemshardBreakerOpen", away, name="shard-1/shard-1-r1", kind="search")
+        assert heard("MemshardBreakerOpen", away, name="Redis", kind="all")
+        assert heard("MemshardDegraded", away, of="cluster", level="reduced")
+        assert heard("MemshardUnavailableFast", away)
+        assert heard("MemshardNoQuorum", away, shard="shard-2")
+        assert heard(away["alertname"], away, **{k: v for k, v in away.items() if k != "alertname"})
+
+    router = {"alertname": "MemshardDown", "job": "memshard-router", "service": "router-0"}
+    assert heard("MemshardBreakerOpen", router, name="shard-1", kind="store", shard="shard-1")
+    assert heard("MemshardBreakerOpen", router, name="Redis", kind="all")
+    assert heard("MemshardDegraded", router, of="cluster", level="reduced")
+    assert heard("MemshardUnavailableFast", router)
+    nobody = {"alertname": "MemshardNoRouter"}
+    assert not heard("MemshardDown", nobody, job="memshard-router", service="router-0")
+    assert heard("MemshardDown", nobody, **{k: v for k, v in down.items() if k != "alertname"})
+
+
 # Compose.
 
 
