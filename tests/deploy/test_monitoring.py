@@ -18,6 +18,7 @@ from tests.deploy.compose import FILE
 from tests.deploy.kubernetes import OVERLAYS, Workload, named, of_kind, render, workloads
 from tests.deploy.monitoring import DIRECTORY, JOBS, pod_labels, scrape_config, scraped_by_monitor, scraped_by_pod
 from tests.deploy.settings import service_of, settings_of
+from tests.support.promql import metrics_in
 
 PRODUCTION = OVERLAYS[0]
 SCHEMA = yaml.safe_load(Path(__file__).with_name("prometheus_operator_schema.yaml").read_text())
@@ -92,6 +93,36 @@ def test_a_shard_that_is_away_hides_what_follows_from_it_and_nothing_else() -> N
     nobody = {"alertname": "MemshardNoRouter"}
     assert not heard("MemshardDown", nobody, job="memshard-router", service="router-0")
     assert heard("MemshardDown", nobody, **{k: v for k, v in down.items() if k != "alertname"})
+
+
+# What the dashboard asks.
+
+
+def targets() -> list[tuple[str, dict[str, Any]]]:
+    """Each query of the dashboards, with its panel's title."""
+    documents = [json.loads(file.read_text()) for file in (DIRECTORY / "grafana" / "dashboards").glob("*.json")]
+    return [(p["title"], target) for d in documents for p in d["panels"] for target in p.get("targets", [])]
+
+
+def test_points_that_lead_to_traces_are_asked_of_what_has_them() -> None:
+    # Recorded series have none, and of those that services have these two (common/telemetry/calls.py).
+    have = {"memory_operation_duration_seconds_bucket", "memory_operations_total"}
+    asked = {title: metrics_in(target["expr"]) for title, target in targets() if target["exemplar"]}
+    assert asked.keys() == {"p99 by operation", "Calls that failed, by status"}
+    assert all(names <= have for names in asked.values())
+
+
+def test_a_shard_that_is_chosen_is_that_one_with_its_replicas() -> None:
+    selectors = {pattern for _, t in targets() for pattern in re.findall(r'(?:server|shard)=~"([^"]*)"', t["expr"])}
+    assert len(selectors) == 2
+    for selector in selectors:
+        chosen = re.compile(selector.replace("$shard", "shard-1"))
+        assert chosen.fullmatch("shard-1")
+        assert not chosen.fullmatch("shard-10")
+        assert not chosen.fullmatch("shard-10/shard-10-replica-1")
+    of_servers = re.compile(next(s for s in selectors if s != "$shard").replace("$shard", "shard-1"))
+    assert of_servers.fullmatch("shard-1/shard-1-replica-1")
+    assert re.fullmatch(of_servers.pattern.replace("shard-1", ".*"), "shard-1/shard-1-replica-1")
 
 
 # Compose.
