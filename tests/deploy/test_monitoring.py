@@ -18,7 +18,7 @@ from tests.deploy.compose import FILE
 from tests.deploy.kubernetes import OVERLAYS, Workload, named, of_kind, render, workloads
 from tests.deploy.monitoring import DIRECTORY, JOBS, pod_labels, scrape_config, scraped_by_monitor, scraped_by_pod
 from tests.deploy.settings import service_of, settings_of
-from tests.support.promql import metrics_in
+from tests.support.promql import metrics_in, targets
 
 PRODUCTION = OVERLAYS[0]
 SCHEMA = yaml.safe_load(Path(__file__).with_name("prometheus_operator_schema.yaml").read_text())
@@ -96,12 +96,6 @@ def test_a_shard_that_is_away_hides_what_follows_from_it_and_nothing_else() -> N
 
 
 # What the dashboard asks.
-
-
-def targets() -> list[tuple[str, dict[str, Any]]]:
-    """Each query of the dashboards, with its panel's title."""
-    documents = [json.loads(file.read_text()) for file in (DIRECTORY / "grafana" / "dashboards").glob("*.json")]
-    return [(p["title"], target) for d in documents for p in d["panels"] for target in p.get("targets", [])]
 
 
 def test_points_that_lead_to_traces_are_asked_of_what_has_them() -> None:
