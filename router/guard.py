@@ -6,6 +6,7 @@ that is refused here reaches nobody, and its caller hears so at once.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -35,6 +36,9 @@ LATELY_S = 4
 """Seconds that the tally looks back on from which levels are decided: less than a level takes to be entered
 (`common.level`), so that what happened in one moment is out of sight before it could be taken for lasting."""
 
+
+# Slots whose timeouts are remembered.
+_MOST_SLOTS = 1000
 
 _SHED = SHED.labels("server")
 
@@ -75,10 +79,13 @@ class Guard:
         self._heard_at = -math.inf
         # When a call of a kind was last found to have failed; nothing while the last one had an answer.
         self._failed_at: dict[Kind, float] = {}
+        # When the last timeouts of a slot were that counted.
+        self._timeouts: dict[tuple[Kind, int | None], deque[float]] = {}
 
     @contextmanager
-    def passing(self, kind: Kind, call: str, priority: Priority) -> Iterator[None]:
-        """`with` it: one call, whose errors say how it went. `call` names calls that take about as long as each other.
+    def passing(self, kind: Kind, call: str, priority: Priority, slot: int | None = None) -> Iterator[None]:
+        """`with` it: one call, whose errors say how it went. `call` names calls that take about as long as each other,
+        `slot` is the one slot that it is about; None: it is about many.
 
         Raises Unavailable / BREAKER_OPEN or ResourceExhausted / OVERLOADED, before anything is asked.
         """
@@ -94,9 +101,9 @@ class Guard:
         except MemshardError as error:
             waited_s = self._clock() - began
             self._count(kind, error.code.name)
+            if isinstance(error, DeadlineExceeded) and not self._speaks_for_all(kind, slot, waited_s):
+                raise  # Of a caller in a hurry, or of one alone: nobody else is to feel it.
             _judge(permit, error, waited_s)
-            if isinstance(error, DeadlineExceeded) and waited_s < SHARD.fair_timeout_s:
-                raise  # Of a caller in a hurry: it says nothing, and nobody else is to feel it.
             if speaks_of_callee(error):
                 for tally in (self.tally, self.lately):
                     tally.failed.add()
@@ -139,6 +146,27 @@ class Guard:
         except ResourceExhausted:
             self._shed()
             raise
+
+    def _speaks_for_all(self, kind: Kind, slot: int | None, waited_s: float) -> bool:
+        """Whether a timeout says something of the server, and not just of whom it befell.
+
+        One user with very many memories, or with little patience for a large search, has timeouts without end where all
+        others are served. So those of one slot count a few times, and so do all that are about many slots together: a
+        server that is in trouble fails others too. Where there are no others, a few in a row open the breaker all the
+        same, and whoever tries it then counts.
+        """
+        if waited_s < SHARD.fair_timeout_s:
+            return False
+        if self.breakers[kind].state is not State.CLOSED:
+            return True
+        now = self._clock()
+        counted = self._timeouts.setdefault((kind, slot), deque(maxlen=SHARD.consecutive_failures))
+        if len(counted) == counted.maxlen and now - counted[0] < SHARD.window_s:
+            return False
+        counted.append(now)
+        if len(self._timeouts) > _MOST_SLOTS:
+            del self._timeouts[next(iter(self._timeouts))]
+        return True
 
     def _answered(self, kind: Kind) -> None:
         for tally in (self.tally, self.lately):
