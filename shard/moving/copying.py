@@ -36,7 +36,8 @@ async def plan(moving: Moving) -> None:
 async def undo(moving: Moving) -> None:
     """Takes back whatever was done before the cutover: the source has the slots, and the target nothing of them.
 
-    First the target is closed, and only then the source opened: two must not answer for the same slots.
+    First the target is closed, and only then the source opened: two must not answer for the same slots. Raises
+    OwnershipError when the slots are the target's own: nothing of it is touched then.
     """
     move = moving.move
     await ownership.close_to_reads(moving.target, move.first, move.last)

@@ -16,6 +16,7 @@ from common.moves import UNFENCED, Move, Step
 from common.postgres import CONNECT_ERRORS, Connection, DatabaseUnreachableError
 from shard.moving import cutover, side
 from shard.moving.moving import MoveError, Moving, Tell, Turn
+from shard.moving.ownership import OwnershipError
 from shard.moving.side import SideError
 from shard.moving.steps import STEPS
 from shard.moving.streams import StreamError
@@ -57,7 +58,8 @@ class Driver:
         """Until the move is over, or with `hold` as soon as it may wait to be cleaned up. With `bring_back` the source
         is to have the slots in the end; with `unfence` it goes only so far that somebody takes writes.
 
-        Raises MoveError, StreamError: it is left to be resumed, and says why in the catalog. And LeasedError.
+        Raises MoveError, StreamError, OwnershipError: it is left to be resumed, and says why in the catalog. And
+        LeasedError.
         """
         tried_since, seen = time.monotonic(), (Step.DONE, 0)
         while True:
@@ -71,7 +73,7 @@ class Driver:
                 failure: Exception = error
             except _LOST as error:
                 failure = error
-            except (MoveError, StreamError) as error:
+            except (MoveError, StreamError, OwnershipError) as error:
                 await self._note(str(error))
                 raise
             now = time.monotonic()

@@ -176,7 +176,7 @@ class Mover:
                                 connection, planned.first, planned.last, planned.source, planned.target
                             )
                         except MoveConflictError as error:
-                            raise MoveError(f"{error}, by another mover; wait for it") from error
+                            raise MoveError(f"{error}; another mover is at work, wait for it") from error
                     await Turn(self._turns).others()
                     await self._room(made)
                     ended = await self._driver(made.move_id).run(hold=True)

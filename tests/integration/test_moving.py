@@ -1,18 +1,21 @@
 """Moving slots between shards while they are written."""
 
 import asyncio
+import signal
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from common import catalog_moves
-from common.catalog import EpochConflictError
+from common.catalog import EpochConflictError, raise_epoch
 from common.catalog_moves import MoveConflictError
 from common.moves import Step
+from common.probe_user import PREFIX as PROBE
 from common.topology import Cutover
 from shard import purge
 from shard.database import Database
@@ -24,6 +27,12 @@ from tests.support.moving import Slots
 from tests.support.wire import database, pool_of_one
 from tests.support.writers import Writers
 
+# Past the one function that makes moves, as an older version could.
+_STALE_MOVE = """
+INSERT INTO moves (first, last, source, target, step) VALUES ($1, $2, $3, $4, $5) RETURNING move_id
+"""
+_END_MOVE = "UPDATE moves SET step = 'rolled_back', version = version + 1 WHERE move_id = $1"
+_SET_STATE = "UPDATE owned_slots SET state = $2 WHERE slot = $1"
 _INSERT = """
 INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
                       embedding_model, expire_time)
@@ -210,3 +219,123 @@ async def test_a_hand_over_is_recorded_whole_or_not_at_all(slots: Slots) -> None
         back = replace(there, step=Step.ROLLED_BACK)
         await catalog_moves.hand_over(connection, standing, there, back, "shard-1", "shard-0", (1, 4712))
         assert (await slots.topology()).ranges == before.ranges
+
+
+async def failed(slots: Slots, *arguments: str) -> str:
+    """Runs a mover that must not succeed; why it says it did not."""
+    async with slots.mover(*arguments) as running:
+        events = [event async for event in running.events()]
+    assert events[-1]["event"] == "failed", events[-3:]
+    return str(events[-1]["why"])
+
+
+async def users_rows(slots: Slots) -> dict[str, dict[str, set[tuple[Any, ...]]]]:
+    """Every row of every table that moves, by shard, but for what is written all the time to see whether it goes."""
+    return {
+        shard_id: {table: {row for row in rows if PROBE not in row[0]} for table, rows in tables.items()}
+        for shard_id, tables in (await slots.rows()).items()
+    }
+
+
+async def all_rows(slots: Slots) -> dict[str, set[tuple[Any, ...]]]:
+    """The same wherever they are."""
+    rows = await users_rows(slots)
+    return {table: rows["shard-0"][table] | rows["shard-1"][table] for table in MOVED}
+
+
+async def test_a_mover_with_an_old_plan_leaves_a_range_that_has_gone_over_where_it_is(slots: Slots) -> None:
+    """Two movers, one plan: the first stands still while the second moves the plan's last range."""
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    before = await all_rows(slots)
+    assert before["memories"]
+    one_by_one = Slots(slots.cluster, {**slots.settings, "concurrency": 1})
+    async with one_by_one.mover("rebalance") as first:
+        planned = (await anext(first.events()))["moves"]
+        assert len(planned) > 1
+        first.send(signal.SIGSTOP)
+        last = planned[-1]
+        async with slots.mover(
+            "move", "--first", str(last["first"]), "--last", str(last["last"]), "--to", last["target"]
+        ) as second:
+            events = [event async for event in second.events()]
+        assert events[-1]["event"] == "done", events[-1]
+        first.send(signal.SIGCONT)
+        events = [event async for event in first.events()]
+    assert events[-1]["event"] == "failed"
+    assert "do not all belong to" in events[-1]["why"]
+    # What it could do, it has done.
+    topology = await slots.topology()
+    assert {topology.owner(move["first"]).shard_id for move in planned} == {last["target"]}
+    assert {move.step for move in (await slots.moves())[-len(planned) :]} == {Step.DONE}
+    assert await all_rows(slots) == before
+    assert await slots.left_over() == []
+
+
+async def test_a_move_is_made_only_of_slots_that_the_source_has_at_that_moment(slots: Slots) -> None:
+    """A hand-over that is being recorded meanwhile is waited for."""
+    topology = await slots.topology()
+    first = next(owned.first for owned in topology.ranges if owned.shard_id == "shard-1")
+    before = await slots.moves()
+    async with (
+        database(slots.cluster.catalog_dsn(owner=True)) as other,
+        database(slots.cluster.catalog_dsn(owner=True)) as mover,
+    ):
+        with pytest.raises(MoveConflictError):
+            await catalog_moves.create_move(mover, first, first, "shard-0", "shard-1")
+        transaction = other.transaction()
+        await transaction.start()
+        await raise_epoch(other, topology.epoch)
+        await other.execute("UPDATE slot_ranges SET shard_id = 'shard-0' WHERE first = $1", first)
+        made = asyncio.ensure_future(catalog_moves.create_move(mover, first, first, "shard-1", "shard-0"))
+
+        async def waits() -> bool:
+            return bool(await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+        await eventually(waits)
+        await transaction.commit()
+        try:
+            with pytest.raises(MoveConflictError):
+                await made
+        finally:
+            await other.execute("UPDATE slot_ranges SET shard_id = 'shard-1' WHERE first = $1", first)
+    assert await slots.moves() == before
+
+
+@pytest.mark.parametrize("step", [Step.PLANNED, Step.ROLLING_BACK])
+async def test_nothing_is_removed_from_a_target_that_has_the_slots(slots: Slots, step: Step) -> None:
+    """Not even when the catalog has a move that says otherwise."""
+    before, topology = await users_rows(slots), await slots.topology()
+    assert before["shard-0"]["memories"]
+    everything = [owned for owned in topology.ranges if owned.shard_id == "shard-0"]
+    async with database(slots.cluster.catalog_dsn(owner=True)) as connection:
+        for owned in everything:
+            move_id = await connection.fetchval(_STALE_MOVE, owned.first, owned.last, "shard-1", "shard-0", step.value)
+            try:
+                assert "serves" in await failed(slots, "resume", "--move", str(move_id))
+                assert "serves" in (await catalog_moves.read_move(connection, move_id)).error
+            finally:
+                await connection.execute(_END_MOVE, move_id)
+    assert await users_rows(slots) == before
+    assert await slots.left_over() == []
+
+
+async def test_nothing_is_removed_from_a_source_before_the_target_has_the_slots(slots: Slots) -> None:
+    topology = await slots.topology()
+    slot = next(owned.first for owned in topology.ranges if owned.shard_id == "shard-1")
+    async with (
+        database(slots.cluster.catalog_dsn(owner=True)) as connection,
+        database(slots.cluster.shard_dsn("shard-0", owner=True)) as source,
+        database(slots.cluster.shard_dsn("shard-1", owner=True)) as target,
+    ):
+        await source.execute(_INSERT, slot, "left", uuid.uuid4(), None)
+        await target.execute(_SET_STATE, slot, "fenced")
+        move_id = await connection.fetchval(_STALE_MOVE, slot, slot, "shard-0", "shard-1", Step.CLEANING.value)
+        count = "SELECT count(*) FROM memories WHERE slot = $1 AND user_id = 'left'"
+        try:
+            assert "has only 0 of the slots" in await failed(slots, "resume", "--move", str(move_id))
+            assert await source.fetchval(count, slot) == 1
+        finally:
+            await target.execute(_SET_STATE, slot, "own")
+        await slots.move("resume", "--move", str(move_id))
+        assert await source.fetchval(count, slot) == 0
+    assert await slots.left_over() == []
