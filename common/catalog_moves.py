@@ -74,7 +74,8 @@ SELECT epoch, (SELECT address FROM shards WHERE shard_id = $2) AS address,
 FROM topology
 """
 # All of it or nothing: every part is joined to `raised`, which has a row when move and epoch both are what they were.
-# What is removed and what is made are different ranges, so that it does not matter which part comes first.
+# What is removed and what is made are different ranges, so that it does not matter which part comes first. The place of
+# a cutover never goes back: another move between the two may have read a later one, and been recorded before.
 _HAND_OVER = """
 WITH held AS (
     SELECT move_id FROM moves WHERE move_id = $2 AND version = $3 FOR UPDATE
@@ -88,10 +89,13 @@ WITH held AS (
     ON CONFLICT (first) DO UPDATE SET last = excluded.last, shard_id = excluded.shard_id
     WHERE (known.last, known.shard_id) IS DISTINCT FROM (excluded.last, excluded.shard_id)
 ), recorded AS (
-    INSERT INTO cutovers (source, target, timeline, lsn, epoch)
+    INSERT INTO cutovers AS known (source, target, timeline, lsn, epoch)
     SELECT $9::text, $10::text, $11::int, $12::bigint, epoch FROM raised
-    ON CONFLICT (source, target)
-    DO UPDATE SET timeline = excluded.timeline, lsn = excluded.lsn, epoch = excluded.epoch
+    ON CONFLICT (source, target) DO UPDATE SET epoch = excluded.epoch,
+        timeline = CASE WHEN (known.timeline, known.lsn) > (excluded.timeline, excluded.lsn)
+                        THEN known.timeline ELSE excluded.timeline END,
+        lsn = CASE WHEN (known.timeline, known.lsn) > (excluded.timeline, excluded.lsn)
+                   THEN known.lsn ELSE excluded.lsn END
 ), changed AS (
     UPDATE moves SET step = $4, error = '', cutover_at = $5, cutover_epoch = raised.epoch, version = version + 1,
         changed_at = now()

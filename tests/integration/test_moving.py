@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from common import catalog_moves
+from common import catalog_moves, catalog_shards
 from common.catalog import EpochConflictError, raise_epoch
 from common.catalog_moves import MoveConflictError
 from common.moves import Step
 from common.probe_user import PREFIX as PROBE
-from common.topology import Cutover
+from common.topology import Cutover, Shard
 from shard import purge
 from shard.database import Database
 from shard.moving.tables import MARKS, MOVED, STAYING
@@ -214,6 +214,17 @@ async def test_a_hand_over_is_recorded_whole_or_not_at_all(slots: Slots) -> None
         assert {after.owner(slot).shard_id for slot in range(300, 400)} == {"shard-1"}
         assert [after.owner(slot) for slot in (299, 400)] == [before.owner(slot) for slot in (299, 400)]
         assert Cutover("shard-0", "shard-1", 1, 4711) in after.cutovers
+        # A move side by side may have read a later place, and been recorded before. Only ever onwards.
+        for at, known in (
+            ((1, 4000), (1, 4711)),
+            ((2, 4000), (2, 4000)),
+            ((1, 5000), (2, 4000)),
+            ((2, 5000), (2, 5000)),
+        ):
+            for giver, taker in (("shard-1", "shard-0"), ("shard-0", "shard-1")):
+                standing = await catalog_moves.read_standing(connection, giver, taker)
+                there = await catalog_moves.hand_over(connection, standing, there, over, giver, taker, at)
+            assert Cutover("shard-0", "shard-1", *known) in (await slots.topology()).cutovers
         # The shards were never told.
         standing = await catalog_moves.read_standing(connection, "shard-1", "shard-0")
         back = replace(there, step=Step.ROLLED_BACK)
@@ -338,4 +349,44 @@ async def test_nothing_is_removed_from_a_source_before_the_target_has_the_slots(
             await target.execute(_SET_STATE, slot, "own")
         await slots.move("resume", "--move", str(move_id))
         assert await source.fetchval(count, slot) == 0
+    assert await slots.left_over() == []
+
+
+async def test_a_shard_that_comes_has_none_of_the_cutovers_of_an_earlier_one_of_its_name(slots: Slots) -> None:
+    """Its log begins anew, and a cutover never goes back."""
+    record = "INSERT INTO cutovers (source, target, timeline, lsn, epoch) VALUES ($1, $2, 1, $3, 1)"
+    async with database(slots.cluster.catalog_dsn(owner=True)) as connection:
+        for source, target, lsn in (
+            ("old", "new", 900),
+            ("new", "newer", 300),
+            ("old", "newer", 200),
+            ("new", "old", 5),
+        ):
+            await connection.execute(record, source, target, lsn)
+        epoch = (await slots.topology()).epoch
+        try:
+            epoch = await catalog_shards.add_shard(connection, epoch, Shard("new", "127.0.0.1:1"))
+            known = {(cutover.source, cutover.target): cutover.lsn for cutover in (await slots.topology()).cutovers}
+            of_them = {pair: lsn for pair, lsn in known.items() if not {"old", "new"}.isdisjoint(pair)}
+            assert of_them == {("old", "newer"): 300, ("new", "newer"): 300, ("new", "old"): 5}
+        finally:
+            await catalog_shards.remove_shard(connection, epoch, "new")
+            await connection.execute("DELETE FROM cutovers WHERE source IN ('old', 'new')")
+
+
+async def test_a_catalog_that_is_there_is_not_made_again_nor_its_moves_ended(slots: Slots) -> None:
+    before = await users_rows(slots)
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    patient = Slots(slots.cluster, {**slots.settings, "rollback_window_s": 600})
+    async with patient.mover("move", "--first", str(first), "--last", str(first + 99), "--to", "shard-1") as running:
+        await running.until("active")
+        running.send()
+        await running.process.wait()
+    under_way, left = (await slots.moves())[-1], await slots.left_over()
+    assert under_way.step is Step.ACTIVE
+    addresses = [f"--shard={shard.shard_id}={shard.address}" for shard in (await slots.topology()).shards]
+    assert "holds a cluster" in await failed(slots, "rebuild", *addresses)
+    assert await slots.left_over() == left
+    await slots.move("rollback", "--move", str(under_way.move_id))
+    assert await users_rows(slots) == before
     assert await slots.left_over() == []
