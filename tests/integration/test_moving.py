@@ -2,12 +2,14 @@
 
 import asyncio
 import signal
+import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -15,6 +17,7 @@ from common import catalog_moves, catalog_shards
 from common.catalog import EpochConflictError, raise_epoch
 from common.catalog_moves import MoveConflictError
 from common.moves import Step
+from common.postgres import Connection
 from common.probe_user import PREFIX as PROBE
 from common.topology import Cutover, Shard
 from shard import purge
@@ -32,6 +35,13 @@ _STALE_MOVE = """
 INSERT INTO moves (first, last, source, target, step) VALUES ($1, $2, $3, $4, $5) RETURNING move_id
 """
 _END_MOVE = "UPDATE moves SET step = 'rolled_back', version = version + 1 WHERE move_id = $1"
+# Keeps a fence from being made for as long as the transaction lasts, and has nothing else wait for it.
+_HOLD_OFF = "LOCK TABLE owned_slots IN ROW SHARE MODE"
+_IS_HELD_OFF = "SELECT EXISTS (SELECT FROM pg_locks WHERE relation = 'owned_slots'::regclass AND NOT granted)"
+_SET_FENCED_AT = """
+UPDATE moves SET fenced_at = now(), source_timeline = 1, target_timeline = 1, version = 2 WHERE move_id = $1
+"""
+_COUNT_FENCED = "SELECT count(*) FROM owned_slots WHERE state = 'fenced'"
 _SET_STATE = "UPDATE owned_slots SET state = $2 WHERE slot = $1"
 _INSERT = """
 INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
@@ -389,4 +399,82 @@ async def test_a_catalog_that_is_there_is_not_made_again_nor_its_moves_ended(slo
     assert await slots.left_over() == left
     await slots.move("rollback", "--move", str(under_way.move_id))
     assert await users_rows(slots) == before
+    assert await slots.left_over() == []
+
+
+@pytest.mark.parametrize("mover_is", ["at work", "killed"])
+async def test_a_source_takes_writes_again_in_good_time_when_the_target_hangs(slots: Slots, mover_is: str) -> None:
+    """Whatever becomes of the mover. Nothing else is kept by the target: the source has the slots."""
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    before = await users_rows(slots)
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    timeout_s = 5.0
+    hasty = Slots(slots.cluster, {**slots.settings, "fence_timeout_s": timeout_s})
+
+    async def fenced(connection: Connection) -> bool:
+        return bool(await connection.fetchval(_COUNT_FENCED))
+
+    frozen: list[psutil.Process] = []
+    async with (
+        database(slots.cluster.shard_dsn("shard-0", owner=True)) as source,
+        hasty.mover("move", "--first", str(first), "--last", str(first + 99), "--to", "shard-1") as running,
+    ):
+        await running.until("reversing")
+        held = source.transaction()
+        await held.start()
+        await source.execute(_HOLD_OFF)
+        await running.until("fenced")
+        await eventually(lambda: source.fetchval(_IS_HELD_OFF))
+        try:
+            postmaster = psutil.Process(slots.cluster.pid(slots.cluster.primary("shard-1")))
+            for process in (postmaster, *postmaster.children(recursive=True)):
+                process.suspend()
+                frozen.append(process)
+            await held.rollback()
+            await eventually(lambda: fenced(source))
+            if mover_is == "killed":
+                running.send()
+            began = time.monotonic()
+            while await fenced(source):
+                assert time.monotonic() - began < timeout_s + 10
+                await asyncio.sleep(0.05)
+            # Nobody has to look after it any more.
+            await eventually(lambda: settled(slots), within_s=10)
+        finally:
+            for process in frozen:
+                process.resume()
+        print(f"it took {time.monotonic() - began:.1f} s")
+        if mover_is == "killed":
+            await running.process.wait()
+    await slots.move("resume")
+    assert (await slots.moves())[-1].step is Step.DONE
+    assert await slots.left_over() == []
+    await slots.move("move", "--first", str(first), "--last", str(first + 99), "--to", "shard-0")
+    assert await users_rows(slots) == before
+
+
+async def settled(slots: Slots) -> bool:
+    """Whether the last move leaves nobody without a shard that takes writes, and says so."""
+    move = (await slots.moves())[-1]
+    return move.fenced_at is None and not move.may_be_fenced
+
+
+async def test_a_fence_is_looked_after_for_as_long_as_no_shard_says_that_it_takes_writes(slots: Slots) -> None:
+    """Whatever step is recorded by then: a mover may die between the two."""
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    async with (
+        database(slots.cluster.catalog_dsn(owner=True)) as connection,
+        database(slots.cluster.shard_dsn("shard-0", owner=True)) as source,
+    ):
+        for step in (Step.PLANNED, Step.VERIFYING, Step.ROLLING_BACK):
+            await source.execute(_SET_STATE, first, "fenced")
+            move_id = await connection.fetchval(_STALE_MOVE, first, first, "shard-0", "shard-1", step.value)
+            await connection.execute(_SET_FENCED_AT, move_id)
+
+            async def is_written() -> bool:
+                return not await source.fetchval(_COUNT_FENCED) and await settled(slots)
+
+            await eventually(is_written, within_s=15)
+            assert (await catalog_moves.read_move(connection, move_id)).step is step
+            await slots.move("rollback", "--move", str(move_id))
     assert await slots.left_over() == []
