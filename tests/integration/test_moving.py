@@ -203,6 +203,8 @@ async def test_a_move_that_is_driven_has_not_stopped(slots: Slots) -> None:
 async def test_a_hand_over_is_recorded_whole_or_not_at_all(slots: Slots) -> None:
     """Epoch and move both are what it was planned against, or nothing changes."""
     async with database(slots.cluster.catalog_dsn(owner=True)) as connection:
+        # Places of this test's own, which are before those that the servers have come to.
+        await connection.execute("DELETE FROM cutovers")
         move = await catalog_moves.create_move(connection, 300, 399, "shard-0", "shard-1")
         before = await slots.topology()
         standing = await catalog_moves.read_standing(connection, "shard-0", "shard-1")
@@ -240,6 +242,7 @@ async def test_a_hand_over_is_recorded_whole_or_not_at_all(slots: Slots) -> None
         back = replace(there, step=Step.ROLLED_BACK)
         await catalog_moves.hand_over(connection, standing, there, back, "shard-1", "shard-0", (1, 4712))
         assert (await slots.topology()).ranges == before.ranges
+        await connection.execute("DELETE FROM cutovers")
 
 
 async def failed(slots: Slots, *arguments: str) -> str:
