@@ -20,9 +20,25 @@ LEASE_CLASS = 0x6D6F7665  # "move"
 
 _COLUMNS = """move_id, first, last, source, target, step, version, attempts, source_timeline, target_timeline, rows,
               fenced_at, cutover_at, cutover_epoch, error"""
+# Whatever the plan was made from, the source must have the slots now. A hand-over that is just being recorded is waited
+# for, by the lock on the epoch that it raises, and the epoch is another one then: what `owned` saw counts no more.
 _CREATE = f"""
-INSERT INTO moves (first, last, source, target, step) VALUES ($1, $2, $3, $4, 'planned') RETURNING {_COLUMNS}
+WITH owned AS (
+    SELECT sum(least(last, $2::int) - greatest(first, $1::int) + 1) AS slots
+    FROM slot_ranges WHERE first <= $2::int AND last >= $1::int AND shard_id = $3::text
+), standing AS (
+    SELECT epoch FROM topology WHERE epoch = (SELECT epoch FROM topology) FOR SHARE
+)
+INSERT INTO moves (first, last, source, target, step)
+SELECT $1::int, $2::int, $3::text, $4::text, 'planned' FROM owned, standing
+WHERE owned.slots = $2::int - $1::int + 1
+RETURNING {_COLUMNS}
 """  # noqa: S608  # A constant, here as below.
+_OWNS = """
+SELECT coalesce(sum(least(last, $2::int) - greatest(first, $1::int) + 1), 0) = $2::int - $1::int + 1
+FROM slot_ranges WHERE first <= $2::int AND last >= $1::int AND shard_id = $3::text
+"""
+_TRIES = 5
 _READ = f"SELECT {_COLUMNS} FROM moves ORDER BY move_id"  # noqa: S608
 _READ_OPEN = f"""
 SELECT {_COLUMNS}, EXISTS (
@@ -58,7 +74,8 @@ SELECT epoch, (SELECT address FROM shards WHERE shard_id = $2) AS address,
 FROM topology
 """
 # All of it or nothing: every part is joined to `raised`, which has a row when move and epoch both are what they were.
-# What is removed and what is made are different ranges, so that it does not matter which part comes first.
+# What is removed and what is made are different ranges, so that it does not matter which part comes first. The place of
+# a cutover never goes back: another move between the two may have read a later one, and been recorded before.
 _HAND_OVER = """
 WITH held AS (
     SELECT move_id FROM moves WHERE move_id = $2 AND version = $3 FOR UPDATE
@@ -72,10 +89,13 @@ WITH held AS (
     ON CONFLICT (first) DO UPDATE SET last = excluded.last, shard_id = excluded.shard_id
     WHERE (known.last, known.shard_id) IS DISTINCT FROM (excluded.last, excluded.shard_id)
 ), recorded AS (
-    INSERT INTO cutovers (source, target, timeline, lsn, epoch)
+    INSERT INTO cutovers AS known (source, target, timeline, lsn, epoch)
     SELECT $9::text, $10::text, $11::int, $12::bigint, epoch FROM raised
-    ON CONFLICT (source, target)
-    DO UPDATE SET timeline = excluded.timeline, lsn = excluded.lsn, epoch = excluded.epoch
+    ON CONFLICT (source, target) DO UPDATE SET epoch = excluded.epoch,
+        timeline = CASE WHEN (known.timeline, known.lsn) > (excluded.timeline, excluded.lsn)
+                        THEN known.timeline ELSE excluded.timeline END,
+        lsn = CASE WHEN (known.timeline, known.lsn) > (excluded.timeline, excluded.lsn)
+                   THEN known.lsn ELSE excluded.lsn END
 ), changed AS (
     UPDATE moves SET step = $4, error = '', cutover_at = $5, cutover_epoch = raised.epoch, version = version + 1,
         changed_at = now()
@@ -106,13 +126,19 @@ class Standing:
 
 
 async def create_move(connection: Connection, first: int, last: int, source: str, target: str) -> Move:
-    """Records a move that is to be. Raises MoveConflictError when another one has some of the slots."""
-    try:
-        row = await connection.fetchrow(_CREATE, first, last, source, target)
-    except asyncpg.ExclusionViolationError as error:
-        raise MoveConflictError(f"slots {first} to {last} are being moved already") from error
-    assert row is not None
-    return _move(dict(row))
+    """Records a move that is to be. Raises MoveConflictError when another one has some of the slots, or the source has
+    not all of them (any more).
+    """
+    for _ in range(_TRIES):
+        try:
+            row = await connection.fetchrow(_CREATE, first, last, source, target)
+        except asyncpg.ExclusionViolationError as error:
+            raise MoveConflictError(f"slots {first} to {last} are being moved already") from error
+        if row is not None:
+            return _move(dict(row))
+        if not await connection.fetchval(_OWNS, first, last, source):
+            raise MoveConflictError(f"slots {first} to {last} do not all belong to {source} any more")
+    raise CatalogError("the catalog keeps changing")
 
 
 async def read_moves(connection: Connection) -> list[Move]:

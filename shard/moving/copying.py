@@ -4,11 +4,11 @@ import asyncio
 import time
 
 from common.moves import Step
-from shard.moving import ownership
 from shard.moving.cleanup import remove_rows
 from shard.moving.moving import Comparison, MoveError, Moving
 from shard.moving.streams import Stream, StreamError
 from shard.moving.tables import MOVED
+from shard.moving.unfence import unfence
 from shard.moving.verify import Verifier, count, merged
 
 _POLL_S = 0.1
@@ -28,19 +28,16 @@ _COUNT = "SELECT count(*) FROM {table} WHERE slot >= $1 AND slot <= $2"
 async def plan(moving: Moving) -> None:
     """Makes sure that nothing is left of an earlier attempt, and notes which servers this one is with."""
     await undo(moving)
-    await moving.advance(
-        Step.COPYING, source_timeline=moving.source.timeline, target_timeline=moving.target.timeline, fenced_at=None
-    )
+    await moving.advance(Step.COPYING, source_timeline=moving.source.timeline, target_timeline=moving.target.timeline)
 
 
 async def undo(moving: Moving) -> None:
     """Takes back whatever was done before the cutover: the source has the slots, and the target nothing of them.
 
-    First the target is closed, and only then the source opened: two must not answer for the same slots.
+    Raises OwnershipError when the slots are the target's own: nothing of it is touched then.
     """
     move = moving.move
-    await ownership.close_to_reads(moving.target, move.first, move.last)
-    await ownership.unfence(moving.source, move.first, move.last)
+    await unfence(moving, moving.forward)
     moving.comparison = moving.fenced_at = None
     for stream in (moving.forward, moving.reverse):
         await moving.changes(stream).remove()
@@ -75,10 +72,8 @@ async def copy(moving: Moving) -> None:
 
 async def verify(moving: Moving) -> None:
     """Compares everything, until what is left to be looked at again is little."""
-    move = moving.move
     # What an attempt to fence has left, if this is not the first: its end is recorded by now.
-    await ownership.close_to_reads(moving.target, move.first, move.last)
-    await ownership.unfence(moving.source, move.first, move.last)
+    await unfence(moving, moving.forward)
     moving.fenced_at = None
     comparison = await compared(moving, moving.forward)
     await moving.advance(Step.REVERSING, rows=comparison.verifier.rows)

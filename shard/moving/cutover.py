@@ -19,6 +19,7 @@ from shard.moving.moving import MoveError, Moving
 from shard.moving.ownership import Departure, FenceError
 from shard.moving.side import Side, SideError
 from shard.moving.streams import Stream, StreamError
+from shard.moving.unfence import unfence
 from shard.moving.verify import count, merged
 from shard.position import Position
 
@@ -57,8 +58,6 @@ async def fence(moving: Moving) -> None:
         raise
     except _FAILURES as error:
         why = str(error) or f"it took longer than {moving.settings.fence_timeout_s:g} s"
-        if moving.source.connection.is_closed() or moving.target.connection.is_closed():
-            raise
         await _given_up(moving, Step.VERIFYING, why)
 
 
@@ -70,7 +69,7 @@ async def activate(moving: Moving) -> None:
     if is_reversible(moving):
         await moving.reverse.enable()
     moving.comparison = moving.fenced_at = None
-    await moving.advance(Step.ACTIVE)
+    await moving.advance(Step.ACTIVE, fenced_at=None)
     if pause_s:
         moving.told(pause_ms=round(pause_s * 1000, 1))
 
@@ -87,8 +86,8 @@ async def bring_back(moving: Moving) -> None:
     """Returns the slots to the source, with all that was written to the target since."""
     reverse = moving.reverse
     # Whatever an earlier attempt has fenced. A compare-and-set first: nobody else is at it.
-    await moving.advance(Step.RETURNING, fenced_at=None)
-    await unfenced(moving, reverse)
+    await moving.advance(Step.RETURNING)
+    await unfence(moving, reverse)
     if not is_reversible(moving):
         await moving.advance(Step.ACTIVE, error="a failover has closed the way back")
         raise MoveError("a failover has closed the way back; move the slots there anew")
@@ -103,8 +102,6 @@ async def bring_back(moving: Moving) -> None:
         raise
     except _FAILURES as error:
         why = str(error) or f"it took longer than {moving.settings.fence_timeout_s:g} s"
-        if moving.source.connection.is_closed() or moving.target.connection.is_closed():
-            raise
         await _given_up(moving, Step.RETURNING, why)
 
 
@@ -112,7 +109,7 @@ async def settle_return(moving: Moving) -> None:
     """Tells both shards that the source has the slots again."""
     pause_s = await _told_shards(moving, moving.target, moving.source)
     await moving.changes(moving.reverse).remove()
-    await moving.advance(Step.ROLLING_BACK)
+    await moving.advance(Step.ROLLING_BACK, fenced_at=None)
     if pause_s:
         moving.told(pause_ms=round(pause_s * 1000, 1))
 
@@ -168,32 +165,25 @@ async def _brought_over(moving: Moving, stream: Stream) -> Position:
 
 
 async def _given_up(moving: Moving, step: Step, why: str) -> None:
-    """The end of a fence that led to nothing: recorded first, then taken away.
+    """The end of a fence that led to nothing: recorded first, then taken away, whatever has become of the other side.
 
     With the catalog out of reach it is taken away all the same, unless the catalog was asked to hand the slots over.
     """
     stream = moving.forward if step is Step.VERIFYING else moving.reverse
     try:
         async with asyncio.timeout(_CATALOG_TIMEOUT_S):
-            await moving.advance(step, attempts=moving.move.attempts + 1, error=why, fenced_at=None)
+            await moving.advance(step, attempts=moving.move.attempts + 1, error=why)
     except CONNECT_ERRORS:
         # Nobody else can have handed over what is fenced here: for that the lock is needed which this session holds.
         if not moving.may_be_decided:
-            await unfenced(moving, stream)
+            await unfence(moving, stream, is_known=False)
         raise
-    await unfenced(moving, stream)
+    await unfence(moving, stream)
     moving.told(aborted_after_ms=round(moving.since_fence_s() * 1000))
     moving.comparison = moving.fenced_at = None
     if moving.move.attempts > MAX_ATTEMPTS:
         raise MoveError(f"given up after {MAX_ATTEMPTS} attempts: {why}")
     await asyncio.sleep(_PAUSE_S)
-
-
-async def unfenced(moving: Moving, stream: Stream) -> None:
-    """Lets the publisher of a stream take writes again, once its subscriber answers no reads. To be recorded before."""
-    move = moving.move
-    await ownership.close_to_reads(stream.subscriber, move.first, move.last)
-    await ownership.unfence(stream.publisher, move.first, move.last)
 
 
 async def _told_shards(moving: Moving, giver: Side, taker: Side) -> float:

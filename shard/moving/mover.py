@@ -10,7 +10,7 @@ from common import catalog, catalog_moves, catalog_shards, logs, postgres
 from common.catalog import CatalogError, EpochConflictError, PlacementStrategy
 from common.catalog_moves import MoveConflictError
 from common.config import MoverSettings
-from common.moves import FENCED, Move, Step
+from common.moves import Move, Step
 from common.postgres import Connection
 from common.topology import Shard, ShardStatus, Topology
 from shard.moving import side
@@ -135,7 +135,7 @@ class Mover:
             with suppress(LeasedError):
                 await self._driver(move_id).run(unfence=True)
 
-        await _together([recover(move.move_id) for move in await self.moves() if move.step in FENCED])
+        await _together([recover(move.move_id) for move in await self.moves() if move.may_be_fenced])
 
     async def roll_back(self, move_id: int) -> Move:
         """Brings the slots of a move back to where they were. Raises MoveError when it is too late."""
@@ -176,7 +176,7 @@ class Mover:
                                 connection, planned.first, planned.last, planned.source, planned.target
                             )
                         except MoveConflictError as error:
-                            raise MoveError(f"{error}, by another mover; wait for it") from error
+                            raise MoveError(f"{error}; another mover is at work, wait for it") from error
                     await Turn(self._turns).others()
                     await self._room(made)
                     ended = await self._driver(made.move_id).run(hold=True)

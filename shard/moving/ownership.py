@@ -31,7 +31,16 @@ _OPEN_TO_READS = """
 INSERT INTO owned_slots (slot, state) SELECT generate_series($1::int, $2::int), 'fenced'
 ON CONFLICT (slot) DO UPDATE SET state = 'fenced'
 """
-_CLOSE = "UPDATE owned_slots SET state = 'gone' WHERE slot BETWEEN $1 AND $2 AND state <> 'gone'"
+# Not one of them where any is the shard's own.
+_CLOSE = """
+WITH owned AS (
+    SELECT count(*) AS slots FROM owned_slots WHERE slot BETWEEN $1 AND $2 AND state = 'own'
+), closed AS (
+    UPDATE owned_slots SET state = 'gone' FROM owned WHERE slot BETWEEN $1 AND $2 AND state = 'fenced' AND slots = 0
+)
+SELECT slots FROM owned
+"""
+_COUNT_OWN = "SELECT count(*) FROM owned_slots WHERE slot BETWEEN $1 AND $2 AND state = 'own'"
 # Whoever finds the slots gone has done this before.
 _GIVE_UP = """
 WITH departed AS (
@@ -62,6 +71,10 @@ _NONE = (0, -1)
 
 class FenceError(Exception):
     """The slots could not be fenced in time; nothing has changed."""
+
+
+class OwnershipError(Exception):
+    """A shard has slots that it should not have, or has not those that it should; the move must not go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +129,20 @@ async def open_to_reads(side: Side, first: int, last: int) -> Position:
 
 
 async def close_to_reads(side: Side, first: int, last: int) -> None:
-    """Takes that back, on a shard that was not to have the slots after all."""
-    await side.connection.execute(_CLOSE, first, last)
+    """Takes that back, on a shard that was not to have the slots after all.
+
+    Raises OwnershipError when it has some of them: nothing has changed then. What no step before the cutover does to a
+    target is to let it take writes, so the move is wrong about who has the slots.
+    """
+    if owned := await side.connection.fetchval(_CLOSE, first, last):
+        raise OwnershipError(f"{side.shard_id} serves {owned} of the slots {first} to {last}; nothing is changed")
+
+
+async def check_owner(side: Side, first: int, last: int) -> None:
+    """Raises OwnershipError unless the shard takes writes to every one of the slots."""
+    owned = await side.connection.fetchval(_COUNT_OWN, first, last)
+    if owned != last - first + 1:
+        raise OwnershipError(f"{side.shard_id} has only {owned} of the slots {first} to {last}; nothing is removed")
 
 
 async def give_up(side: Side, first: int, last: int, departure: Departure) -> None:
