@@ -20,6 +20,7 @@ from common.moves import Step
 from common.postgres import Connection
 from common.probe_user import PREFIX as PROBE
 from common.topology import Cutover, Shard
+from memshard import AsyncMemoryClient
 from shard import purge
 from shard.database import Database
 from shard.moving.tables import MARKS, MOVED, STAYING
@@ -322,6 +323,9 @@ async def test_a_move_is_made_only_of_slots_that_the_source_has_at_that_moment(s
 @pytest.mark.parametrize("step", [Step.PLANNED, Step.ROLLING_BACK])
 async def test_nothing_is_removed_from_a_target_that_has_the_slots(slots: Slots, step: Step) -> None:
     """Not even when the catalog has a move that says otherwise."""
+    async with AsyncMemoryClient(slots.cluster.address) as client:
+        for number in range(16):
+            await client.store(f"kept-{number}", "green tea")
     before, topology = await users_rows(slots), await slots.topology()
     assert before["shard-0"]["memories"]
     everything = [owned for owned in topology.ranges if owned.shard_id == "shard-0"]
