@@ -48,17 +48,7 @@ async def fence(moving: Moving) -> None:
         # The process that fenced is gone. Its fence may be old.
         await moving.advance(Step.VERIFYING, attempts=moving.move.attempts + 1, error=UNFENCED)
         return
-    await _made_ready(moving, moving.forward)
-    try:
-        async with asyncio.timeout(moving.settings.fence_timeout_s):
-            position = await _brought_over(moving, moving.forward)
-            await moving.hand_over(Step.CUT_OVER, moving.source, moving.target, position)
-            moving.lap("recorded")
-    except MoveConflictError:
-        raise
-    except _FAILURES as error:
-        why = str(error) or f"it took longer than {moving.settings.fence_timeout_s:g} s"
-        await _given_up(moving, Step.VERIFYING, why)
+    await _handed_over(moving, moving.forward, Step.CUT_OVER, or_else=Step.VERIFYING)
 
 
 async def activate(moving: Moving) -> None:
@@ -92,17 +82,7 @@ async def bring_back(moving: Moving) -> None:
         await moving.advance(Step.ACTIVE, error="a failover has closed the way back")
         raise MoveError("a failover has closed the way back; move the slots there anew")
     await compared(moving, reverse)
-    await _made_ready(moving, reverse)
-    try:
-        async with asyncio.timeout(moving.settings.fence_timeout_s):
-            position = await _brought_over(moving, reverse)
-            await moving.hand_over(Step.RETURNED, moving.target, moving.source, position)
-            moving.lap("recorded")
-    except MoveConflictError:
-        raise
-    except _FAILURES as error:
-        why = str(error) or f"it took longer than {moving.settings.fence_timeout_s:g} s"
-        await _given_up(moving, Step.RETURNING, why)
+    await _handed_over(moving, reverse, Step.RETURNED, or_else=Step.RETURNING)
 
 
 async def settle_return(moving: Moving) -> None:
@@ -112,6 +92,21 @@ async def settle_return(moving: Moving) -> None:
     await moving.advance(Step.ROLLING_BACK, fenced_at=None)
     if pause_s:
         moving.told(pause_ms=round(pause_s * 1000, 1))
+
+
+async def _handed_over(moving: Moving, stream: Stream, step: Step, *, or_else: Step) -> None:
+    """From the publisher of a stream to its subscriber, which is `step`; what takes too long is given up: `or_else`."""
+    await _made_ready(moving, stream)
+    try:
+        async with asyncio.timeout(moving.settings.fence_timeout_s):
+            position = await _brought_over(moving, stream)
+            await moving.hand_over(step, stream.publisher, stream.subscriber, position)
+            moving.lap("recorded")
+    except MoveConflictError:
+        raise
+    except _FAILURES as error:
+        why = str(error) or f"it took longer than {moving.settings.fence_timeout_s:g} s"
+        await _given_up(moving, or_else, why)
 
 
 async def _made_ready(moving: Moving, stream: Stream) -> None:
