@@ -3,6 +3,7 @@
 # ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
 
 import asyncio
+from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -44,6 +45,16 @@ RollbackWindow = Annotated[
         min=0,
         max=7 * 86400,
         help="How long each range can be brought back after it has moved. Default: 30.",
+    ),
+]
+ResumedWindow = Annotated[
+    float | None,
+    typer.Option(
+        "--rollback-window",
+        metavar="SECONDS",
+        min=0,
+        max=7 * 86400,
+        help="How long they can be brought back after they have moved. Default: as each was begun with.",
     ),
 ]
 # The lease of a move is a lock whose number has 32 bits.
@@ -107,11 +118,11 @@ def list_(
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("move", "slots", "from", "to", "step", "why"):
+    for name in ("move", "slots", "from", "to", "step", "rollback until", "why"):
         table.add_column(name)
     for move in found.moves:
         slots = f"{move.first_slot}-{move.last_slot}"
-        table.add_row(str(move.move_id), slots, move.source, move.target, move.step, move.error)
+        table.add_row(str(move.move_id), slots, move.source, move.target, move.step, _until(move), move.error)
     console().print(table)
 
 
@@ -120,7 +131,7 @@ def resume(
         int | None, typer.Argument(metavar="[MOVE]", min=1, max=_MAX_ID, help="One move. Default: all that are open.")
     ] = None,
     max_rate: MaxRate = 0,
-    rollback_window: RollbackWindow = None,
+    rollback_window: ResumedWindow = None,
     json: Json = False,
     data_dir: DataDir = None,
 ) -> None:
@@ -256,6 +267,13 @@ def _bars() -> "Progress":
         # Where there are no bars to be seen, they would leave an empty line behind.
         disable=not out.is_terminal,
     )
+
+
+def _until(move: "Move") -> str:
+    """By the clock of whoever looks; nothing for a move that has not gone over, or cannot be brought back."""
+    if not move.HasField("rollback_until_time"):
+        return ""
+    return f"{move.rollback_until_time.ToDatetime(UTC).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def _range(move: "Move") -> str:

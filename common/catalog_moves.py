@@ -19,7 +19,7 @@ from common.topology import SlotRange
 LEASE_CLASS = 0x6D6F7665  # "move"
 
 _COLUMNS = """move_id, first, last, source, target, step, version, attempts, source_timeline, target_timeline, rows,
-              fenced_at, cutover_at, cutover_epoch, error"""
+              fenced_at, cutover_at, cutover_epoch, rollback_window_s, error"""
 # Whatever the plan was made from, the source must have the slots now. A hand-over that is just being recorded is waited
 # for, by the lock on the epoch that it raises, and the epoch is another one then: what `owned` saw counts no more.
 _CREATE = f"""
@@ -29,8 +29,8 @@ WITH owned AS (
 ), standing AS (
     SELECT epoch FROM topology WHERE epoch = (SELECT epoch FROM topology) FOR SHARE
 )
-INSERT INTO moves (first, last, source, target, step)
-SELECT $1::int, $2::int, $3::text, $4::text, 'planned' FROM owned, standing
+INSERT INTO moves (first, last, source, target, step, rollback_window_s)
+SELECT $1::int, $2::int, $3::text, $4::text, 'planned', $5::double precision FROM owned, standing
 WHERE owned.slots = $2::int - $1::int + 1
 RETURNING {_COLUMNS}
 """  # noqa: S608  # A constant, here as below.
@@ -51,7 +51,8 @@ _COUNT_ENDED = "SELECT step, count(*) FROM moves WHERE step IN ('done', 'rolled_
 _READ_ONE = f"SELECT {_COLUMNS} FROM moves WHERE move_id = $1"  # noqa: S608
 _CHANGE = """
 UPDATE moves SET step = $3, attempts = $4, source_timeline = $5, target_timeline = $6, rows = $7, fenced_at = $8,
-    cutover_at = $9, cutover_epoch = $10, error = $11, version = version + 1, changed_at = now()
+    cutover_at = $9, cutover_epoch = $10, error = $11, rollback_window_s = $12, version = version + 1,
+    changed_at = now()
 WHERE move_id = $1 AND version = $2
 RETURNING version
 """
@@ -125,13 +126,16 @@ class Standing:
     ranges: tuple[SlotRange, ...]
 
 
-async def create_move(connection: Connection, first: int, last: int, source: str, target: str) -> Move:
-    """Records a move that is to be. Raises MoveConflictError when another one has some of the slots, or the source has
-    not all of them (any more).
+async def create_move(
+    connection: Connection, first: int, last: int, source: str, target: str, *, rollback_window_s: float = 30.0
+) -> Move:
+    """Records a move that is to be, and for how long it can be brought back once the slots have gone over.
+
+    Raises MoveConflictError when another one has some of the slots, or the source has not all of them (any more).
     """
     for _ in range(_TRIES):
         try:
-            row = await connection.fetchrow(_CREATE, first, last, source, target)
+            row = await connection.fetchrow(_CREATE, first, last, source, target, rollback_window_s)
         except asyncpg.ExclusionViolationError as error:
             raise MoveConflictError(f"slots {first} to {last} are being moved already") from error
         if row is not None:
@@ -182,6 +186,7 @@ async def change_move(connection: Connection, planned: Move, changed: Move) -> M
         changed.cutover_at,
         changed.cutover_epoch,
         changed.error,
+        changed.rollback_window_s,
     )
     if version is None:
         raise MoveConflictError(f"move {planned.move_id} is no longer {planned.step}")

@@ -120,4 +120,13 @@ MIGRATIONS = (
         );
         """,
     ),
+    Migration(
+        6,
+        "how long a move can be brought back",
+        """
+        -- The default is for moves that an older version made, or makes: what it waited for unless told otherwise.
+        ALTER TABLE moves ADD COLUMN rollback_window_s double precision NOT NULL DEFAULT 30
+            CHECK (rollback_window_s >= 0);
+        """,
+    ),
 )

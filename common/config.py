@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from common.dsn import hosts
+from common.moves import MAX_ROLLBACK_WINDOW_S
 
 MIB = 1024 * 1024
 
@@ -418,9 +419,9 @@ class MoverSettings(ProcessSettings):
     max_slots: Annotated[int, Field(ge=1, le=16384)] = 1024
     """Most slots that one move takes. Fewer make each pause shorter, and all of it longer."""
 
-    rollback_window_s: Annotated[float, Field(ge=0, le=7 * 86400)] = 30.0
+    rollback_window_s: Annotated[float, Field(ge=0, le=MAX_ROLLBACK_WINDOW_S)] = 30.0
     """Seconds after a range has moved during which it can be brought back with all that was written since. The source
-    keeps its rows until then."""
+    keeps its rows until then. A move is made with it: whoever resumes it keeps to what is recorded."""
 
     max_rate: Annotated[int, Field(ge=0)] = 0
     """Most rows a second that are copied, on average over the moves; 0: as many as the servers can."""

@@ -16,7 +16,10 @@ def message_of(move: Move) -> cluster_pb2.Move:
         attempts=move.attempts,
         rows=move.rows,
         error=move.error,
+        rollback_window_s=move.rollback_window_s,
     )
     if move.cutover_at is not None:
         message.cutover_time.FromDatetime(move.cutover_at)
+    if (until := move.rollback_until) is not None:
+        message.rollback_until_time.FromDatetime(until)
     return message

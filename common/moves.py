@@ -19,7 +19,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 
 
@@ -56,6 +56,9 @@ _FENCED = (Step.FENCED, Step.CUT_OVER, Step.RETURNED)
 # Somebody takes writes; a time of a fence is one of the past.
 _WRITTEN = (Step.ACTIVE, Step.CLEANING, Step.DONE, Step.ROLLED_BACK)
 
+# A source that keeps its rows for longer than this had better keep its slots.
+MAX_ROLLBACK_WINDOW_S = 7 * 86400
+
 UNFENCED = "the mover died while it fenced"
 """The error of a move whose fence was taken away. One that returns is still to return then."""
 
@@ -80,6 +83,8 @@ class Move:
     """Since when there may be a fence: set before it is made, kept until a shard has confirmed that it takes writes."""
     cutover_at: datetime | None = None
     cutover_epoch: int = 0
+    rollback_window_s: float = 30.0
+    """Seconds after the slots went over in which they can be brought back: the move's own, whoever drives it."""
     error: str = ""
     """Why it stopped last, for people."""
 
@@ -87,6 +92,14 @@ class Move:
     def slots(self) -> int:
         """How many slots it moves."""
         return self.last - self.first + 1
+
+    @property
+    def rollback_until(self) -> datetime | None:
+        """When its way back is closed, if that is still to come. None: the slots have not gone over, so that it can be
+        undone at any time, or it is too late."""
+        if self.cutover_at is None or self.step not in (Step.CUT_OVER, Step.ACTIVE):
+            return None
+        return self.cutover_at + timedelta(seconds=self.rollback_window_s)
 
     @property
     def may_be_fenced(self) -> bool:

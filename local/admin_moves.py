@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from common import catalog, catalog_shards, errors
 from common.catalog_moves import read_moves
 from common.move_message import message_of
+from common.moves import MAX_ROLLBACK_WINDOW_S
 from common.slots import slot_of
 from common.topology import ShardStatus
 from local import mover
@@ -142,7 +143,11 @@ class Moves:
 
     def _resume(self, request: cluster_pb2.ResumeMoveRequest) -> AsyncGenerator[cluster_pb2.MoveProgress, None]:
         which = ["--move", str(request.move_id)] if request.move_id else []
-        return self._moved("resume", *which, options=_options(request))
+        options = _options(request)
+        # Not a setting of the mover's, which would be for the moves that it makes.
+        window_s = options.pop("rollback_window_s", None)
+        window = [] if window_s is None else ["--rollback-window", str(window_s)]
+        return self._moved("resume", *which, *window, options=options)
 
     def _roll_back(self, request: cluster_pb2.RollbackMoveRequest) -> AsyncGenerator[cluster_pb2.MoveProgress, None]:
         return self._moved("rollback", "--move", str(request.move_id))
@@ -184,8 +189,10 @@ def _options(
     if request.concurrency:
         options["concurrency"] = request.concurrency
     if request.HasField("rollback_window_s"):
-        if not 0 <= request.rollback_window_s <= 7 * 86400:
-            raise errors.InvalidArgument.field("rollback_window_s", "OUT_OF_RANGE", "must be 0 to 604800")
+        if not 0 <= request.rollback_window_s <= MAX_ROLLBACK_WINDOW_S:
+            raise errors.InvalidArgument.field(
+                "rollback_window_s", "OUT_OF_RANGE", f"must be 0 to {MAX_ROLLBACK_WINDOW_S}"
+            )
         options["rollback_window_s"] = request.rollback_window_s
     return options
 

@@ -6,7 +6,7 @@
 | rebalance | finishes what is open, then moves slots until each shard has its share |
 | move --first N --last N --to ID | moves slots of one shard to another, whatever the weights say |
 | drain --shard ID | moves all slots off a shard, which gets none from now on |
-| resume [--move N] | brings the moves that are open to their end |
+| resume [--move N] [--rollback-window S] | brings the moves that are open to their end |
 | rollback --move N | brings the slots of a move back to where they were |
 | recover | ends the fences that a mover left behind that was killed |
 | list | says which moves there were |
@@ -36,7 +36,7 @@ import uvloop
 from common import config, logs
 from common.catalog import CatalogError, PlacementStrategy
 from common.config import ConfigError, MoverSettings
-from common.moves import Move
+from common.moves import MAX_ROLLBACK_WINDOW_S, Move
 from common.postgres import DatabaseUnreachableError
 from common.slots import SLOT_COUNT, slot_of
 from common.topology import Replica, Shard, ShardStatus
@@ -79,6 +79,12 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     drain = commands.add_parser("drain", help="move all slots off a shard")
     resume = commands.add_parser("resume", help="bring open moves to their end")
     resume.add_argument("--move", type=int, metavar="N", help="one of them; default: all that nobody drives")
+    resume.add_argument(
+        "--rollback-window",
+        type=_window,
+        metavar="SECONDS",
+        help="how long they can be brought back from now on; default: as each was made",
+    )
     rollback = commands.add_parser("rollback", help="bring the slots of a move back")
     rollback.add_argument("--move", type=int, metavar="N", required=True)
     add = commands.add_parser("add", help="register a shard without slots")
@@ -138,7 +144,7 @@ async def _done(mover: Mover, settings: MoverSettings, given: argparse.Namespace
         case "drain":
             await mover.drain(given.shard)
         case "resume":
-            await mover.resume(given.move)
+            await mover.resume(given.move, given.rollback_window)
         case "recover":
             await mover.recover()
         case "rollback":
@@ -190,6 +196,8 @@ def as_document(move: Move) -> dict[str, Any]:
         "rows": move.rows,
         "error": move.error,
         "cutover_at": move.cutover_at.isoformat() if move.cutover_at else None,
+        "rollback_window_s": move.rollback_window_s,
+        "rollback_until": move.rollback_until.isoformat() if move.rollback_until else None,
     }
 
 
@@ -199,6 +207,13 @@ def _tell(event: dict[str, Any]) -> None:
     except BrokenPipeError:
         # Whoever listened has gone; the work has not.
         sys.stdout = open("/dev/null", "w", encoding="utf-8")  # noqa: SIM115  # For as long as the process lasts.
+
+
+def _window(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds <= MAX_ROLLBACK_WINDOW_S:
+        raise argparse.ArgumentTypeError(f"must be 0 to {MAX_ROLLBACK_WINDOW_S}")
+    return seconds
 
 
 def _named_address(text: str) -> tuple[str, str]:

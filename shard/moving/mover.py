@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,7 +15,7 @@ from common.moves import Move, Step
 from common.postgres import Connection
 from common.topology import Shard, ShardStatus, Topology
 from shard.moving import side
-from shard.moving.driver import Driver, LeasedError
+from shard.moving.driver import Driver, LeasedError, leased
 from shard.moving.moving import MoveError, Tell, Turn
 from shard.moving.pacing import Pace
 from shard.moving.plan import PlannedMove, by_hand, plan
@@ -115,14 +116,18 @@ class Mover:
                     continue
         raise CatalogError("the catalog keeps changing")
 
-    async def resume(self, move_id: int | None = None) -> None:
-        """Brings moves that are open to their end: one, or all that nobody drives. Raises MoveError, CatalogError."""
+    async def resume(self, move_id: int | None = None, rollback_window_s: float | None = None) -> None:
+        """Brings moves that are open to their end: one, or all that nobody drives. With `rollback_window_s` they can be
+        brought back for so long, whatever they were made with. Raises MoveError, CatalogError.
+        """
         moves = await self.moves()
         if move_id is not None:
             moves = [move for move in moves if move.move_id == move_id]
             if not moves:
                 raise CatalogError(f"there is no move {move_id}")
         moves = [move for move in moves if not move.step.is_final]
+        if rollback_window_s is not None:
+            await self._set_window([move.move_id for move in moves], rollback_window_s, passing=move_id is None)
         active = [move for move in moves if move.step is Step.ACTIVE]
         await self._drive([move.move_id for move in moves if move.step is not Step.ACTIVE], passing=move_id is None)
         # Those whose time to be brought back is not over wait for it.
@@ -173,7 +178,12 @@ class Mover:
                     async with self._catalog() as connection:
                         try:
                             made = await catalog_moves.create_move(
-                                connection, planned.first, planned.last, planned.source, planned.target
+                                connection,
+                                planned.first,
+                                planned.last,
+                                planned.source,
+                                planned.target,
+                                rollback_window_s=self._settings.rollback_window_s,
                             )
                         except MoveConflictError as error:
                             raise MoveError(f"{error}; another mover is at work, wait for it") from error
@@ -208,13 +218,14 @@ class Mover:
         """Cleans up after moves once their time to be brought back is over."""
 
         async def settle(move_id: int) -> None:
-            async with self._catalog() as connection:
-                move = await catalog_moves.read_move(connection, move_id)
-            if move.step is not Step.ACTIVE:
+            # By what the catalog has: another process may have made it, or have given it another window meanwhile.
+            if (left_s := await self._window_left_s(move_id)) is None:
                 return
-            assert move.cutover_at is not None
-            left_s = self._settings.rollback_window_s - (datetime.now(UTC) - move.cutover_at).total_seconds()
-            if await self._stopped_within(left_s):
+            while left_s is not None and left_s > 0:
+                if await self._stopped_within(left_s):
+                    return
+                left_s = await self._window_left_s(move_id)
+            if self._stop.is_set():
                 return
             try:
                 ended = await self._driver(move_id).run()
@@ -228,9 +239,32 @@ class Mover:
 
         await _together([settle(move_id) for move_id in move_ids])
 
+    async def _window_left_s(self, move_id: int) -> float | None:
+        """Seconds for which a move can still be brought back. None: it does not wait for the end of that."""
+        async with self._catalog() as connection:
+            move = await catalog_moves.read_move(connection, move_id)
+        if move.step is not Step.ACTIVE:
+            return None
+        assert move.rollback_until is not None
+        return (move.rollback_until - datetime.now(UTC)).total_seconds()
+
+    async def _set_window(self, move_ids: Sequence[int], seconds: float, *, passing: bool) -> None:
+        """Records another rollback window of moves, with the lease of each."""
+
+        async def change(move_id: int) -> None:
+            try:
+                async with leased(self._settings, move_id) as (connection, move):
+                    if not move.step.is_final:
+                        await catalog_moves.change_move(connection, move, replace(move, rollback_window_s=seconds))
+            except LeasedError:
+                if not passing:
+                    raise
+
+        await _together([change(move_id) for move_id in move_ids])
+
     async def _stopped_within(self, seconds: float) -> bool:
         try:
-            async with asyncio.timeout(max(0.0, seconds)):
+            async with asyncio.timeout(seconds):
                 await self._stop.wait()
         except TimeoutError:
             return False

@@ -84,6 +84,8 @@ async def stopped_at(slots: Slots, step: Step, number: int, target: str) -> None
 
 
 async def finished(slots: Slots, *command: str) -> None:
+    if command[0] == "resume":
+        command = (*command, "--rollback-window", "0")
     await Slots(slots.cluster, {**slots.settings, "rollback_window_s": 0}).move(*command)
 
 

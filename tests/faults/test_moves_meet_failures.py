@@ -141,7 +141,7 @@ async def test_a_failover_begins_a_move_anew_or_closes_its_way_back(shard_id: st
                     async with slots.mover("rollback", "--move", str(move.move_id)) as mover:
                         events = [event async for event in mover.events()]
                     assert "failover has closed the way back" in events[-1]["why"]
-                await Slots(cluster, {**slots.settings, "rollback_window_s": 0}).move("resume")
+                await slots.move("resume", "--rollback-window", "0")
             finally:
                 writers.stop()
         (move,) = await slots.moves()

@@ -1,6 +1,7 @@
 """Moving slots between shards while they are written."""
 
 import asyncio
+import json
 import signal
 import time
 import uuid
@@ -165,12 +166,11 @@ async def test_a_move_under_way_is_seen_and_whether_it_has_stopped(slots: Slots)
         await running.process.wait()
         await eventually(lambda: is_seen("copying", stopped=True), within_s=15)
         assert "100 slots  shard-0 → shard-1  stopped at copying" in await shown()
-    patient = Slots(cluster, {"rollback_window_s": 600})
-    async with patient.mover("resume") as running:
+    async with slots.mover("resume", "--rollback-window", "600") as running:
         await running.until("active")
         await eventually(lambda: is_seen("active", stopped=False), within_s=15)
         assert "100 slots  shard-0 → shard-1  active" in await shown()
-    await slots.move("resume")
+    await slots.move("resume", "--rollback-window", "0")
 
     async def is_over() -> bool:
         found = await samples(cluster)
@@ -180,6 +180,32 @@ async def test_a_move_under_way_is_seen_and_whether_it_has_stopped(slots: Slots)
     await eventually(is_over, within_s=15)
     assert not any(value for key, value in (await samples(cluster)).items() if key[0] != "memory_moves")
     assert await slots.left_over() == []
+
+
+@pytest.mark.parametrize("others_setting_s", [0, 600])
+async def test_a_move_can_be_brought_back_for_as_long_as_it_was_made_for_whoever_settles_it(
+    slots: Slots, others_setting_s: float
+) -> None:
+    window = timedelta(seconds=4)
+    made = Slots(slots.cluster, {**slots.settings, "rollback_window_s": window.total_seconds()})
+    topology = await slots.topology()
+    source, target = ("shard-0", "shard-1") if topology.owner(400).shard_id == "shard-0" else ("shard-1", "shard-0")
+    await slots.cluster.run("shards", "set", target, "--status", "active")
+    async with made.mover("move", "--first", "400", "--last", "450", "--to", target) as running:
+        await running.until("active")
+        running.send()
+        await running.process.wait()
+    (listed,) = json.loads(await slots.cluster.run("moves", "list", "--json"))["moves"]
+    until = datetime.fromisoformat(listed["rollback_until_time"])
+    assert until - datetime.fromisoformat(listed["cutover_time"]) == window
+    assert f"{until.astimezone():%Y-%m-%d %H:%M:%S}" in await slots.cluster.run("moves", "list")
+    assert source not in {(await slots.topology()).owner(slot).shard_id for slot in range(400, 451)}
+    others = Slots(slots.cluster, {**slots.settings, "rollback_window_s": others_setting_s})
+    events = await others.move("resume")
+    ended = datetime.now(UTC)
+    begun = next(event for event in events if event.get("step") == "cleaning")
+    assert (begun["move_id"], ended >= until) == (int(listed["move_id"]), True)
+    assert (await slots.moves())[-1].step is Step.DONE
 
 
 async def test_a_move_that_is_driven_has_not_stopped(slots: Slots) -> None:

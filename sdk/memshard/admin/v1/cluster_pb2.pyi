@@ -613,9 +613,10 @@ class ResumeMoveRequest(_message.Message):
     move_id: _builtins.int
     """0: all that are open."""
     max_rate: _builtins.int
-    """As in RebalanceRequest, like the other two."""
+    """As in RebalanceRequest, like the next."""
     concurrency: _builtins.int
     rollback_window_s: _builtins.float
+    """Another window for the moves that are resumed. Absent: each keeps the one that it was made with."""
     def __init__(
         self,
         *,
@@ -802,6 +803,8 @@ class Move(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     CUTOVER_TIME_FIELD_NUMBER: _builtins.int
+    ROLLBACK_WINDOW_S_FIELD_NUMBER: _builtins.int
+    ROLLBACK_UNTIL_TIME_FIELD_NUMBER: _builtins.int
     move_id: _builtins.int
     first_slot: _builtins.int
     """Both included."""
@@ -816,8 +819,14 @@ class Move(_message.Message):
     rows: _builtins.int
     error: _builtins.str
     """Why it stopped, or was begun again, last."""
+    rollback_window_s: _builtins.float
+    """How long after that it can be brought back. It was fixed when the move was made."""
     @_builtins.property
     def cutover_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def rollback_until_time(self) -> _timestamp_pb2.Timestamp:
+        """When that ends. Absent: the slots have not gone over, so that it can be undone at any time, or it is too late."""
+
     def __init__(
         self,
         *,
@@ -831,10 +840,12 @@ class Move(_message.Message):
         rows: _builtins.int = ...,
         error: _builtins.str = ...,
         cutover_time: _timestamp_pb2.Timestamp | None = ...,
+        rollback_window_s: _builtins.float = ...,
+        rollback_until_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cutover_time", b"cutover_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cutover_time", b"cutover_time", "rollback_until_time", b"rollback_until_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cutover_time", b"cutover_time", "error", b"error", "first_slot", b"first_slot", "last_slot", b"last_slot", "move_id", b"move_id", "rows", b"rows", "source", b"source", "step", b"step", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cutover_time", b"cutover_time", "error", b"error", "first_slot", b"first_slot", "last_slot", b"last_slot", "move_id", b"move_id", "rollback_until_time", b"rollback_until_time", "rollback_window_s", b"rollback_window_s", "rows", b"rows", "source", b"source", "step", b"step", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
