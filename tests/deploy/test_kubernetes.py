@@ -52,13 +52,12 @@ SECRETS = {
 }
 
 
-def _cluster_schemas() -> list[Manifest]:
-    """Ours, and the operator's own where somebody has it."""
-    schemas = [yaml.safe_load(Path(__file__).with_name("cnpg_cluster_schema.yaml").read_text())]
-    if file := os.environ.get("MEMSHARD_CNPG_CRD"):
-        definition = yaml.safe_load(Path(file).read_text())
-        schemas += [_closed(v["schema"]["openAPIV3Schema"]) for v in definition["spec"]["versions"] if v["served"]]
-    return schemas
+def _cluster_definitions() -> list[Manifest]:
+    """The operator's own, where somebody has it."""
+    if not (file := os.environ.get("MEMSHARD_CNPG_CRD")):
+        return []
+    definition = yaml.safe_load(Path(file).read_text())
+    return [v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["served"]]
 
 
 def _closed(schema: Manifest) -> Manifest:
@@ -69,7 +68,12 @@ def _closed(schema: Manifest) -> Manifest:
     return closed
 
 
-CLUSTER_SCHEMAS = _cluster_schemas()
+CLUSTER_DEFINITIONS = _cluster_definitions()
+CLUSTER_SCHEMAS = [
+    yaml.safe_load(Path(__file__).with_name("cnpg_cluster_schema.yaml").read_text()),
+    *map(_closed, CLUSTER_DEFINITIONS),
+]
+CLUSTER_FIELDS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("cnpg_cluster_fields.yaml").read_text())
 
 everything = pytest.mark.parametrize("directory", [*OVERLAYS, *JOBS])
 overlays = pytest.mark.parametrize("directory", OVERLAYS)
@@ -115,6 +119,41 @@ def test_postgres_clusters_are_what_cloudnative_pg_takes(directory: str) -> None
 
 def test_commits_are_on_a_quorum_and_survive_a_failover_in_production() -> None:
     for cluster in of_kind(render("overlays/production"), "Cluster"):
+def test_postgres_clusters_use_no_field_that_the_published_definition_does_not_have() -> None:
+    used: dict[str, str] = {}
+    for directory in OVERLAYS:
+        for cluster in of_kind(render(directory), "Cluster"):
+            used |= _fields(cluster["spec"], "spec")
+    assert used == CLUSTER_FIELDS
+
+
+def test_the_list_of_fields_is_what_the_published_definition_has() -> None:
+    if not CLUSTER_DEFINITIONS:
+        pytest.skip("MEMSHARD_CNPG_CRD does not name the operator's own definition")
+    for schema in CLUSTER_DEFINITIONS:
+        for path, kind in CLUSTER_FIELDS.items():
+            assert _type_in(schema, path) == kind, path
+
+
+def _fields(value: Any, path: str) -> dict[str, str]:
+    """Each field of a manifest with the type that its value has."""
+    if CLUSTER_FIELDS.get(path) == "map":
+        assert all(isinstance(one, str) for one in value.values()), path
+        return {path: "map"}
+    if isinstance(value, dict):
+        return {name: kind for key, one in value.items() for name, kind in _fields(one, f"{path}.{key}").items()}
+    if isinstance(value, list):
+        return {name: kind for one in value for name, kind in _fields(one, f"{path}[]").items()}
+    return {path: {bool: "boolean", int: "integer", str: "string"}[type(value)]}
+
+
+def _type_in(schema: Manifest, path: str) -> str:
+    """The type that a definition gives a field."""
+    for name in path.replace("[]", ".[]").split("."):
+        schema = schema["items"] if name == "[]" else schema["properties"][name]
+    return "map" if isinstance(schema.get("additionalProperties"), dict) else str(schema["type"])
+
+
         spec = cluster["spec"]
         assert spec["instances"] >= 3
         assert spec["postgresql"]["synchronous"] == {
