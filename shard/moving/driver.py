@@ -116,6 +116,8 @@ class Driver:
                     return await self._unfence(moving)
                 while not (moving.move.step.is_final or (hold and moving.move.step is Step.ACTIVE)):
                     if bring_back and moving.move.step is Step.ACTIVE:
+                for stream in (moving.forward, moving.reverse):
+                    await stream.reconnect()
                         await moving.advance(Step.RETURNING)
                     if not await self._step(moving):
                         break

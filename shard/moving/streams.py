@@ -45,6 +45,7 @@ SELECT format(
      enabled = %5$s, copy_data = %6$s, origin = none, binary = true, streaming = off)',
     $1::text, $2::text, $3::text, $1::text, $4::text, $5::text)
 """
+_RECONNECT = "SELECT format('ALTER SUBSCRIPTION %I CONNECTION %L', $1::text, $2::text)"
 _ENABLE = "SELECT format('ALTER SUBSCRIPTION %I ENABLE', $1::text)"
 _ABANDON = """
 SELECT format('ALTER SUBSCRIPTION %1$I DISABLE; ALTER SUBSCRIPTION %1$I SET (slot_name = NONE);
@@ -108,6 +109,14 @@ class Stream:
         if not await self.is_subscribed():
             flags = [str(flag).lower() for flag in (enabled, copy)]
             await _made(self.subscriber, _CREATE_SUBSCRIPTION, self.name, self.publisher.dsn, self.name, *flags)
+
+    async def reconnect(self) -> None:
+        """Has the subscriber, if there is a subscription, reach the publisher by the URL as it is now: the password
+        is not always that of the day when it was made. Who takes is restarted only if there is a difference.
+        """
+        if await self.is_subscribed():
+            # Whether it is another is for the server to see: nobody but a superuser may read what it has.
+            await _made(self.subscriber, _RECONNECT, self.name, self.publisher.dsn)
 
     async def is_subscribed(self) -> bool:
         """Whether there is the subscription."""

@@ -1,9 +1,12 @@
 """`memshard rotate-secrets`: the old passwords are good for nothing, and everything is there."""
 
+import asyncio
+
 import asyncpg
 import pytest
 
 from common import roles
+from common.moves import Step
 from common.roles import Login
 from local.layout import write_atomically
 from local.postgres import SUPERUSER
@@ -11,7 +14,9 @@ from local.record import Secrets, load_secrets
 from memshard import AsyncMemoryClient
 from tests.support.cluster import LocalCluster, command
 from tests.support.eventually import eventually
+from tests.support.moving import Slots
 from tests.support.wire import database
+from tests.support.writers import Writers
 
 EMBEDDING = [1.0, 0.0, 0.0]
 
@@ -58,6 +63,42 @@ async def test_every_secret_is_a_new_one_and_nothing_else_has_changed() -> None:
         # The catalog's, the shard's and the standby's servers have no other connections than with the new ones.
         _, output = await command("failover", "shard-0", "--data-dir", str(cluster.data_dir))
         assert "takes the writes of shard-0" in output
+
+
+async def test_moves_that_are_open_go_on_with_the_new_password() -> None:
+    """One that is to be brought back, and one that is just being copied: subscriptions keep the URL of their making."""
+    users = [f"rotated-{number}" for number in range(40)]
+    async with LocalCluster(shards=2) as cluster:
+        slots = Slots(cluster, {"rollback_window_s": 3600, "max_slots": 16384})
+        writers = Writers(cluster.address, users)
+        for user in users:
+            writers.expected[user] = {}
+        async with AsyncMemoryClient(cluster.address) as client:
+
+            async def store(content: str) -> None:
+                for user in users:
+                    stored = (await client.store(user, f"{user} {content}")).memory
+                    writers.expected[user][stored.id] = stored.content
+
+            await store("before")
+            for first, last, step in ((8192, 12287, Step.ACTIVE), (12288, 16383, Step.VERIFYING)):
+                async with slots.mover("move", "--first", str(first), "--last", str(last), "--to", "shard-0") as mover:
+                    await mover.until(step)
+                    mover.send()
+                    await mover.process.communicate()
+            gone, begun = await slots.moves()
+            await cluster.run("rotate-secrets")
+            await cluster.down()
+            await cluster.up()
+            await store("after")
+            assert [move.step for move in await slots.moves()] == [Step.ACTIVE, Step.VERIFYING]
+            await asyncio.wait_for(slots.move("rollback", "--move", str(gone.move_id)), 60)
+            await asyncio.wait_for(slots.move("resume", "--rollback-window", "0"), 60)
+            assert [move.step for move in await slots.moves()] == [Step.ROLLED_BACK, Step.DONE]
+            topology = await slots.topology()
+            assert [topology.owner(move.first).shard_id for move in (gone, begun)] == ["shard-1", "shard-0"]
+            assert await writers.found() == writers.expected
+            assert await slots.left_over() == []
 
 
 async def test_a_cluster_that_does_not_run_keeps_its_secrets() -> None:
