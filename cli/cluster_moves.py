@@ -47,6 +47,16 @@ RollbackWindow = Annotated[
         help="How long each range can be brought back after it has moved. Default: 30.",
     ),
 ]
+MaxSlots = Annotated[
+    int | None,
+    typer.Option(
+        "--max-slots",
+        metavar="SLOTS",
+        min=1,
+        max=16384,
+        help="Most slots that move together; with fewer the pace is closer, and all of it takes longer. Default: 1024.",
+    ),
+]
 ResumedWindow = Annotated[
     float | None,
     typer.Option(

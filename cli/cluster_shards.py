@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.cluster_moves import Json, MaxRate, RollbackWindow, as_line, follow_moves, request_of
+from cli.cluster_moves import Json, MaxRate, MaxSlots, RollbackWindow, as_line, follow_moves, request_of
 from cli.cluster_options import DataDir, failures_shown
 from cli.options import not_empty
 from cli.terminal import console, fail
@@ -95,6 +95,7 @@ def remove(shard: Shard, json: Json = False, data_dir: DataDir = None) -> None:
 def drain(
     shard: Shard,
     max_rate: MaxRate = 0,
+    max_slots: MaxSlots = None,
     rollback_window: RollbackWindow = None,
     json: Json = False,
     data_dir: DataDir = None,
@@ -102,13 +103,14 @@ def drain(
     """Move all slots off a shard while it serves; it gets none from then on. Ctrl-C ends it where it can be resumed."""
     from memshard.admin.v1.cluster_pb2 import DrainShardRequest
 
-    request = request_of(DrainShardRequest(shard_id=shard), max_rate, rollback_window)
+    request = request_of(DrainShardRequest(shard_id=shard, max_slots=max_slots or 0), max_rate, rollback_window)
     follow_moves("DrainShard", request, data_dir, as_lines=json)
 
 
 def rebalance(
     plan: Annotated[bool, typer.Option("--plan", help="Show what would be moved, and move nothing.")] = False,
     max_rate: MaxRate = 0,
+    max_slots: MaxSlots = None,
     rollback_window: RollbackWindow = None,
     json: Json = False,
     data_dir: DataDir = None,
@@ -118,7 +120,7 @@ def rebalance(
     """
     from memshard.admin.v1.cluster_pb2 import RebalanceRequest
 
-    request = request_of(RebalanceRequest(plan_only=plan), max_rate, rollback_window)
+    request = request_of(RebalanceRequest(plan_only=plan, max_slots=max_slots or 0), max_rate, rollback_window)
     follow_moves("Rebalance", request, data_dir, as_lines=json)
 
 

@@ -427,7 +427,8 @@ class MoverSettings(ProcessSettings):
     """Most rows a second that are copied, on average over the moves; 0: as many as the servers can."""
 
     max_standby_lag_bytes: Annotated[int, Field(ge=MIB)] = 64 * MIB
-    """How far the standbys of source or target may be behind before the next range waits for them."""
+    """How far the standbys of source or target may be behind before a move waits for them: with its copy, with the way
+    back, with what is compared and removed next."""
 
     @model_validator(mode="after")
     def _relations(self) -> Self:

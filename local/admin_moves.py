@@ -12,7 +12,7 @@ from common import catalog, catalog_shards, errors
 from common.catalog_moves import read_moves
 from common.move_message import message_of
 from common.moves import MAX_ROLLBACK_WINDOW_S
-from common.slots import slot_of
+from common.slots import SLOT_COUNT, slot_of
 from common.topology import ShardStatus
 from local import mover
 from local.admin_streams import Lasting, Stream
@@ -188,6 +188,10 @@ def _options(
     options: dict[str, Any] = {"max_rate": request.max_rate} if request.max_rate else {}
     if request.concurrency:
         options["concurrency"] = request.concurrency
+    if not isinstance(request, cluster_pb2.ResumeMoveRequest) and request.max_slots:
+        if not 1 <= request.max_slots <= SLOT_COUNT:
+            raise errors.InvalidArgument.field("max_slots", "OUT_OF_RANGE", f"must be 0 to {SLOT_COUNT}")
+        options["max_slots"] = request.max_slots
     if request.HasField("rollback_window_s"):
         if not 0 <= request.rollback_window_s <= MAX_ROLLBACK_WINDOW_S:
             raise errors.InvalidArgument.field(

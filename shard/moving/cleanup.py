@@ -5,6 +5,7 @@ removed here would be removed there too.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from shard.moving.side import Side
 from shard.moving.streams import Stream, StreamError
@@ -29,10 +30,11 @@ SELECT count(*) FROM removed
 _SERVES = "SELECT EXISTS (SELECT FROM owned_slots WHERE slot BETWEEN $1 AND $2 AND state <> 'gone')"
 
 
-async def remove_rows(side: Side, first: int, last: int, *ways: Stream) -> int:
+async def remove_rows(side: Side, first: int, last: int, *ways: Stream, between: Callable[[], Awaitable[None]]) -> int:
     """Removes all rows of the slots from a shard that does not serve them; how many there were.
 
-    `ways` are the streams by which they came or could go. Raises StreamError unless all of them are gone.
+    `ways` are the streams by which they came or could go; `between` is awaited between two batches. Raises StreamError
+    unless all of them are gone.
     """
     for way in ways:
         if not await way.is_gone():
@@ -47,4 +49,5 @@ async def remove_rows(side: Side, first: int, last: int, *ways: Stream) -> int:
             if count < _BATCH:
                 break
             await asyncio.sleep(_PAUSE_S)
+            await between()
     return removed

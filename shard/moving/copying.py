@@ -42,7 +42,8 @@ async def undo(moving: Moving) -> None:
     for stream in (moving.forward, moving.reverse):
         await moving.changes(stream).remove()
         await stream.remove()
-    await remove_rows(moving.target, move.first, move.last, moving.forward, moving.reverse)
+    between = moving.pace.between(moving.source, moving.target)
+    await remove_rows(moving.target, move.first, move.last, moving.forward, moving.reverse, between=between)
 
 
 async def copy(moving: Moving) -> None:
@@ -67,6 +68,7 @@ async def copy(moving: Moving) -> None:
         if await forward.errors() >= _MAX_ERRORS:
             raise StreamError(f"the copy fails again and again; the log of {moving.target.shard_id}'s server says why")
         await asyncio.sleep(_POLL_S)
+    moving.copied = sum(total.values())
     await moving.advance(Step.VERIFYING)
 
 
@@ -100,7 +102,7 @@ async def compared(moving: Moving, stream: Stream) -> Comparison:
     await changes.make()
     comparison = Comparison(Verifier(stream.publisher, stream.subscriber, move.first, move.last), changes)
     await stream.caught_up(_CATCH_UP_TIMEOUT_S)
-    comparison.suspects = await comparison.verifier.all()
+    comparison.suspects = await comparison.verifier.all(moving.pace.between(stream.publisher, stream.subscriber))
     await settle(moving, stream, comparison)
     moving.comparison = comparison
     return comparison

@@ -17,6 +17,7 @@ from common.postgres import CONNECT_ERRORS, Connection, DatabaseUnreachableError
 from shard.moving import cutover, side
 from shard.moving.moving import MoveError, Moving, Tell, Turn
 from shard.moving.ownership import OwnershipError
+from shard.moving.pacing import Pace
 from shard.moving.side import Side, SideError
 from shard.moving.steps import STEPS
 from shard.moving.streams import StreamError
@@ -45,14 +46,15 @@ class LeasedError(MoveError):
 
 class Driver:
     """Drives one move. `stop` makes it end where it can be resumed, as soon as no slot is fenced. Who has the lock
-    `turns` hands over.
+    `turns` hands over; `pace` says when the others go on.
     """
 
     def __init__(
-        self, settings: MoverSettings, move_id: int, tell: Tell, stop: asyncio.Event, turns: asyncio.Lock
+        self, settings: MoverSettings, move_id: int, tell: Tell, stop: asyncio.Event, turns: asyncio.Lock, pace: Pace
     ) -> None:
         self._settings = settings
         self._turn = Turn(turns)
+        self._pace = pace
         self._move_id = move_id
         self._tell = tell
         self._stop = stop
@@ -107,17 +109,17 @@ class Driver:
                 self._side(move, move.source) as source,
                 self._side(move, move.target) as target,
             ):
-                moving = Moving(connection, self._settings, move, source, target, self._tell, self._turn)
+                moving = Moving(connection, self._settings, move, source, target, self._tell, self._turn, self._pace)
                 moving.told()
                 if bring_back:
                     await self._turn_round(moving)
                 await self._begin_anew_after_failover(moving)
                 if unfence:
                     return await self._unfence(moving)
-                while not (moving.move.step.is_final or (hold and moving.move.step is Step.ACTIVE)):
-                    if bring_back and moving.move.step is Step.ACTIVE:
                 for stream in (moving.forward, moving.reverse):
                     await stream.reconnect()
+                while not (moving.move.step.is_final or (hold and moving.move.step is Step.ACTIVE)):
+                    if bring_back and moving.move.step is Step.ACTIVE:
                         await moving.advance(Step.RETURNING)
                     if not await self._step(moving):
                         break
@@ -145,9 +147,15 @@ class Driver:
             await asyncio.gather(work, stop, return_exceptions=True)
 
     async def _work(self, moving: Moving) -> None:
-        if moving.move.step in _CAN_WAIT:
+        step = moving.move.step
+        if step in _CAN_WAIT:
+            if step is Step.COPYING:
+                await self._pace.turn()
+            await self._pace.room(moving.source, moving.target)
             await self._turn.others()
-        await STEPS[moving.move.step](moving)
+        await STEPS[step](moving)
+        if step is Step.COPYING:
+            self._pace.copied(moving.copied)
 
     async def _unfence_alone(self, connection: Connection, move: Move) -> Move:
         """Takes away the fence of a process that is gone, or has lost its sessions, with that shard alone which is to

@@ -14,9 +14,8 @@ from common.config import MoverSettings
 from common.moves import Move, Step
 from common.postgres import Connection
 from common.topology import Shard, ShardStatus, Topology
-from shard.moving import side
 from shard.moving.driver import Driver, LeasedError, leased
-from shard.moving.moving import MoveError, Tell, Turn
+from shard.moving.moving import MoveError, Tell
 from shard.moving.pacing import Pace
 from shard.moving.plan import PlannedMove, by_hand, plan
 
@@ -172,7 +171,9 @@ class Mover:
         async def move(planned: PlannedMove) -> None:
             async with still_open:
                 async with places:
-                    await self._pace.turn()
+                    while (left_s := self._pace.wait_s()) > 0:
+                        if await self._stopped_within(left_s):
+                            break
                     if self._stop.is_set():
                         return
                     async with self._catalog() as connection:
@@ -187,10 +188,7 @@ class Mover:
                             )
                         except MoveConflictError as error:
                             raise MoveError(f"{error}; another mover is at work, wait for it") from error
-                    await Turn(self._turns).others()
-                    await self._room(made)
-                    ended = await self._driver(made.move_id).run(hold=True)
-                    self._pace.moved(ended.rows)
+                    await self._driver(made.move_id).run(hold=True)
                 await self._settle([made.move_id])
 
         await _together([move(planned) for planned in moves])
@@ -270,15 +268,8 @@ class Mover:
             return False
         return True
 
-    async def _room(self, move: Move) -> None:
-        async with (
-            side.opened(move.source, self._settings.shard_dsn(move.source), move.move_id) as source,
-            side.opened(move.target, self._settings.shard_dsn(move.target), move.move_id) as target,
-        ):
-            await self._pace.room(source, target)
-
     def _driver(self, move_id: int) -> Driver:
-        return Driver(self._settings, move_id, self._tell, self._stop, self._turns)
+        return Driver(self._settings, move_id, self._tell, self._stop, self._turns, self._pace)
 
     @asynccontextmanager
     async def _catalog(self) -> AsyncIterator[Connection]:

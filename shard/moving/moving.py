@@ -16,6 +16,7 @@ from common.postgres import Connection
 from shard.moving import ownership
 from shard.moving.changed import ChangeLog, Key
 from shard.moving.ownership import Departure
+from shard.moving.pacing import Pace
 from shard.moving.side import Side
 from shard.moving.streams import Stream
 from shard.moving.verify import Verifier
@@ -74,6 +75,7 @@ class Moving:
     target: Side
     tell: Tell
     turn: Turn
+    pace: Pace
     comparison: Comparison | None = None
     fenced_at: float | None = None
     """When writes were stopped, by the monotonic clock."""
@@ -81,6 +83,8 @@ class Moving:
     """Whether the catalog was asked to have the taker own the slots: whether it does then is for it alone to say."""
     departure: Departure | None = None
     """What callers are told of the hand-over, when this process has done it."""
+    copied: int = 0
+    """Rows that the copy took over, all tables together."""
     laps: dict[str, int] = field(default_factory=dict)
     """How far each part of the hand-over was over, in ms since then."""
 

@@ -1,17 +1,24 @@
-"""How fast moves follow each other: below a rate of rows, and not while the standbys are behind or commits slow."""
+"""How fast moves go on: below a rate of rows, and not while the standbys are behind or commits slow.
+
+What waits is whatever comes next: a copy before it begins, the next table that is compared, the next rows that are
+removed. A copy that has begun is PostgreSQL's, and cannot be held up; it is as long as its range is large.
+"""
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
+from typing import Any
 
-from shard.moving.moving import Tell
 from shard.moving.side import Side
 
 # A commit this much slower than the quickest one seen, and slow in itself, means that the server has enough to do.
 _SLOWER = 8.0
 _SLOW_S = 0.1
 _POLL_S = 0.5
-# Longest that one move is held up.
+# Longest that one part of a move is held up.
 _PATIENCE_S = 60.0
+# Between two parts it is not asked more often than that.
+_LOOK_INTERVAL_S = 1.0
 
 _LAG = """
 SELECT coalesce(max(pg_wal_lsn_diff(pg_current_wal_flush_lsn(), replay_lsn)), 0)::bigint FROM pg_stat_replication
@@ -23,24 +30,29 @@ _COMMIT = "SELECT pg_logical_emit_message(true, 'memshard', '')"
 class Pace:
     """Shared by the moves of one mover."""
 
-    def __init__(self, max_rate: int, max_lag_bytes: int, tell: Tell) -> None:
+    def __init__(self, max_rate: int, max_lag_bytes: int, tell: Callable[[dict[str, Any]], None]) -> None:
         self._max_rate = max_rate
         self._max_lag_bytes = max_lag_bytes
         self._tell = tell
         self._free_at = 0.0
         self._quickest_s: dict[str, float] = {}
 
-    async def turn(self) -> None:
-        """Waits until the next move may begin, by the rate."""
-        await asyncio.sleep(max(0.0, self._free_at - time.monotonic()))
+    def wait_s(self) -> float:
+        """Seconds until the next copy may begin, by the rate; 0 or less: it may."""
+        return self._free_at - time.monotonic()
 
-    def moved(self, rows: int) -> None:
+    async def turn(self) -> None:
+        """Waits until the next copy may begin, by the rate."""
+        while (left_s := self.wait_s()) > 0:  # noqa: ASYNC110  # Other copies may end meanwhile, and put it off.
+            await asyncio.sleep(left_s)
+
+    def copied(self, rows: int) -> None:
         """So many rows went over."""
         if self._max_rate:
             self._free_at = max(self._free_at, time.monotonic()) + rows / self._max_rate
 
     async def room(self, *sides: Side) -> None:
-        """Waits until the servers have room for a move, for a bounded time."""
+        """Waits until the servers have room for what comes next, for a bounded time."""
         deadline = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline:
             busy = [side.shard_id for side in sides if await self._is_busy(side)]
@@ -48,6 +60,18 @@ class Pace:
                 return
             self._tell({"event": "waiting", "for": busy})
             await asyncio.sleep(_POLL_S)
+
+    def between(self, *sides: Side) -> Callable[[], Awaitable[None]]:
+        """What is to be awaited between two parts of something long: `room`, and now and then only."""
+        looked_at = time.monotonic()
+
+        async def between() -> None:
+            nonlocal looked_at
+            if time.monotonic() - looked_at >= _LOOK_INTERVAL_S:
+                await self.room(*sides)
+                looked_at = time.monotonic()
+
+        return between
 
     async def _is_busy(self, side: Side) -> bool:
         if await side.connection.fetchval(_LAG) > self._max_lag_bytes:

@@ -21,7 +21,8 @@ async def clean(moving: Moving) -> None:
     for stream in (moving.forward, moving.reverse):
         await moving.changes(stream).remove()
         await stream.remove()
-    removed = await remove_rows(moving.source, move.first, move.last, moving.forward, moving.reverse)
+    between = moving.pace.between(moving.source, moving.target)
+    removed = await remove_rows(moving.source, move.first, move.last, moving.forward, moving.reverse, between=between)
     await ownership.forget_departures(moving.source)
     moving.told(removed=removed)
     await moving.advance(Step.DONE)

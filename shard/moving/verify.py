@@ -5,7 +5,7 @@ known from the giver's log (`shard.moving.changed`), and is compared once more w
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -34,12 +34,15 @@ class Verifier:
         self.rows = 0
         """Rows of the giver's that were compared, of all tables."""
 
-    async def all(self) -> dict[str, set[Key]]:
-        """The keys of the rows that one side lacks, or that differ, by table."""
+    async def all(self, between: Callable[[], Awaitable[None]]) -> dict[str, set[Key]]:
+        """The keys of the rows that one side lacks, or that differ, by table. `between` is awaited between two of them:
+        not within one, where both servers keep a snapshot for it.
+        """
         await self._describe()
         self.rows = 0
         different: dict[str, set[Key]] = {}
         for table in self._tables.values():
+            await between()
             found = await self._compare(table)
             if found:
                 different[table.name] = found

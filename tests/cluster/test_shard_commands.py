@@ -169,6 +169,7 @@ async def test_a_plan_says_what_would_be_moved_and_moves_nothing(kept: Kept) -> 
     told = await kept.run("rebalance", "--plan", "--max-rate", "1")
     assert "4,096 slots are to be moved, in 4 ranges" in told
     assert "from shard-0 to shard-1" in told
+    assert "in 16 ranges" in await kept.run("rebalance", "--plan", "--max-slots", "256")
     (line,) = await kept.lines("rebalance", "--plan")
     assert line["plan"]["slots"] == 4096
     assert {(move["source"], move["target"]) for move in line["plan"]["moves"]} == {("shard-0", "shard-1")}

@@ -2,8 +2,9 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
@@ -149,4 +150,81 @@ async def test_a_failover_begins_a_move_anew_or_closes_its_way_back(shard_id: st
         assert (move.attempts > 1) == (step is not Step.ACTIVE)
         assert (writers.failures, writers.wrong) == ([], [])
         assert await writers.found() == writers.expected
+        assert await slots.left_over() == []
+
+
+async def far_behind(cluster: LocalCluster, shard_id: str) -> None:
+    """Has the shard's primary log two MiB that a standby whose replay is paused does not replay."""
+    async with database(cluster.shard_dsn(shard_id, owner=True)) as connection:
+        await connection.execute("SELECT pg_logical_emit_message(true, 'test', repeat('x', 2097152))")
+
+
+async def rows_at(cluster: LocalCluster, shard_id: str, first: int, last: int) -> int:
+    async with database(cluster.shard_dsn(shard_id)) as connection:
+        count: int = await connection.fetchval(
+            "SELECT count(*) FROM memories WHERE slot BETWEEN $1 AND $2", first, last
+        )
+        return count
+
+
+async def test_a_move_waits_for_the_standbys_between_its_parts_whoever_began_it() -> None:
+    """Before it copies, also when another process had begun it, and before it removes what it has copied."""
+    async with LocalCluster(shards=2, replicas=1) as cluster, AsyncMemoryClient(cluster.address) as client:
+        slots = Slots(cluster, {"rollback_window_s": 0, "max_standby_lag_bytes": 2**20, "max_slots": 16384})
+        for user in _USERS:
+            await client.store(user, "stored before anything moves")
+        await eventually(lambda: all(cluster.standbys(shard_id) for shard_id in ("shard-0", "shard-1")))
+        async with slots.mover("move", "--first", "8192", "--last", "12000", "--to", "shard-0") as mover:
+            await mover.until(Step.PLANNED)
+            mover.send(signal.SIGKILL)
+            await mover.process.communicate()
+        stored = await rows_at(cluster, "shard-1", 8192, 12000)
+        assert stored > 0
+        async with AsyncExitStack() as stack:
+            async with replay_paused(cluster, "shard-0"):
+                await far_behind(cluster, "shard-0")
+                mover = await stack.enter_async_context(slots.mover("resume", "--rollback-window", "4"))
+                assert (await mover.until_event("waiting"))["for"] == ["shard-0"]
+                assert (await slots.moves())[-1].step is Step.COPYING
+                assert await rows_at(cluster, "shard-0", 8192, 12000) == 0
+            await mover.until(Step.ACTIVE)
+            async with replay_paused(cluster, "shard-1"):
+                await far_behind(cluster, "shard-1")
+                assert (await mover.until_event("waiting"))["for"] == ["shard-1"]
+                assert (await slots.moves())[-1].step is Step.CLEANING
+                assert await rows_at(cluster, "shard-1", 8192, 12000) == stored
+                # Told to end, it does not wait any longer.
+                mover.send(signal.SIGTERM)
+                await asyncio.wait_for(mover.process.communicate(), 10)
+        await slots.move("resume")
+        assert (await slots.moves())[-1].step is Step.DONE
+        assert await slots.left_over() == []
+
+
+async def test_a_rate_holds_for_moves_that_are_resumed_and_keeps_nobody_from_ending() -> None:
+    async with LocalCluster(shards=2) as cluster, AsyncMemoryClient(cluster.address) as client:
+        slots = Slots(cluster, {"rollback_window_s": 0, "concurrency": 1, "max_slots": 16384})
+        for user in _USERS:
+            await client.store(user, "stored before anything moves")
+        ranges = ((8192, 12287), (12288, 16383))
+        for first, last in ranges:
+            async with slots.mover("move", "--first", str(first), "--last", str(last), "--to", "shard-0") as mover:
+                await mover.until(Step.PLANNED)
+                mover.send(signal.SIGKILL)
+                await mover.process.communicate()
+        # Rows of other tables come on top of these.
+        rate = max(1, await rows_at(cluster, "shard-1", *ranges[0]) // 3)
+        copied: dict[int, float] = {}
+        async with Slots(cluster, {**slots.settings, "max_rate": rate}).mover("resume") as mover:
+            async for event in mover.events():
+                if event.get("step") == Step.VERIFYING and "rows" not in event:
+                    copied.setdefault(event["move_id"], time.monotonic())
+        assert len(copied) == len(ranges)
+        assert max(copied.values()) - min(copied.values()) >= 3
+        hurried = Slots(cluster, {**slots.settings, "max_rate": 1, "max_slots": 4096})
+        async with hurried.mover("move", "--first", "8192", "--last", "16383", "--to", "shard-1") as mover:
+            await mover.until(Step.DONE)
+            mover.send(signal.SIGTERM)
+            await asyncio.wait_for(mover.process.communicate(), 10)
+        await slots.move("rebalance")
         assert await slots.left_over() == []

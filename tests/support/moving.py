@@ -16,8 +16,9 @@ from common import catalog, catalog_moves
 from common.moves import Move
 from common.topology import Topology
 from local import mover
-from shard.moving.tables import MOVED
+from shard.moving.tables import MARKS, MOVED
 from tests.support.cluster import LocalCluster
+from tests.support.eventually import eventually
 from tests.support.wire import database
 
 _LINE_BYTES = 1024 * 1024
@@ -32,6 +33,11 @@ _UNOWNED = """
 SELECT count(*) FROM {table}
 WHERE NOT EXISTS (SELECT FROM owned_slots WHERE owned_slots.slot = {table}.slot AND state = 'own')
 """
+# Keeps a fence from being made for as long as the transaction lasts, and has nothing else wait for it.
+_HOLD_OFF = "LOCK TABLE owned_slots IN ROW SHARE MODE"
+_IS_HELD_OFF = "SELECT EXISTS (SELECT FROM pg_locks WHERE relation = 'owned_slots'::regclass AND NOT granted)"
+# Keeps what is replicated from coming in, as each hand-over's mark is part of it. Whoever looks for the mark may.
+_HOLD_MARKS = f"LOCK TABLE {MARKS} IN EXCLUSIVE MODE"
 _FENCED = "SELECT count(*) FROM owned_slots WHERE state = 'fenced'"
 
 
@@ -60,6 +66,31 @@ class Slots:
                 process.kill()
             _, errors = await process.communicate()
             sys.stderr.write(errors.decode(errors="replace"))
+
+    @asynccontextmanager
+    async def fence_held(self, running: "MoverProcess", source: str, target: str) -> AsyncIterator[None]:
+        """From the moment that a mover at work has really fenced its slots; until the end it gets no further.
+
+        It is kept from fencing until nothing else is left to be done before, and the target then from taking the mark.
+        """
+        async with (
+            database(self.cluster.shard_dsn(source, owner=True)) as giver,
+            database(self.cluster.shard_dsn(target, owner=True)) as taker,
+            taker.transaction(),
+        ):
+            async with giver.transaction():
+                await giver.execute(_HOLD_OFF)
+                await running.until("fenced")
+                await eventually(lambda: giver.fetchval(_IS_HELD_OFF))
+                await taker.execute(_HOLD_MARKS)
+            await eventually(lambda: giver.fetchval(_FENCED))
+            yield
+
+    async def fenced(self, shard_id: str) -> int:
+        """How many slots of a shard take no writes."""
+        async with database(self.cluster.shard_dsn(shard_id)) as connection:
+            count: int = await connection.fetchval(_FENCED)
+            return count
 
     async def move(self, *arguments: str) -> list[dict[str, Any]]:
         """Runs a mover to its end, which must be a good one; what it told."""
@@ -121,6 +152,22 @@ class MoverProcess:
                 return event
             assert event["event"] != "failed", event
         raise AssertionError(f"it ended before {step}")
+
+    async def until_event(self, kind: str) -> dict[str, Any]:
+        """Returns when it tells of something of a kind. AssertionError: it ended before."""
+        async for event in self.events():
+            if event["event"] == kind:
+                return event
+            assert event["event"] != "failed", event
+        raise AssertionError(f"it ended before it told of {kind}")
+
+    async def logged(self, text: str) -> None:
+        """Returns once it has logged something. AssertionError: it ended before."""
+        assert self.process.stderr is not None
+        async for line in self.process.stderr:
+            if text in line.decode():
+                return
+        raise AssertionError(f"it ended before it logged {text!r}")
 
     async def failure(self) -> str:
         assert self.process.stderr is not None

@@ -502,6 +502,7 @@ class RebalanceRequest(_message.Message):
     MAX_RATE_FIELD_NUMBER: _builtins.int
     CONCURRENCY_FIELD_NUMBER: _builtins.int
     ROLLBACK_WINDOW_S_FIELD_NUMBER: _builtins.int
+    MAX_SLOTS_FIELD_NUMBER: _builtins.int
     plan_only: _builtins.bool
     """Say what would be moved, and move nothing."""
     max_rate: _builtins.int
@@ -510,6 +511,8 @@ class RebalanceRequest(_message.Message):
     """Most moves at once. 0: two."""
     rollback_window_s: _builtins.float
     """Seconds that each range can be brought back after it has moved. Absent: 30."""
+    max_slots: _builtins.int
+    """Most slots of one range. 0: 1,024."""
     def __init__(
         self,
         *,
@@ -517,10 +520,11 @@ class RebalanceRequest(_message.Message):
         max_rate: _builtins.int = ...,
         concurrency: _builtins.int = ...,
         rollback_window_s: _builtins.float | None = ...,
+        max_slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "rollback_window_s", b"rollback_window_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "concurrency", b"concurrency", "max_rate", b"max_rate", "plan_only", b"plan_only", "rollback_window_s", b"rollback_window_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "concurrency", b"concurrency", "max_rate", b"max_rate", "max_slots", b"max_slots", "plan_only", b"plan_only", "rollback_window_s", b"rollback_window_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rollback_window_s: _TypeAlias = _typing.Literal["rollback_window_s"]  # noqa: Y015
     _WhichOneofArgType__rollback_window_s: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s"]  # noqa: Y015
@@ -538,11 +542,13 @@ class DrainShardRequest(_message.Message):
     MAX_RATE_FIELD_NUMBER: _builtins.int
     CONCURRENCY_FIELD_NUMBER: _builtins.int
     ROLLBACK_WINDOW_S_FIELD_NUMBER: _builtins.int
+    MAX_SLOTS_FIELD_NUMBER: _builtins.int
     shard_id: _builtins.str
     max_rate: _builtins.int
-    """As in RebalanceRequest, like the other two."""
+    """As in RebalanceRequest, like the others."""
     concurrency: _builtins.int
     rollback_window_s: _builtins.float
+    max_slots: _builtins.int
     def __init__(
         self,
         *,
@@ -550,10 +556,11 @@ class DrainShardRequest(_message.Message):
         max_rate: _builtins.int = ...,
         concurrency: _builtins.int = ...,
         rollback_window_s: _builtins.float | None = ...,
+        max_slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "rollback_window_s", b"rollback_window_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "concurrency", b"concurrency", "max_rate", b"max_rate", "rollback_window_s", b"rollback_window_s", "shard_id", b"shard_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "concurrency", b"concurrency", "max_rate", b"max_rate", "max_slots", b"max_slots", "rollback_window_s", b"rollback_window_s", "shard_id", b"shard_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rollback_window_s: _TypeAlias = _typing.Literal["rollback_window_s"]  # noqa: Y015
     _WhichOneofArgType__rollback_window_s: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s"]  # noqa: Y015
@@ -737,7 +744,7 @@ class MoveState(_message.Message):
     lag_ms: _builtins.float
     """How long the new owner took to have all there was."""
     pause_ms: _builtins.float
-    """How long nobody could write to the slots. Once, when they have been handed over."""
+    """How long nobody could write to the slots. Once they have been handed over, and each time that this was given up."""
     @_builtins.property
     def move(self) -> Global___Move: ...
     def __init__(
@@ -767,7 +774,7 @@ Global___MoveState: _TypeAlias = MoveState  # noqa: Y015
 
 @_typing.final
 class MoveWait(_message.Message):
-    """The next range waits for servers that have too much to do."""
+    """A move waits for servers that have too much to do."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
