@@ -8,7 +8,7 @@
 | drain --shard ID | moves all slots off a shard, which gets none from now on |
 | resume [--move N] [--rollback-window S] | brings the moves that are open to their end |
 | rollback --move N | brings the slots of a move back to where they were |
-| recover | ends the fences that a mover left behind that was killed |
+| recover [--every SECONDS] | ends the fences that a mover left behind that was killed; again and again |
 | list | says which moves there were |
 | add --shard ID --address HOST:PORT [--replica ID=HOST:PORT …] [--weight N] | registers a shard without slots |
 | remove --shard ID | takes a shard without slots out of the catalog |
@@ -71,7 +71,10 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     commands.add_parser("plan", help="say which moves rebalance would make")
     commands.add_parser("rebalance", help="move slots until each shard has its share")
     commands.add_parser("list", help="say which moves there were")
-    commands.add_parser("recover", help="end the fences of movers that were killed")
+    recover = commands.add_parser("recover", help="end the fences of movers that were killed")
+    recover.add_argument(
+        "--every", type=_interval, metavar="SECONDS", help="look again and again, until told to end; default: once"
+    )
     by_hand = commands.add_parser("move", help="move slots of one shard to another")
     for name in ("first", "last"):
         by_hand.add_argument(f"--{name}", type=int, metavar="N", required=True)
@@ -146,7 +149,7 @@ async def _done(mover: Mover, settings: MoverSettings, given: argparse.Namespace
         case "resume":
             await mover.resume(given.move, given.rollback_window)
         case "recover":
-            await mover.recover()
+            await (mover.recover() if given.every is None else mover.keep_recovering(given.every))
         case "rollback":
             await mover.roll_back(given.move)
         case "rebuild":
@@ -207,6 +210,13 @@ def _tell(event: dict[str, Any]) -> None:
     except BrokenPipeError:
         # Whoever listened has gone; the work has not.
         sys.stdout = open("/dev/null", "w", encoding="utf-8")  # noqa: SIM115  # For as long as the process lasts.
+
+
+def _interval(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("must be 0.1 to 3600")
+    return seconds
 
 
 def _window(text: str) -> float:

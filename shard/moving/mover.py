@@ -12,16 +12,29 @@ from common.catalog import CatalogError, EpochConflictError, PlacementStrategy
 from common.catalog_moves import MoveConflictError
 from common.config import MoverSettings
 from common.moves import Move, Step
-from common.postgres import Connection
+from common.postgres import CONNECT_ERRORS, Connection, DatabaseUnreachableError
 from common.topology import Shard, ShardStatus, Topology
 from shard.moving.driver import Driver, LeasedError, leased
 from shard.moving.moving import MoveError, Tell
+from shard.moving.ownership import OwnershipError
 from shard.moving.pacing import Pace
 from shard.moving.plan import PlannedMove, by_hand, plan
+from shard.moving.side import SideError
+from shard.moving.streams import StreamError
 
 _log = logs.get_logger("mover")
 
 _TRIES = 5
+# What a database that is away, or a move that cannot go on, may end with.
+_EXPECTED = (
+    MoveError,
+    StreamError,
+    OwnershipError,
+    SideError,
+    CatalogError,
+    DatabaseUnreachableError,
+    *CONNECT_ERRORS,
+)
 # Moves that are not over: each has a replication slot on the target, of which a server has a bounded number.
 _MAX_OPEN = 6
 
@@ -140,6 +153,19 @@ class Mover:
                 await self._driver(move_id).run(unfence=True)
 
         await _together([recover(move.move_id) for move in await self.moves() if move.may_be_fenced])
+
+    async def keep_recovering(self, every_s: float) -> None:
+        """Does so until it is told to stop. What keeps it from it, as a catalog that is away, is tried again."""
+        while not await self._stopped_within(every_s):
+            try:
+                async with self._catalog() as connection:
+                    moves = [move for move in await catalog_moves.read_moves(connection) if move.may_be_fenced]
+                    left = [move for move in moves if not await catalog_moves.is_leased(connection, move.move_id)]
+                if left:
+                    _log.warning("a mover has left slots that nobody may write to", moves=[m.move_id for m in left])
+                    await self.recover()
+            except _EXPECTED as error:
+                _log.warning("fences could not be looked after", error=type(error).__name__)
 
     async def roll_back(self, move_id: int) -> Move:
         """Brings the slots of a move back to where they were. Raises MoveError when it is too late."""

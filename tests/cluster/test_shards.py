@@ -9,7 +9,7 @@ from memshard import AsyncMemoryClient
 from tests.support.cluster import LocalCluster, command
 from tests.support.eventually import eventually
 from tests.support.moving import Slots
-from tests.support.wire import user_slot
+from tests.support.wire import database, user_slot
 
 _USERS = [f"kept-{number}" for number in range(30)]
 
@@ -105,6 +105,39 @@ async def test_a_fence_that_a_killed_mover_left_is_taken_away() -> None:
         assert "done" in output
         assert await slots.left_over() == []
         assert await cluster.run("moves", "list") == "No move is open.\n"
+
+
+async def test_a_fence_is_taken_away_where_there_is_no_supervisor_too() -> None:
+    """By `recover --every`, as elsewhere. It outlives a catalog that does not answer, and ends when it is told to."""
+    async with LocalCluster(shards=2) as cluster:
+        await _store(cluster)
+        slots = Slots(cluster, {"rollback_window_s": 0})
+        cluster.kill("supervisor")
+        async with slots.mover("recover", "--every", "0.2") as recovery:
+            async with database(cluster.catalog_dsn(owner=True)) as catalog:
+                await catalog.execute("ALTER TABLE moves RENAME TO away")
+                await recovery.logged("fences could not be looked after")
+                await catalog.execute("ALTER TABLE away RENAME TO moves")
+            async with (
+                slots.mover("move", "--first", "8192", "--last", "8999", "--to", "shard-0") as mover,
+                slots.fence_held(mover, "shard-1", "shard-0"),
+            ):
+                mover.send(signal.SIGKILL)
+                await mover.process.communicate()
+                assert await slots.fenced("shard-1") == 808
+                await eventually(lambda: _is_unfenced(slots), within_s=10)
+            assert (await slots.moves())[-1].step is Step.VERIFYING
+            recovery.send(signal.SIGTERM)
+            events = [event async for event in recovery.events()]
+            assert events[-1]["event"] == "done"
+        assert await _all_there(cluster)
+        await slots.move("resume")
+        assert await slots.left_over() == []
+        await cluster.up()
+
+
+async def _is_unfenced(slots: Slots) -> bool:
+    return await slots.fenced("shard-1") == 0
 
 
 async def test_a_lost_catalog_is_made_again_from_the_shards() -> None:

@@ -15,7 +15,15 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "deploy" / "k8s"
 OVERLAYS = ("overlays/production", "overlays/small")
-JOBS = ("jobs/add-shard", "jobs/rebalance", "jobs/drain-shard", "jobs/remove-shard")
+JOBS = (
+    "jobs/add-shard",
+    "jobs/rebalance",
+    "jobs/drain-shard",
+    "jobs/remove-shard",
+    "jobs/list",
+    "jobs/resume",
+    "jobs/rollback",
+)
 
 Manifest = dict[str, Any]
 
@@ -58,7 +66,8 @@ class Workload:
     @property
     def template(self) -> Manifest:
         """The pods' template."""
-        template: Manifest = self.manifest["spec"]["template"]
+        spec: Manifest = self.manifest["spec"]
+        template: Manifest = (spec["jobTemplate"]["spec"] if self.manifest["kind"] == "CronJob" else spec)["template"]
         return template
 
     @property
@@ -108,7 +117,7 @@ class Workload:
 
 def workloads(manifests: tuple[Manifest, ...]) -> list[Workload]:
     """Everything with pods of its own."""
-    return [Workload(m, manifests) for m in of_kind(manifests, "Deployment", "StatefulSet", "Job")]
+    return [Workload(m, manifests) for m in of_kind(manifests, "Deployment", "StatefulSet", "Job", "CronJob")]
 
 
 def selects(selector: Manifest, labels: Mapping[str, str]) -> bool:

@@ -11,6 +11,7 @@ import yaml
 
 from common import dsn, provision
 from common.config import ReplicaSettings, RouterSettings, ServiceSettings, ShardSettings
+from shard import mover
 from tests.deploy import compose
 from tests.deploy.compose import DIRECTORY, FILE, LOCAL, Document
 from tests.deploy.settings import service_of, settings_of
@@ -52,14 +53,26 @@ def test_each_environment_is_what_its_service_reads_and_names_hosts_that_are_the
         assert services()[name]["environment"]["MEMSHARD_HEALTH_ADDRESS"] == f"127.0.0.1:{each.port}"
 
 
-def test_the_mover_reaches_the_servers_of_every_shard() -> None:
-    pytest.importorskip("shard.mover", reason="there is no mover in this version")
-    document = services()["mover"]
+@pytest.mark.parametrize(("name", "command", "profiles"), [("mover", "plan", ["mover"]), ("recovery", "recover", [])])
+def test_movers_reach_the_servers_of_every_shard(name: str, command: str, profiles: list[str]) -> None:
+    document = services()[name]
     assert document["entrypoint"][-3:] == ["python", "-m", "shard.mover"]
-    mover: Any = settings_of("mover", document["environment"])
+    given = mover.arguments_of(document["command"])
+    assert given.command == command
+    # One does what it is asked for; the other is there from `up` on, and stays.
+    assert document.get("profiles", []) == profiles
+    assert (document["restart"], getattr(given, "every", None)) == (("no", None) if profiles else ("unless-stopped", 5))
+    its: Any = settings_of("mover", document["environment"])
     for shard in (each for each in settings().values() if isinstance(each, ShardSettings)):
-        theirs, its = shard.database_dsn.get_secret_value(), mover.shard_dsn(shard.shard_id)
-        assert dsn.hosts(its) == dsn.hosts(theirs)
+        assert dsn.hosts(its.shard_dsn(shard.shard_id)) == dsn.hosts(shard.database_dsn.get_secret_value())
+
+
+def test_what_the_readme_has_the_mover_do_is_what_it_takes() -> None:
+    text = (DIRECTORY / "README.md").read_text().replace("`… mover", "`docker compose run --rm mover")
+    given = [
+        mover.arguments_of(words.split()) for words in re.findall(r"`docker compose run --rm mover ([^`]+)`", text)
+    ]
+    assert {each.command for each in given} == {"rebalance", "resume", "rollback", "list"}
 
 
 def test_the_description_names_the_services_by_their_addresses_and_the_servers_by_theirs() -> None:
@@ -91,7 +104,7 @@ def test_the_routers_token_is_where_init_puts_it() -> None:
 
 
 def test_containers_have_no_more_rights_than_they_need() -> None:
-    for name in settings():
+    for name in (*settings(), "mover", "recovery"):
         document = services()[name]
         assert document["read_only"] is True
         assert document["cap_drop"] == ["ALL"]

@@ -19,8 +19,10 @@ from common import health, provision
 from common.config import ReplicaSettings, RouterSettings, ServiceSettings, ShardSettings
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2
+from shard import mover
 from tests.deploy.kubernetes import (
     JOBS,
+    K8S,
     OVERLAYS,
     Manifest,
     Workload,
@@ -117,8 +119,6 @@ def test_postgres_clusters_are_what_cloudnative_pg_takes(directory: str) -> None
         assert all(isinstance(value, str) for value in cluster["spec"]["postgresql"]["parameters"].values())
 
 
-def test_commits_are_on_a_quorum_and_survive_a_failover_in_production() -> None:
-    for cluster in of_kind(render("overlays/production"), "Cluster"):
 def test_postgres_clusters_use_no_field_that_the_published_definition_does_not_have() -> None:
     used: dict[str, str] = {}
     for directory in OVERLAYS:
@@ -154,6 +154,8 @@ def _type_in(schema: Manifest, path: str) -> str:
     return "map" if isinstance(schema.get("additionalProperties"), dict) else str(schema["type"])
 
 
+def test_commits_are_on_a_quorum_and_survive_a_failover_in_production() -> None:
+    for cluster in of_kind(render("overlays/production"), "Cluster"):
         spec = cluster["spec"]
         assert spec["instances"] >= 3
         assert spec["postgresql"]["synchronous"] == {
@@ -331,15 +333,15 @@ def test_policies_let_through_what_the_services_need_and_nothing_by_default(dire
     by_name = {w.labels["app.kubernetes.io/name"]: w.labels for w in workloads(manifests)}
     router, shard = by_name["memshard-router"], by_name["memshard-shard"]
     replica, job = by_name["memshard-replica"], by_name["memshard-catalog-create"]
-    mover = workloads(render("jobs/rebalance"))[0].labels
+    moves = workloads(render("jobs/rebalance"))[0].labels
+    recovers = by_name["memshard-recover"]
     client = {"memshard.io/client": "true"}
     prometheus = {"app.kubernetes.io/name": "prometheus"}
     redis, proxy = by_name["memshard-redis"], by_name["memshard-redis-proxy"]
     wanted = [
         (client, router, 50051),
         (job, router, 50052),
-        (mover, databases[0], 5432),
-        (mover, databases[1], 5432),
+        *((pod, database, 5432) for pod in (moves, recovers) for database in databases),
         (router, shard, 50061),
         (router, replica, 50071),
         (router, databases[0], 5432),
@@ -401,9 +403,34 @@ def test_the_job_of_the_catalog_is_a_command_of_memshards() -> None:
         command.make_context(command.name, words, parent=context)
 
 
+def test_there_is_a_test_for_each_job_there_is() -> None:
+    there = {f"jobs/{path.parent.name}" for path in (K8S / "jobs").glob("*/kustomization.yaml")}
+    assert there - {"jobs/mover"} == set(JOBS)
+
+
+@overlays
+def test_somebody_looks_after_the_fences_of_a_mover_that_died(directory: str) -> None:
+    (job,) = [w for w in workloads(render(directory)) if w.manifest["kind"] == "CronJob"]
+    (container,) = job.containers
+    command = job.command(container)
+    assert command[:3] == ["python", "-m", "shard.mover"]
+    given = mover.arguments_of(command[3:])
+    assert (given.command, given.every) == ("recover", None)
+    settings: Any = settings_of("mover", job.environment(container))
+    shards = [settings.shard_dsn(shard_id) for shard_id in ("shard-0", "shard-1")]
+    hosts = {urlsplit(url).hostname for url in (settings.catalog_dsn.get_secret_value(), *shards)}
+    assert hosts <= _reachable(directory)
+    # The same as the Jobs have, whose moves it looks after.
+    (other,) = workloads(render("jobs/rebalance"))
+    assert job.environment(container) == other.environment(other.containers[0])
+    assert job.labels["memshard.io/role"] == other.labels["memshard.io/role"]
+    spec = job.manifest["spec"]
+    assert (spec["schedule"], spec["concurrencyPolicy"]) == ("* * * * *", "Forbid")
+    assert spec["jobTemplate"]["spec"]["activeDeadlineSeconds"] <= 300
+
+
 @pytest.mark.parametrize("directory", JOBS)
 def test_the_jobs_that_move_slots_are_what_the_mover_reads(directory: str) -> None:
-    mover = pytest.importorskip("shard.mover", reason="there is no mover in this version")
     (job,) = workloads(render(directory))
     (container,) = job.containers
     command = job.command(container)
@@ -415,6 +442,8 @@ def test_the_jobs_that_move_slots_are_what_the_mover_reads(directory: str) -> No
     hosts = {urlsplit(settings.catalog_dsn.get_secret_value()).hostname}
     if hasattr(given, "shard"):
         assert given.shard == job.environment(container)["SHARD"]
+    if given.command == "rollback":
+        assert given.move == int(job.environment(container)["MOVE"])
     # Of the shards that there are: the new one's follows from its name in the same way.
     hosts |= {urlsplit(settings.shard_dsn(shard_id)).hostname for shard_id in ("shard-0", "shard-1")}
     assert hosts <= _reachable(OVERLAYS[0])
