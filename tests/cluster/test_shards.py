@@ -1,16 +1,25 @@
 """Shards and moves by the commands that people use, and a catalog that was lost."""
 
+import asyncio
 import json
+import os
 import shutil
 import signal
+import sys
+from pathlib import Path
+
+import yaml
 
 from common.moves import Step
+from local import mover as local_mover
+from local.postgres import SUPERUSER
 from memshard import AsyncMemoryClient
 from tests.support.cluster import LocalCluster, command
 from tests.support.eventually import eventually
 from tests.support.moving import Slots
 from tests.support.wire import database, user_slot
 
+_MEMSHARD = str(Path(sys.executable).parent / "memshard")
 _USERS = [f"kept-{number}" for number in range(30)]
 
 
@@ -134,6 +143,54 @@ async def test_a_fence_is_taken_away_where_there_is_no_supervisor_too() -> None:
         await slots.move("resume")
         assert await slots.left_over() == []
         await cluster.up()
+
+
+async def test_a_lost_catalog_is_made_again_where_there_is_no_supervisor_too(tmp_path: Path) -> None:
+    """By the commands of docs/runbooks/bring-back-a-lost-catalog.md, "Elsewhere", in their order."""
+    async with LocalCluster(shards=2) as cluster:
+        await _store(cluster)
+        before, plan = await Slots(cluster, {}).topology(), cluster.plan()
+        for name in ("supervisor", "router-0", "shard-0", "shard-1"):
+            cluster.kill(name)
+        admin = plan.catalog_server().dsn(SUPERUSER, plan.secrets.postgres, "postgres")
+        async with database(admin) as connection:
+            await connection.execute("DROP DATABASE memshard_catalog WITH (FORCE)")
+        environment = {
+            "MEMSHARD_OWNER_PASSWORD": plan.secrets.memshard_owner,
+            "MEMSHARD_APP_PASSWORD": plan.secrets.memshard_app,
+            "MEMSHARD_MOVER_PASSWORD": plan.secrets.memshard_mover,
+            "MEMSHARD_ADMIN_DSN": admin,
+            "MEMSHARD_CATALOG_DSN": cluster.catalog_dsn(owner=True),
+            "MEMSHARD_MOVER_CATALOG_DSN": cluster.catalog_dsn(owner=True),
+            "MEMSHARD_MOVER_SHARD_DSNS": json.dumps(local_mover.settings(plan)["shard_dsns"]),
+        }
+        description = tmp_path / "cluster.yaml"
+        shards = {shard.shard_id: {"address": shard.address} for shard in before.shards}
+        description.write_text(yaml.safe_dump({"embedder": "local", "dimensions": 256, "shards": shards}))
+        await _run(environment, _MEMSHARD, "database", "prepare", "catalog")
+        named = [f"--shard={shard.shard_id}={shard.address}" for shard in before.shards]
+        told = await _run(environment, sys.executable, "-P", "-m", "shard.mover", "rebuild", *named)
+        assert json.loads(told)["event"] == "done"
+        assert "was there" in await _run(environment, _MEMSHARD, "catalog", "create", str(description))
+        await cluster.up()
+        after = await Slots(cluster, {}).topology()
+        assert (after.ranges, after.epoch > before.epoch) == (before.ranges, True)
+        assert await _all_there(cluster)
+        await Slots(cluster, {"rollback_window_s": 0}).move("move", "--first", "0", "--last", "99", "--to", "shard-1")
+        assert await _all_there(cluster)
+
+
+async def _run(environment: dict[str, str], *arguments: str) -> str:
+    """A command that must succeed; what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, **environment},
+    )
+    output, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return output.decode()
 
 
 async def _is_unfenced(slots: Slots) -> bool:
