@@ -254,7 +254,8 @@ class _View:
             figures.append(move.error)
         self._bars.update(task, completed=done, figures=", ".join(figures))
         if state.HasField("pause_ms"):
-            self._print(f"{_range(move)} in {state.pause_ms:.0f} ms without writes")
+            given_up = ", and given up" if move.error else ""
+            self._print(f"{_range(move)} in {state.pause_ms:.0f} ms without writes{given_up}")
         if move.step in ("done", "rolled_back"):
             self._bars.remove_task(self._tasks.pop(move.move_id))
             self._print(f"{_range(move)}: {move.step.replace('_', ' ')}")

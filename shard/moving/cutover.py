@@ -174,7 +174,7 @@ async def _given_up(moving: Moving, step: Step, why: str) -> None:
             await unfence(moving, stream, is_known=False)
         raise
     await unfence(moving, stream)
-    moving.told(aborted_after_ms=round(moving.since_fence_s() * 1000))
+    moving.told(pause_ms=round(moving.since_fence_s() * 1000, 1))
     moving.comparison = moving.fenced_at = None
     if moving.move.attempts > MAX_ATTEMPTS:
         raise MoveError(f"given up after {MAX_ATTEMPTS} attempts: {why}")

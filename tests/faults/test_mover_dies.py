@@ -3,6 +3,7 @@ rolled back. Nothing is lost, nothing is there twice, and nothing is left behind
 """
 
 import asyncio
+import json
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ _USERS = [f"carried-{number}" for number in range(40)]
 # A third of one shard's slots.
 _RANGE = (9000, 11500)
 _HELD_S = 3600
+_FENCE_TIMEOUT_MS = 5000
 
 _STEPS = [step for step in Step if not step.is_final]
 # From here on the way back is closed.
@@ -113,6 +115,36 @@ async def test_a_move_is_rolled_back(slots: Slots, step: Step, number: int) -> N
             await finished(slots, "rollback", "--move", str(move.move_id))
         assert (await slots.moves())[-1].step is Step.ROLLED_BACK
         assert (await slots.topology()).owner(_RANGE[0]).shard_id == source
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "told to end"])
+@pytest.mark.parametrize("command", ["resume", "rollback"])
+async def test_a_mover_ends_while_nobody_may_write(slots: Slots, command: str, number: int) -> None:
+    """The source has fenced the slots, and the catalog has not been asked to hand them over: nobody but a mover can see
+    to it that they take writes again.
+    """
+    source, target = await there_and_back(slots)
+    asked = ["move", "--first", str(_RANGE[0]), "--last", str(_RANGE[1]), "--to", target]
+    async with written(slots):
+        async with slots.mover(*asked) as mover, slots.fence_held(mover, source, target):
+            move = (await slots.moves())[-1]
+            assert (move.step, move.fenced_at is None) == (Step.FENCED, False)
+            mover.send(number)
+            if number == signal.SIGKILL:
+                await mover.process.communicate()
+                assert await slots.fenced(source) == move.slots
+            else:
+                # It does not leave it so: what takes too long is given up, and the slots are given back.
+                told, _ = await mover.process.communicate()
+                pauses = [json.loads(line).get("pause_ms", 0) for line in told.splitlines()]
+                assert max(pauses) >= _FENCE_TIMEOUT_MS / 2, "a pause that led to nothing is one all the same"
+                assert await slots.fenced(source) == 0
+                assert (await slots.moves())[-1].step is Step.VERIFYING
+        assert (await slots.topology()).owner(_RANGE[0]).shard_id == source
+        await finished(slots, command, *(["--move", str(move.move_id)] if command == "rollback" else []))
+        moved = command == "resume"
+        assert (await slots.moves())[-1].step is (Step.DONE if moved else Step.ROLLED_BACK)
+        assert (await slots.topology()).owner(_RANGE[0]).shard_id == (target if moved else source)
 
 
 async def test_a_rollback_that_comes_too_late_says_so(slots: Slots) -> None:
