@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 from memshard.v1 import memory_pb2 as pb
+from tests.support.brute_force import BruteForce, assert_same
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.wire import memory_service, reason_of, store_request
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 DIMENSIONS = 24
 USERS = 40
 MEMORIES = 600
-# Half precision in, single precision out: scores agree to about this much.
-ROUNDING = 1e-4
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -64,22 +63,7 @@ async def stored(bare: "MemoryServiceAsyncStub") -> dict[str, tuple[str, list[fl
 def brute_force(
     stored: dict[str, tuple[str, list[float]]], query: list[float], user: str | None = None
 ) -> list[tuple[str, float]]:
-    """(id, cosine similarity) of all memories, best first, from embeddings rounded as they are stored."""
-    ids = [memory_id for memory_id, (owner, _) in stored.items() if user in (None, owner)]
-    rows = np.array([stored[memory_id][1] for memory_id in ids], dtype=np.float16).astype(np.float64)
-    asked = np.array(query, dtype=np.float16).astype(np.float64)
-    scores = rows @ asked / (np.linalg.norm(rows, axis=1) * np.linalg.norm(asked))
-    return sorted(zip(ids, scores.tolist(), strict=True), key=lambda item: (-item[1], item[0]))
-
-
-def assert_same(results: "list[pb.ScoredMemory]", ranking: list[tuple[str, float]], limit: int, offset: int) -> None:
-    """`results` are `ranking[offset : offset + limit]`, but for the order of scores that only rounding tells apart."""
-    true_score = dict(ranking)
-    expected = [score for _, score in ranking[offset : offset + limit]]
-    assert [r.score for r in results] == pytest.approx(expected, abs=ROUNDING)
-    assert [r.score for r in results] == pytest.approx([true_score[r.memory.id] for r in results], abs=ROUNDING)
-    assert len({r.memory.id for r in results}) == len(results)
-    assert results == sorted(results, key=lambda r: (-r.score, r.memory.id))
+    return BruteForce(stored).ranking(query, user)
 
 
 @pytest.mark.parametrize(("limit", "offset"), [(10, 0), (1, 0), (100, 0), (37, 61), (1000, 0)])

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 
 from memshard import AsyncMemoryClient, MemshardError, NotFound, ReadLevel
+from memshard.ids import new_id
+from tests.support.history import History
 from tests.support.load import Timeline
 
 
@@ -16,6 +18,9 @@ class Writers:
     address: str
     users: list[str]
     expected: dict[str, dict[str, str]] = field(default_factory=dict)
+    histories: dict[str, History] = field(default_factory=dict)
+    """The same with all that is on its way, by user, for those who read meanwhile. What is expected from the start was
+    stored before."""
     failures: list[MemshardError] = field(default_factory=list)
     """Calls that failed, after what the client does about it by itself."""
     slowest_s: float = 0.0
@@ -25,6 +30,13 @@ class Writers:
     pause_s: float = 0.0
     """Between a writer's calls."""
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.histories = {user: History() for user in self.users}
+        for user, mine in self.expected.items():
+            for memory_id, content in mine.items():
+                self.histories[user].asks(memory_id, content)
+                self.histories[user].settled(memory_id, content)
 
     async def run(self, count: int = 4) -> None:
         """Until `stop`."""
@@ -60,18 +72,25 @@ class Writers:
                 await asyncio.sleep(self.pause_s)
 
     async def _write_once(self, client: AsyncMemoryClient, user: str, mine: dict[str, str], number: int) -> None:
-        ids = list(mine)
+        ids, history = list(mine), self.histories[user]
         what = number // len(self.users)
         if what % 5 == 3 and ids:
             content = f"changed {number}"
+            history.asks(ids[0], content)
             await client.update(user, ids[0], content=content)
+            history.settled(ids[0], content)
             mine[ids[0]] = content
         elif what % 5 == 4 and len(ids) > 3:
+            history.asks(ids[1], None)
             await client.delete(user, ids[1])
+            history.settled(ids[1], None)
             del mine[ids[1]]
         else:
             content = f"{user} remembers {number}"
-            memory_id = (await client.store(user, content)).memory.id
+            memory_id = new_id()
+            history.asks(memory_id, content)
+            await client.store(user, content, id=memory_id)
+            history.settled(memory_id, content)
             mine[memory_id] = content
             await self._read_back(client, user, memory_id, content)
 
