@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Sequence
 
+import psutil
 import pytest
 
 from memshard import Durability
@@ -82,6 +83,28 @@ async def test_no_call_fails_while_every_process_is_restarted_one_by_one() -> No
 async def test_no_call_fails_in_round_after_round_of_restarts(record: Record) -> None:
     measured = await rolling(rounds=3, readers=8)
     record("rolling restart of every process, one by one", "0 failed calls, 0 lost, 0 doubled", measured)
+
+
+async def test_no_call_fails_when_the_supervisor_ends_and_the_next_one_finds_everything() -> None:
+    """It is not restarted with the others (ADR 0006): nobody calls it, and the next one starts the others anew."""
+    async with LocalCluster(shards=2, replicas=1, embedder="none", dimensions=3) as cluster:
+        await eventually(lambda: quorum(cluster), within_s=60)
+        load = Load(cluster.address, readers=2)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(load.run())
+            try:
+                await eventually(lambda: load.total() > 50)
+                before = pids(cluster)
+                cluster.kill("supervisor")
+                marked = load.total()
+                await eventually(lambda: load.total() > marked + 300, within_s=30)
+                assert all(psutil.pid_exists(pid) for pid in before.values())
+            finally:
+                load.stop()
+        assert load.failures == []
+        await cluster.up()
+        assert not set(before.values()) & set(pids(cluster).values())
+        assert await load.lost_and_doubled() == (0, 0)
 
 
 async def test_a_successor_that_cannot_start_leaves_the_old_process_serving() -> None:
