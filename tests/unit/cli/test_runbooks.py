@@ -38,7 +38,7 @@ def commands_of(page: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
             for command in line.split("; "):
                 words = shlex.split(command, comments=True)
                 if words[:1] == ["export"]:
-                    exported |= dict(match.groups() for word in words[1:] if (match := _ASSIGNED.fullmatch(word)))
+                    exported |= {match[1]: match[2] for word in words[1:] if (match := _ASSIGNED.fullmatch(word))}
                     continue
                 mine: dict[str, str] = {}
                 while words and (match := _ASSIGNED.fullmatch(words[0])):
