@@ -22,7 +22,7 @@ from tests.support.wire import database
 from tests.support.writers import Writers
 
 _MOVE_TIMEOUT_S = 1200.0
-# A reader lists everything that a user has once in so many times.
+# A reader lists everything that a user has, and searches it, once in so many times.
 _WHOLE_EVERY = 10
 # Side by side, of all that there is in the end.
 _CHECKERS = 8
@@ -68,10 +68,14 @@ class Readers:
         level = (ReadLevel.STRONG, ReadLevel.SESSION, ReadLevel.EVENTUAL)[number % 3]
         async with AsyncMemoryClient(self.writers.address) as client:
             for turn, user in enumerate(itertools.cycle(users)):
+                whole = turn % _WHOLE_EVERY == 0
                 try:
-                    await self._listed(client, user, level, whole=turn % _WHOLE_EVERY == 0)
-                    await self._searched(client, user if turn % 2 else None, level)
+                    await self._listed(client, user, level, whole=whole)
+                    await self._searched(client, None, level)
                     self.reads += 2
+                    if whole:
+                        await self._searched(client, user, level)
+                        self.reads += 1
                 except MemshardError as error:
                     self.failures.append(error)
                 if self.stop:
