@@ -144,8 +144,9 @@ class LevelSettings:
     readonly_after_s: float = 30.0
     """Seconds of no write path before writes are refused."""
 
-    writable_after_s: float = 5.0
-    """Seconds of a write path before writes are taken again."""
+    writable_after_s: float = 2.0
+    """Seconds of a write path before writes are taken again: more than one look. Less than what enters other levels, as
+    this one cannot flap: it takes half a minute of no write path to come back."""
 
     def asked_for(self, vitals: Vitals, factor: float = 1.0) -> Level:
         """What load and failures ask for at this moment; `factor` multiplies every threshold."""

@@ -77,7 +77,7 @@ class ReplicaServicer(ReadServicer):
     async def RecyclePool(
         self, request: shard_pb2.RecyclePoolRequest, deadline: Deadline
     ) -> shard_pb2.RecyclePoolResponse:
-        return shard_pb2.RecyclePoolResponse(replaced=await self._database.recycle())
+        return shard_pb2.RecyclePoolResponse(replaced=await self._database.recycle_on_request())
 
     async def Store(self, request: Message, deadline: Deadline) -> NoReturn:
         raise _not_primary("a replica takes no writes")

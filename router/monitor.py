@@ -13,7 +13,7 @@ _log = logs.get_logger("health")
 
 _TICK_S = 0.25
 # Between two askings when something waits to hear that all is well.
-_EAGER_S = 2.0
+_EAGER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,7 +168,7 @@ class Recovery:
         if action.kind is Kind.RECONNECT:
             return "a new connection is made" if self._shards.reconnect(address) else "there was no connection"
         replaced = await self._shards.recycle_pool(address, action.subject, timeout_s=_TIMEOUT_S)
-        return f"{replaced} connections to the database are replaced"
+        return f"{replaced} connections to the database are replaced" if replaced else "they were replaced just now"
 
     def _addresses(self) -> dict[str, str]:
         shards = self._topology().shards

@@ -29,6 +29,9 @@ _ANSWER_MARGIN_S = 0.05
 # (PostgreSQL's syncrep.c). The first is the code of all warnings; none other is known that a write here could meet.
 _WAIT_CUT_SHORT = {"01000", "57P01"}
 
+# Seconds in which connections are not replaced twice because somebody asks for it.
+_RECYCLED_FOR_S = 60.0
+
 
 class Database:
     """Connections to the shard's database, with the two kinds of use that fail differently: reads and writes.
@@ -43,6 +46,7 @@ class Database:
         self._primary_wait_s = primary_wait_s
         self._writes = asyncio.Semaphore(max(1, pool.get_max_size() * 3 // 4))
         self._lent: set[PoolConnectionProxy[asyncpg.Record]] = set()
+        self._recycled_at = -_RECYCLED_FOR_S
         if primary is not None:
             primary.on_change(self._leave_outdated)
 
@@ -89,6 +93,14 @@ class Database:
         there_were: int = self._pool.get_size()
         await self._pool.expire_connections()
         return there_were
+
+    async def recycle_on_request(self) -> int:
+        """The same, at most once a minute: each router finds for itself that something is wrong. 0 is too soon."""
+        now = asyncio.get_running_loop().time()
+        if now - self._recycled_at < _RECYCLED_FOR_S:
+            return 0
+        self._recycled_at = now
+        return await self.recycle()
 
     async def _give_back(
         self, connection: "PoolConnectionProxy[asyncpg.Record]", *, finished: bool, read_only: bool

@@ -30,11 +30,13 @@ LEFT JOIN LATERAL ({found}) AS found ON true
 WHERE owned_slots.slot = $1 AND {served}
 """
 _IN_MANY_SLOTS = """
-WITH owned AS MATERIALIZED (
-    SELECT owned_slots.slot FROM unnest($1::int[], $2::int[]) AS asked (first, last)
-    JOIN owned_slots ON owned_slots.slot BETWEEN asked.first AND asked.last WHERE {served}
+WITH asked AS MATERIALIZED (
+    SELECT range_agg(int4range(first, last, '[]')) AS slots FROM unnest($1::int[], $2::int[]) AS ranges (first, last)
+), owned AS (
+    SELECT count(*) AS served FROM unnest($1::int[], $2::int[]) AS ranges (first, last)
+    JOIN owned_slots ON owned_slots.slot BETWEEN ranges.first AND ranges.last WHERE {served}
 )
-SELECT (SELECT count(*) FROM owned) AS served, {beside}, found.* FROM (VALUES (1)) AS one
+SELECT (SELECT served FROM owned) AS served, {beside}, found.* FROM (VALUES (1)) AS one
 LEFT JOIN LATERAL ({found}) AS found ON true
 """
 # Any word of the query, as PostgreSQL's parser and dictionaries see them; no word at all matches nothing.
@@ -193,9 +195,10 @@ class _Question:
             self._frame = _IN_MANY_SLOTS
             self.add([asked.first for asked in ranges])
             self.add([asked.last for asked in ranges])
-            # The sum keeps the planner from going through the rows slot by slot: it takes the slots for a handful, and
-            # they are thousands. Words, ids and users have indexes of their own.
-            self.whose = "slot + 0 IN (SELECT slot FROM owned)"
+            # What was asked for, not what of it is served: these are the same where there is an answer at all, and a
+            # join with thousands of slots, which the planner takes for a handful, compares each row with each of them.
+            # The sum keeps it from going through the rows slot by slot. Words, ids and users have indexes of their own.
+            self.whose = "slot + 0 <@ (SELECT slots FROM asked)"
         if user_id:
             self.whose += f" AND user_id = {self.add(user_id)}"
         else:

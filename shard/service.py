@@ -204,7 +204,7 @@ class ShardServicer(ReadServicer):
     async def RecyclePool(
         self, request: shard_pb2.RecyclePoolRequest, deadline: Deadline
     ) -> shard_pb2.RecyclePoolResponse:
-        replaced = await self._database.recycle()
+        replaced = await self._database.recycle_on_request()
         _log.warning("connections are replaced", count=replaced)
         return shard_pb2.RecyclePoolResponse(replaced=replaced)
 

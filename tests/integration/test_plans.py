@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
+from pgvector.asyncpg import register_vector
 
 from memshard.internal.v1 import shard_pb2
 from shard import reads
@@ -98,6 +99,26 @@ async def test_a_read_goes_by_an_index(loaded: LocalCluster, request_: Any, inde
 )
 async def test_a_read_of_a_user_in_many_slots_goes_by_an_index(spread: LocalCluster, request_: Any, index: str) -> None:
     await check_plan(spread, request_, index)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        shard_pb2.SearchRequest(route=route(EVERY), embedding=[0.1] * 256, k=5),
+        shard_pb2.SearchRequest(route=route(EVERY), user_id=WHALE, embedding=[0.1] * 256, k=5),
+        shard_pb2.SearchRequest(route=route((0, 4095), (5000, HALF - 1)), words="fox", k=5),
+    ],
+)
+async def test_no_row_is_compared_with_every_slot(spread: LocalCluster, request_: Any) -> None:
+    """The planner takes thousands of slots for a handful, and a join with them for cheap, until it has statistics."""
+    async with database(spread.shard_dsn("shard-0")) as connection:
+        await register_vector(connection)
+        explaining: Any = Explaining(connection)
+        found = await reads.search(explaining, IDENTITY, request_)
+    assert len(found.results) == 5
+    plan = explaining.plan
+    assert "memories" in plan
+    assert not any(join in plan for join in ("Semi Join", "SubPlan")), plan
 
 
 async def check_plan(cluster: LocalCluster, request_: Any, index: str) -> None:

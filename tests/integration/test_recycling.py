@@ -1,13 +1,15 @@
-"""A shard that is told to replaces its connections to its database, and says how many are in use."""
+"""A shard that is told to replaces its connections to its database, once a minute, and says how many are in use."""
 
 import asyncio
 from typing import TYPE_CHECKING
 
+from common.deadline import Deadline
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
+from shard.database import Database
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
-from tests.support.wire import database, shard_service, store_request, topology_of, user_slot
+from tests.support.wire import database, pool_of_one, shard_service, store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
     from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
@@ -55,3 +57,24 @@ async def test_every_connection_is_another_one_and_nobody_notices(
         assert (list(short.owned), bool(said[0].owned), short.writable) == ([], True, True)
     listed = await api.ListMemories(pb.ListMemoriesRequest(user_id=user))
     assert [memory.content for memory in listed.memories] == ["stored before"]
+
+
+async def test_connections_are_replaced_once_a_minute_however_many_ask(cluster: LocalCluster) -> None:
+    """Each router finds for itself that something is wrong."""
+    async with pool_of_one(cluster.shard_dsn("shard-0")) as pool:
+        here = Database(pool)
+
+        async def backend() -> int:
+            async with here.reading(Deadline.after(10)) as connection:
+                pid: int = await connection.fetchval("SELECT pg_backend_pid()")
+                return pid
+
+        first = await backend()
+        assert await here.recycle_on_request() == 1
+        second = await backend()
+        assert second != first
+        assert await here.recycle_on_request() == 0
+        assert await backend() == second
+        # Whoever knows that they must go is not held up.
+        assert await here.recycle() == 1
+        assert await backend() != second

@@ -216,7 +216,7 @@ def test_writes_are_refused_only_when_their_path_is_down_for_longer_than_a_failo
     assert decider.effects.allow_writes
     assert _look(decider, clock, Vitals(writes_down=True), seconds=2)[-1] == Level.READONLY
     assert not decider.effects.allow_writes
-    assert _look(decider, clock, _WELL, seconds=4)[-1] == Level.READONLY
+    assert _look(decider, clock, _WELL, seconds=1)[-1] == Level.READONLY
     assert _look(decider, clock, _WELL, seconds=2)[-1] == _NORMAL
 
 
