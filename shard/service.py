@@ -19,6 +19,7 @@ from shard.database import Database
 from shard.disk import Disk
 from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
+from shard.gathering import Gathering
 from shard.identity import Identity
 from shard.ownership import NotOwnedError
 from shard.position import read_position
@@ -63,18 +64,40 @@ class ShardServicer(ReadServicer):
         self._writes = Writes(database, commits, durability)
         self._queue = queue
         self._disk = disk
+        self._stores = Gathering(self._store_alone, self._store_together)
 
     async def Store(self, request: shard_pb2.StoreRequest, deadline: Deadline) -> shard_pb2.StoreResponse:
-        slot = self._slot(request.route)
+        self._slot(request.route)
         self._check_embedding(request.memory)
+        return await self._stores.serve(request, deadline)
 
+    async def _store_alone(self, request: shard_pb2.StoreRequest, deadline: Deadline) -> shard_pb2.StoreResponse:
         async def write(connection: Connection) -> tuple[shard_pb2.StoreResponse, bool]:
+            slot = request.route.ranges[0].first
             stored = await store.store(connection, self._identity, slot, request.memory, request.digest)
             if not request.memory.embedding:
                 self._queue.wake()
             return shard_pb2.StoreResponse(memory=stored.memory, deleted=stored.deleted), stored.repeated
 
         return await self._receipted(write, deadline)
+
+    async def _store_together(
+        self, requests: Sequence[shard_pb2.StoreRequest], deadline: Deadline
+    ) -> list[shard_pb2.StoreResponse | None]:
+        """What of several requests can be stored in one statement, with one commit; None for each of the others."""
+        items = [
+            shard_pb2.StoreItem(slot=request.route.ranges[0].first, memory=request.memory, digest=request.digest)
+            for request in requests
+        ]
+
+        async def write(connection: Connection) -> tuple[list[store.Stored | None], bool]:
+            stored = await store.store_together(connection, self._identity, items)
+            if not all(item.memory.embedding for item in items):
+                self._queue.wake()
+            return stored, False
+
+        stored, commit = await self._write(write, deadline)
+        return [one and shard_pb2.StoreResponse(memory=one.memory, commit=commit) for one in stored]
 
     async def StoreBatch(
         self, request: shard_pb2.StoreBatchRequest, deadline: Deadline
