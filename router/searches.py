@@ -68,11 +68,18 @@ async def search(
             return recent
     if unembedded := sum(answer.unembedded for answer in answers):
         add_trailer(UNEMBEDDED_TRAILER, str(unembedded))
-    return pb.SearchMemoriesResponse(
-        results=merge([answer.results for answer in answers], window),
+    response = pb.SearchMemoriesResponse(
         score_kind=pb.SCORE_KIND_TEXT_RANK if query.words else pb.SCORE_KIND_COSINE,
         report=report(parts.levels, origin, fallback=query.fallback),
     )
+    if len(answers) > 1:
+        response.results.extend(merge([answer.results for answer in answers], window))
+    elif window.offset:
+        response.results.extend(answers[0].results[window.offset :])
+    else:
+        # One shard's answer is in order already, and copied as a whole.
+        response.results.MergeFrom(answers[0].results)
+    return response
 
 
 async def _most_recent(

@@ -17,7 +17,15 @@ from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from shard.filters import compile_filter
 from shard.identity import Identity
-from shard.rows import COLUMNS, KEPT_COLUMNS, from_microseconds, to_memory, to_microseconds, to_vector
+from shard.rows import (
+    COLUMNS,
+    KEPT_COLUMNS,
+    fill_memory,
+    from_microseconds,
+    to_memory,
+    to_microseconds,
+    to_vector,
+)
 from shard.schema import words_of
 
 _LIVE = "deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())"
@@ -90,8 +98,8 @@ async def list_page(connection: Connection, request: shard_pb2.ListRequest, page
             if len(page.memories) == request.page_size or size > page_bytes:
                 page.next.CopyFrom(shard_pb2.ListPosition(create_time_us=to_microseconds(after[0]), id=after[1]))
                 return page
-            memory = to_memory(row, include_embedding=request.include_embedding)
-            page.memories.append(memory)
+            memory = page.memories.add()
+            fill_memory(memory, row, include_embedding=request.include_embedding)
             size += memory.ByteSize()
             after = (row["create_time"], row["id"].bytes)
         if len(rows) < wanted:
@@ -120,7 +128,7 @@ async def list_versions(
     )
     page = shard_pb2.ListVersionsResponse()
     for row in rows[: request.page_size]:
-        page.versions.append(to_memory(row))
+        fill_memory(page.versions.add(), row)
         if page.ByteSize() > page_bytes:
             break
     page.more = len(rows) > len(page.versions)
@@ -154,11 +162,12 @@ async def search(
         f"WHERE {' AND '.join(conditions)} ORDER BY score DESC, id, user_id LIMIT {question.add(request.k)}",
         f"(SELECT count(*) FROM memories WHERE {question.whose} AND embedding IS NULL AND {_LIVE})",  # noqa: S608
     )
-    results = [
-        pb.ScoredMemory(memory=to_memory(row, include_embedding=request.include_embedding), score=row["score"])
-        for row in rows
-    ]
-    return shard_pb2.SearchResponse(results=results, unembedded=unembedded)
+    response = shard_pb2.SearchResponse(unembedded=unembedded)
+    for row in rows:
+        result = response.results.add()
+        fill_memory(result.memory, row, include_embedding=request.include_embedding)
+        result.score = row["score"]
+    return response
 
 
 def slot_count(ranges: Ranges) -> int:

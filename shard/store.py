@@ -19,7 +19,7 @@ from memshard.v1 import memory_pb2 as pb
 from shard.expiry import is_past, too_late
 from shard.identity import Identity
 from shard.ownership import NotOwnedError
-from shard.rows import COLUMNS, from_microseconds, to_json, to_memory, to_timestamp, to_vector
+from shard.rows import COLUMNS, from_microseconds, set_timestamp, to_json, to_memory, to_vector
 
 _STORE = """
 WITH own AS MATERIALIZED (
@@ -221,7 +221,7 @@ def _values(memory: pb.Memory, digest: bytes, identity: Identity) -> tuple[Any, 
         memory.type,
         memory.importance,
         memory.content,
-        to_json(memory.metadata),
+        to_json(memory.metadata) if memory.metadata.fields else "{}",
         to_vector(memory.embedding, identity.precision) if memory.embedding else None,
         memory.embedding_model,
         from_microseconds(memory.expire_time.ToMicroseconds()) if memory.HasField("expire_time") else None,
@@ -233,8 +233,8 @@ def _as_stored(memory: pb.Memory, row: asyncpg.Record) -> pb.Memory:
     stored.CopyFrom(memory)
     stored.embedding_state = pb.EMBEDDING_STATE_READY if memory.embedding else pb.EMBEDDING_STATE_PENDING
     stored.ClearField("embedding")
-    stored.create_time.CopyFrom(to_timestamp(row["create_time"]))
-    stored.update_time.CopyFrom(to_timestamp(row["update_time"]))
+    set_timestamp(stored.create_time, row["create_time"])
+    set_timestamp(stored.update_time, row["update_time"])
     stored.version = row["version"]
     return stored
 
