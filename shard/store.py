@@ -229,13 +229,26 @@ def _values(memory: pb.Memory, digest: bytes, identity: Identity) -> tuple[Any, 
 
 
 def _as_stored(memory: pb.Memory, row: asyncpg.Record) -> pb.Memory:
-    stored = pb.Memory()
-    stored.CopyFrom(memory)
-    stored.embedding_state = pb.EMBEDDING_STATE_READY if memory.embedding else pb.EMBEDDING_STATE_PENDING
-    stored.ClearField("embedding")
+    # Field by field: a copy would carry the embedding along, only to have it cleared.
+    stored = pb.Memory(
+        id=memory.id,
+        user_id=memory.user_id,
+        agent_id=memory.agent_id,
+        session_id=memory.session_id,
+        type=memory.type,
+        content=memory.content,
+        embedding_model=memory.embedding_model,
+        embedding_state=pb.EMBEDDING_STATE_READY if memory.embedding else pb.EMBEDDING_STATE_PENDING,
+        version=row["version"],
+    )
+    if memory.HasField("importance"):
+        stored.importance = memory.importance
+    if memory.HasField("metadata"):
+        stored.metadata.CopyFrom(memory.metadata)
+    if memory.HasField("expire_time"):
+        stored.expire_time.CopyFrom(memory.expire_time)
     set_timestamp(stored.create_time, row["create_time"])
     set_timestamp(stored.update_time, row["update_time"])
-    stored.version = row["version"]
     return stored
 
 
