@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from common import health, logs
 from common.config import ConfigError, ServiceSettings
+from common.rpc import ServiceHandler
 
 _log = logs.get_logger("lifecycle")
 
@@ -48,6 +49,7 @@ class Listener:
         host = f"[{host}]" if ":" in host and "[" not in host else host
         self._address = f"{host}:{settings.port if port is None else port}"
         self._health = health.Health(service_names)
+        self._handlers = tuple(handlers)
         self._serving: bool | None = None
         self._server = grpc.aio.server(
             options=[
@@ -85,6 +87,9 @@ class Listener:
     async def drain(self, timeout_s: float) -> None:
         """Says that it leaves, takes no new call, and gives those in flight their time."""
         self._health.stop()
+        for handler in self._handlers:
+            if isinstance(handler, ServiceHandler):
+                handler.leave()
         await self._server.stop(timeout_s)
 
 

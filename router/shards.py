@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
 from common.cancellation import raise_if_cancelled, requested
@@ -21,6 +22,7 @@ from common.topology import Replica, Shard, ShardStatus, Topology
 from memshard.internal.v1 import shard_pb2, shard_pb2_grpc
 from router.guard import Guard, Guards, Kind
 from router.levels import Levels
+from router.line import Asked, Line, LineLostError, LineRefusedError
 
 # Largest answer taken: 1,000 results of 64 KiB content, 32 KiB metadata and an embedding.
 _MAX_ANSWER_BYTES = 128 * 1024 * 1024
@@ -48,10 +50,19 @@ _GONE = "SHARD_UNAVAILABLE"
 # Reasons for which nothing is known of a write that was asked for.
 _LEFT_IN_DOUBT = frozenset({_GONE, DeadlineExceeded.default_reason})
 
+# Most results of a search whose answer may share a stream: with the largest contents they are 10 MB.
+_MOST_RESULTS = 100
+
+_ANSWER_CLASSES: dict[str, type[Message]] = {
+    method.name: GetMessageClass(method.output_type)
+    for method in shard_pb2.DESCRIPTOR.services_by_name["ShardService"].methods
+}
+
 _HEALTH = "/grpc.health.v1.Health/Check"
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +72,8 @@ class Rpc(Generic[Q, R]):
     name: str
     kind: Kind
     priority: Priority = Priority.INTERACTIVE
+    small: bool = True
+    """Whether requests and answers are small enough to share a stream with others."""
 
     @property
     def writes(self) -> bool:
@@ -71,22 +84,26 @@ class Rpc(Generic[Q, R]):
 STORE: Rpc[shard_pb2.StoreRequest, shard_pb2.StoreResponse] = Rpc("Store", Kind.STORE)
 DELETE: Rpc[shard_pb2.DeleteRequest, shard_pb2.DeleteResponse] = Rpc("Delete", Kind.STORE)
 STORE_BATCH: Rpc[shard_pb2.StoreBatchRequest, shard_pb2.StoreBatchResponse] = Rpc(
-    "StoreBatch", Kind.STORE, Priority.BATCH
+    "StoreBatch", Kind.STORE, Priority.BATCH, small=False
 )
-CLAIM: Rpc[shard_pb2.ClaimRequest, shard_pb2.ClaimResponse] = Rpc("Claim", Kind.STORE)
+CLAIM: Rpc[shard_pb2.ClaimRequest, shard_pb2.ClaimResponse] = Rpc("Claim", Kind.STORE, small=False)
 TAKE_REQUEST_ID: Rpc[shard_pb2.TakeRequestIdRequest, shard_pb2.TakeRequestIdResponse] = Rpc("TakeRequestId", Kind.STORE)
 RELEASE_REQUEST_ID: Rpc[shard_pb2.ReleaseRequestIdRequest, shard_pb2.ReleaseRequestIdResponse] = Rpc(
     "ReleaseRequestId", Kind.STORE
 )
 UPDATE: Rpc[shard_pb2.UpdateRequest, shard_pb2.UpdateResponse] = Rpc("Update", Kind.STORE)
-ERASE: Rpc[shard_pb2.EraseRequest, shard_pb2.EraseResponse] = Rpc("Erase", Kind.STORE, Priority.BATCH)
+ERASE: Rpc[shard_pb2.EraseRequest, shard_pb2.EraseResponse] = Rpc("Erase", Kind.STORE, Priority.BATCH, small=False)
 FIND_CLAIM: Rpc[shard_pb2.FindClaimRequest, shard_pb2.FindClaimResponse] = Rpc("FindClaim", Kind.RETRIEVE)
-LIST_VERSIONS: Rpc[shard_pb2.ListVersionsRequest, shard_pb2.ListVersionsResponse] = Rpc("ListVersions", Kind.RETRIEVE)
+LIST_VERSIONS: Rpc[shard_pb2.ListVersionsRequest, shard_pb2.ListVersionsResponse] = Rpc(
+    "ListVersions", Kind.RETRIEVE, small=False
+)
 GET: Rpc[shard_pb2.GetRequest, shard_pb2.GetResponse] = Rpc("Get", Kind.RETRIEVE)
-LIST: Rpc[shard_pb2.ListRequest, shard_pb2.ListResponse] = Rpc("List", Kind.RETRIEVE)
+LIST: Rpc[shard_pb2.ListRequest, shard_pb2.ListResponse] = Rpc("List", Kind.RETRIEVE, small=False)
 SEARCH: Rpc[shard_pb2.SearchRequest, shard_pb2.SearchResponse] = Rpc("Search", Kind.SEARCH)
-DESCRIBE: Rpc[shard_pb2.DescribeRequest, shard_pb2.DescribeResponse] = Rpc("Describe", Kind.RETRIEVE)
-RECYCLE_POOL: Rpc[shard_pb2.RecyclePoolRequest, shard_pb2.RecyclePoolResponse] = Rpc("RecyclePool", Kind.STORE)
+DESCRIBE: Rpc[shard_pb2.DescribeRequest, shard_pb2.DescribeResponse] = Rpc("Describe", Kind.RETRIEVE, small=False)
+RECYCLE_POOL: Rpc[shard_pb2.RecyclePoolRequest, shard_pb2.RecyclePoolResponse] = Rpc(
+    "RecyclePool", Kind.STORE, small=False
+)
 
 
 class Shards:
@@ -99,7 +116,8 @@ class Shards:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._stubs: dict[str, shard_pb2_grpc.ShardServiceAsyncStub] = {}
-        self._in_flight: dict[str, set[grpc.aio.UnaryUnaryCall[Any, Any]]] = {}
+        self._lines: dict[str, Line] = {}
+        self._in_flight: dict[str, set[grpc.aio.UnaryUnaryCall[Any, Any] | Asked]] = {}
 
     async def call(self, shard: Shard, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> R:
         """The answer of `shard` to one rpc of ShardService.
@@ -198,6 +216,8 @@ class Shards:
     async def close(self) -> None:
         """Closes all channels."""
         self._stubs.clear()
+        lines, self._lines = self._lines, {}
+        await asyncio.gather(*(line.close() for line in lines.values()))
         channels, self._channels = self._channels, {}
         for closing in self._closing:
             closing.cancel()
@@ -219,6 +239,8 @@ class Shards:
 
     def _retire(self, address: str) -> None:
         self._stubs.pop(address, None)
+        if line := self._lines.pop(address, None):
+            line.retire()
         closing = asyncio.create_task(self._channels.pop(address).close(grace=_CLOSE_GRACE_S))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
@@ -238,13 +260,27 @@ class Shards:
             raise
 
     async def _ask(self, address: str, name: str, rpc: Rpc[Q, R], request: Q, timeout_s: float) -> R:
+        line = self._line(address)
+        if rpc.small and not line.refused and _is_small(request):
+            asked = line.ask(rpc.name, request.SerializeToString(), timeout_s)
+            try:
+                raw = await self._answer(address, name, asked)
+            except LineRefusedError:
+                pass  # An older server, which is asked by itself, now and from now on.
+            else:
+                answer: R = _ANSWER_CLASSES[rpc.name].FromString(raw)  # type: ignore[assignment]  # That of the rpc.
+                return answer
         call: grpc.aio.UnaryUnaryCall[Q, R] = getattr(self._stub(address), rpc.name)(request, timeout=timeout_s)
+        return await self._answer(address, name, call)
+
+    async def _answer(self, address: str, name: str, call: grpc.aio.UnaryUnaryCall[Any, T] | asyncio.Future[T]) -> T:
+        """The answer to a call that has begun. Raises what it means to the caller that there is none."""
         in_flight = self._in_flight.setdefault(address, set())
-        in_flight.add(call)
+        in_flight.add(call)  # type: ignore[arg-type]  # Of either kind.
         cancellations = requested()
         try:
             answer = await call
-        except grpc.aio.AioRpcError as error:
+        except (grpc.aio.AioRpcError, MemshardError, TimeoutError, LineLostError) as error:
             raise_if_cancelled(since=cancellations)
             raise _explained(error, name) from error
         except asyncio.CancelledError as error:
@@ -265,6 +301,12 @@ class Shards:
         way_back_s = max(self._margin_s, min(_WAY_BACK_SHARE * remaining_s, _LONGEST_WAY_BACK_S))
         return remaining_s - way_back_s
 
+    def _line(self, address: str) -> Line:
+        line = self._lines.get(address)
+        if line is None:
+            line = self._lines[address] = Line(self.channel(address))
+        return line
+
     def _stub(self, address: str) -> shard_pb2_grpc.ShardServiceAsyncStub:
         stub = self._stubs.get(address)
         if stub is None:
@@ -272,14 +314,19 @@ class Shards:
         return stub
 
 
-def _explained(error: grpc.aio.AioRpcError, name: str) -> MemshardError:
+def _is_small(request: Message) -> bool:
+    return not isinstance(request, shard_pb2.SearchRequest) or request.k <= _MOST_RESULTS
+
+
+def _explained(error: grpc.aio.AioRpcError | MemshardError | TimeoutError | LineLostError, name: str) -> MemshardError:
     """A failed call in words that an agent may see: the shard's name, never its address."""
-    domain_error = from_rpc_error(error)
-    if isinstance(domain_error, DeadlineExceeded) or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+    code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
+    domain_error = from_rpc_error(error) if isinstance(error, grpc.aio.AioRpcError) else error
+    if isinstance(domain_error, DeadlineExceeded | TimeoutError) or code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"{name} did not answer in time")
-    if domain_error is not None:
+    if isinstance(domain_error, MemshardError):
         return domain_error
-    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ResourceExhausted(f"the answer of {name} is too large; ask for fewer results", reason="ANSWER_TOO_LARGE")
     return _gone(name)
 
