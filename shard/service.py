@@ -9,6 +9,7 @@ from common import logs
 from common.config import ShardSettings
 from common.deadline import Deadline
 from common.errors import MemshardError, Unavailable
+from common.gathering import Gathering
 from common.postgres import Connection
 from common.status import to_status
 from memshard.internal.v1 import shard_pb2
@@ -19,7 +20,6 @@ from shard.database import Database
 from shard.disk import Disk
 from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
-from shard.gathering import Gathering
 from shard.identity import Identity
 from shard.ownership import NotOwnedError
 from shard.position import read_position

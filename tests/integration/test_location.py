@@ -16,6 +16,7 @@ from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import Ambiguous, NotFound, Unavailable
 from common.topology import Shard, Topology
+from memshard.ids import new_id
 from memshard.v1 import memory_pb2 as pb
 from router.dispatch import Dispatch
 from router.fanout import Fanout
@@ -253,3 +254,39 @@ async def test_not_found_takes_every_shards_word_for_it(topology: Topology, memo
         with pytest.raises(Unavailable):
             await fresh.get(str(uuid.uuid4()))
         assert (await fresh.get(memory_id)).user_id == user  # Found elsewhere: an answer all the same.
+
+
+async def test_places_that_are_written_together_are_each_what_they_were(
+    cluster: LocalCluster, topology: Topology, redis: Redis, era: bytes
+) -> None:
+    async def scripts_run() -> int:
+        stats: Any = await redis.info("commandstats")
+        return int(stats["cmdstat_evalsha"]["calls"])
+
+    settings = RouterSettings(catalog_dsn="postgresql://unused", redis_url=cluster.redis_url())  # type: ignore[arg-type]
+    async with AsyncExitStack() as stack:
+        locations = LocationCache(settings, topology.cluster_id)
+        stack.push_async_callback(locations.close)
+        locations.hear_era(era)
+        ids, old = [new_id() for _ in range(200)], new_id()
+        await redis.set(f"loc:{old}", "7")
+        await locations.add(new_id(), 1, since=locations.moment())
+        before, since = await scripts_run(), locations.moment()
+        *told, others = await asyncio.gather(
+            *(locations.add(memory_id, number, since=since) for number, memory_id in enumerate(ids)),
+            locations.add(old, 9, since=since),
+        )
+        # One that somebody else has as well is told as that; the others are nobody else's.
+        assert (told, others) == ([False] * 200, True)
+        assert await redis.mget([f"loc:{memory_id}" for memory_id in ids]) == [b"%d" % n for n in range(200)]
+        assert await redis.get(f"loc:{old}") == b"7,9"
+        assert await scripts_run() - before < 50
+        # What began in another era is not written, whoever it comes together with.
+        locations.hear_era(b"another era")
+        late = [new_id() for _ in range(3)]
+        await asyncio.gather(
+            *(locations.add(memory_id, 1, since=locations.moment()) for memory_id in late),
+            *(locations.add(memory_id, 2, since=since) for memory_id in ids[:3]),
+        )
+        assert await redis.mget([f"loc:{memory_id}" for memory_id in late]) == [None] * 3
+        assert await redis.get(f"loc:{ids[0]}") is not None

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from common import gathering
 from common.deadline import Deadline
 from common.errors import InvalidArgument, OutcomeUnknown, Unavailable
-from shard import gathering
-from shard.gathering import Gathering
+from common.gathering import Gathering
 
 
 @dataclass
