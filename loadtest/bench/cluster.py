@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import asyncpg
@@ -27,7 +26,6 @@ from local.record import load_record, load_secrets
 _DATABASE = "bench"
 _SAME_TABLE = "copied_memories"
 _MEMSHARD = Path(sys.executable).parent / "memshard"
-_CHROMA = Path(sys.executable).parent / "chroma"
 _START_TIMEOUT_S = 60.0
 
 
@@ -42,14 +40,18 @@ class Side:
     loads: bool = True
     """Whether it has to be given its own rows; the sides of one cluster share them."""
     why_not: str = ""
+    python: str = sys.executable
+    """The interpreter of its callers."""
 
 
 _ALL = ("search", "store", "get", "get-hot")
 
 
 @asynccontextmanager
-async def contenders(data_dir: Path | None, dimensions: int, *, others: bool) -> AsyncIterator[list[Side]]:
-    """All of them, running, with empty tables. `others`: Chroma and mem0 too, where they are installed."""
+async def contenders(data_dir: Path | None, dimensions: int, *, others: str | None) -> AsyncIterator[list[Side]]:
+    """All of them, running, with empty tables. `others`: the interpreter that Chroma and mem0 are installed for, as
+    far as they are; None: they are left out.
+    """
     async with AsyncExitStack() as stack:
         root = data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memshard-bench-")))
         port = _free_port()
@@ -81,9 +83,9 @@ async def contenders(data_dir: Path | None, dimensions: int, *, others: bool) ->
             Side("memshard", "routed", Endpoint(address=f"127.0.0.1:{port}"), (*_ALL, "bulk")),
             Side("memshard, by its client", "with_client", Endpoint(address=f"127.0.0.1:{port}"), _ALL, loads=False),
         ]
-        if others:
-            sides.append(await _chroma(stack))
-            sides.append(_mem0(server.port, secrets.postgres))
+        if others is not None:
+            sides.append(await _chroma(stack, others))
+            sides.append(await _mem0(others, server.port, secrets.postgres))
         yield sides
 
 
@@ -137,14 +139,14 @@ async def _shard(plan: Plan) -> Endpoint:
     )
 
 
-async def _chroma(stack: AsyncExitStack) -> Side:
+async def _chroma(stack: AsyncExitStack, python: str) -> Side:
     sections = ("search", "store", "get", "bulk")
-    if find_spec("chromadb") is None:
+    if not await _can_import(python, "chromadb"):
         return Side("Chroma server", "chroma", Endpoint(), sections, why_not="chromadb is not installed")
     port = _free_port()
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="memshard-bench-chroma-"))
     process = await asyncio.create_subprocess_exec(
-        str(_CHROMA), "run", "--path", directory, "--port", str(port), "--host", "127.0.0.1",
+        str(Path(python).parent / "chroma"), "run", "--path", directory, "--port", str(port), "--host", "127.0.0.1",
         stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
         env={**os.environ, "ANONYMIZED_TELEMETRY": "False"},
     )  # fmt: skip
@@ -164,16 +166,23 @@ async def _chroma(stack: AsyncExitStack) -> Side:
                 continue
             writer.close()
             break
-    return Side("Chroma server", "chroma", Endpoint(host="127.0.0.1", port=port), sections)
+    return Side("Chroma server", "chroma", Endpoint(host="127.0.0.1", port=port), sections, python=python)
 
 
-def _mem0(port: int, password: str) -> Side:
+async def _mem0(python: str, port: int, password: str) -> Side:
     sections = ("search", "store", "get", "bulk")
     name = "mem0 on pgvector"
-    if find_spec("mem0") is None:
+    if not await _can_import(python, "mem0.vector_stores.pgvector"):
         return Side(name, "mem0", Endpoint(), sections, why_not="mem0ai is not installed")
     endpoint = Endpoint(host="127.0.0.1", port=port, user=SUPERUSER, password=password, database=_DATABASE)
-    return Side(name, "mem0", endpoint, sections)
+    return Side(name, "mem0", endpoint, sections, python=python)
+
+
+async def _can_import(python: str, module: str) -> bool:
+    process = await asyncio.create_subprocess_exec(
+        python, "-c", f"import {module}", stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+    )
+    return await process.wait() == 0
 
 
 async def _memshard(*arguments: str) -> None:

@@ -10,26 +10,24 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import Any
 
 import uvloop
 
-from loadtest.bench.clustered import Routed, ShardOnly, WithClient
 from loadtest.bench.contender import Contender, Endpoint, Row
-from loadtest.bench.others import Chroma, Mem0
-from loadtest.bench.straight import SameTable, Straight
-from loadtest.bench.workload import Vector, Workload, content, memory_id, unit_vector, user_name
+from loadtest.bench.workload import Vector, Workload, content, memory_id, new_id, unit_vector, user_name
 from loadtest.histogram import Histogram
-from memshard.ids import new_id
 
-KINDS: dict[str, Callable[[], Contender]] = {
-    "straight": Straight,
-    "same_table": SameTable,
-    "routed": Routed,
-    "with_client": WithClient,
-    "shard_only": ShardOnly,
-    "chroma": Chroma,
-    "mem0": Mem0,
+# Imported when they are needed: not everybody's packages can be installed together.
+KINDS = {
+    "straight": "loadtest.bench.straight:Straight",
+    "same_table": "loadtest.bench.straight:SameTable",
+    "routed": "loadtest.bench.clustered:Routed",
+    "with_client": "loadtest.bench.clustered:WithClient",
+    "shard_only": "loadtest.bench.clustered:ShardOnly",
+    "chroma": "loadtest.bench.others:Chroma",
+    "mem0": "loadtest.bench.others:Mem0",
 }
 
 # Of so many searches one is looked at for its recall.
@@ -82,7 +80,8 @@ class Worker:
     def __init__(self, start: Start) -> None:
         self._start = start
         self._workload = Workload(**start.workload)
-        self._contender = KINDS[start.kind]()
+        module, _, name = KINDS[start.kind].partition(":")
+        self._contender: Contender = getattr(import_module(module), name)()
 
     async def open(self) -> None:
         await self._contender.open(self._start.endpoint, self._start.callers, self._workload.dimensions)
