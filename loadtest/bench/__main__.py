@@ -18,7 +18,7 @@ from loadtest.bench import cluster
 from loadtest.bench.cluster import Side
 from loadtest.bench.page import rewrite
 from loadtest.bench.results import SECTIONS, Results, of_workers
-from loadtest.bench.worker import Start, Task
+from loadtest.bench.worker import KINDS, Start, Task
 from loadtest.bench.workload import Workload
 
 _PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
@@ -162,7 +162,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="little data and short rounds: does it run at all?")
     parser.add_argument("--rounds", type=int, help="rounds of each section, of which the median counts")
     parser.add_argument("--seconds", type=float, help="length of a round")
-    parser.add_argument("--without-others", action="store_true", help="leave Chroma and mem0 out")
+    parser.add_argument(
+        "--without", action="append", default=[], choices=KINDS, help="who is left out; may be repeated"
+    )
     parser.add_argument(
         "--others-python", default=sys.executable, metavar="PATH", help="an interpreter that has chromadb and mem0ai"
     )
@@ -174,12 +176,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 async def _main(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
-    others = None if arguments.without_others or arguments.quick else arguments.others_python
+    without = {*arguments.without, *(("chroma", "mem0") if arguments.quick else ())}
     async with (
-        cluster.contenders(None, options.workload.dimensions, others=others) as sides,
+        cluster.contenders(options.workload.dimensions, arguments.others_python, without) as sides,
         AsyncExitStack() as stack,
     ):
-        bench = Bench(options, sides)
+        bench = Bench(options, [side for side in sides if side.kind not in without])
         await bench.run(stack)
     results = bench.results
     tables = results.tables()

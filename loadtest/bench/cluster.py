@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +48,12 @@ _ALL = ("search", "store", "get", "get-hot")
 
 
 @asynccontextmanager
-async def contenders(data_dir: Path | None, dimensions: int, *, others: str | None) -> AsyncIterator[list[Side]]:
-    """All of them, running, with empty tables. `others`: the interpreter that Chroma and mem0 are installed for, as
-    far as they are; None: they are left out.
+async def contenders(dimensions: int, others: str, without: Collection[str]) -> AsyncIterator[list[Side]]:
+    """All of them, running, with empty tables. `others` is the interpreter that Chroma and mem0 are installed for, as
+    far as they are; `without` has the kinds of contenders that are not wanted.
     """
     async with AsyncExitStack() as stack:
-        root = data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memshard-bench-")))
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memshard-bench-")))
         port = _free_port()
         await _memshard(
             "up", "--detach", "--shards", "1", "--replicas", "0", "--embedder", "none", "--dimensions",
@@ -83,8 +83,9 @@ async def contenders(data_dir: Path | None, dimensions: int, *, others: str | No
             Side("memshard", "routed", Endpoint(address=f"127.0.0.1:{port}"), (*_ALL, "bulk")),
             Side("memshard, by its client", "with_client", Endpoint(address=f"127.0.0.1:{port}"), _ALL, loads=False),
         ]
-        if others is not None:
+        if "chroma" not in without:
             sides.append(await _chroma(stack, others))
+        if "mem0" not in without:
             sides.append(await _mem0(others, server.port, secrets.postgres))
         yield sides
 
