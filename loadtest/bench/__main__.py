@@ -162,9 +162,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="little data and short rounds: does it run at all?")
     parser.add_argument("--rounds", type=int, help="rounds of each section, of which the median counts")
     parser.add_argument("--seconds", type=float, help="length of a round")
-    parser.add_argument(
-        "--without", action="append", default=[], choices=KINDS, help="who is left out; may be repeated"
-    )
+    parser.add_argument("--without", action="append", default=[], choices=KINDS, help="who is left out; repeatable")
     parser.add_argument(
         "--others-python", default=sys.executable, metavar="PATH", help="an interpreter that has chromadb and mem0ai"
     )
