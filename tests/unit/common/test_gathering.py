@@ -167,7 +167,7 @@ async def test_whoever_leaves_later_takes_nothing_from_the_others() -> None:
     tasks[1].cancel()
     await _settle()
     work.gate.set()
-    assert await asyncio.gather(tasks[0], tasks[2], tasks[3], first[1]) == [0, 4, 6, -4]
+    assert list(await asyncio.gather(tasks[0], tasks[2], tasks[3], first[1])) == [0, 4, 6, -4]
 
 
 async def test_nobody_waits_long_for_what_is_held_up() -> None:
