@@ -57,6 +57,11 @@ class Line:
             self._streams.add(self._stream)
         return self._stream.ask(rpc, request, timeout_s)
 
+    @property
+    def streams(self) -> int:
+        """How many there are: the current one, and those on which calls are still under way."""
+        return len(self._streams)
+
     def retire(self) -> None:
         """Ends it once what is under way has its answers."""
         for stream in tuple(self._streams):

@@ -117,6 +117,7 @@ class Shards:
         self._closing: set[asyncio.Task[None]] = set()
         self._stubs: dict[str, shard_pb2_grpc.ShardServiceAsyncStub] = {}
         self._lines: dict[str, Line] = {}
+        self._retired: set[Line] = set()
         self._in_flight: dict[str, set[grpc.aio.UnaryUnaryCall[Any, Any] | Asked]] = {}
 
     async def call(self, shard: Shard, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> R:
@@ -216,8 +217,10 @@ class Shards:
     async def close(self) -> None:
         """Closes all channels."""
         self._stubs.clear()
-        lines, self._lines = self._lines, {}
-        await asyncio.gather(*(line.close() for line in lines.values()))
+        lines = {*self._lines.values(), *self._retired}
+        self._lines.clear()
+        self._retired.clear()
+        await asyncio.gather(*(line.close() for line in lines))
         channels, self._channels = self._channels, {}
         for closing in self._closing:
             closing.cancel()
@@ -241,6 +244,7 @@ class Shards:
         self._stubs.pop(address, None)
         if line := self._lines.pop(address, None):
             line.retire()
+            self._retired = {one for one in self._retired if one.streams} | {line}
         closing = asyncio.create_task(self._channels.pop(address).close(grace=_CLOSE_GRACE_S))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
@@ -282,7 +286,8 @@ class Shards:
             answer = await call
         except (grpc.aio.AioRpcError, MemshardError, TimeoutError, LineLostError) as error:
             raise_if_cancelled(since=cancellations)
-            raise _explained(error, name) from error
+            explained = _explained(error, name)
+            raise explained from (None if explained is error else error)
         except asyncio.CancelledError as error:
             if (task := asyncio.current_task()) and task.cancelling():
                 raise

@@ -252,7 +252,7 @@ async def test_a_line_that_is_retired_ends_after_the_last_answer() -> None:
         line.retire()
         server.open.set()
         await asked
-        await eventually(lambda: not line._streams, within_s=5)
+        await eventually(lambda: not line.streams, within_s=5)
 
 
 async def test_large_answers_come_in_several_messages() -> None:
