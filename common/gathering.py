@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from common.deadline import Deadline
-from common.errors import OutcomeUnknown, Unavailable
+from common.errors import Unavailable
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -138,7 +138,8 @@ def _fail(taken: Sequence[_Waiting[Q, R]], error: Exception) -> None:
 
 def _is_of_one(error: Exception) -> bool:
     """Whether one of several may be the cause, and the others would succeed without it."""
-    if isinstance(error, OutcomeUnknown | TimeoutError):
-        return False
+    if isinstance(error, Unavailable):
+        # OutcomeUnknown is one: alone, each would hear that it is there, by a commit that may yet be lost.
+        return error.reason == _OF_ONE
     # Else it is a value that the database does not take, or a bug that one request sets off.
-    return not isinstance(error, Unavailable) or error.reason == _OF_ONE
+    return not isinstance(error, TimeoutError)

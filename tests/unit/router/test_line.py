@@ -11,7 +11,15 @@ import pytest
 
 from common.config import RouterSettings
 from common.deadline import Deadline
-from common.errors import AlreadyExists, DeadlineExceeded, Internal, InvalidArgument, MemshardError, Unimplemented
+from common.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    MemshardError,
+    Unavailable,
+    Unimplemented,
+)
 from common.rpc import ServiceHandler, generic_handler
 from common.topology import Shard
 from memshard.internal.v1 import shard_pb2
@@ -216,7 +224,7 @@ async def test_a_server_that_dies_leaves_all_without_an_answer_and_its_successor
 async def test_an_end_of_the_caller_is_the_end_of_its_calls() -> None:
     async with _serving() as (server, line):
         server.open.clear()
-        asked = line.ask("Get", _get("left behind"), 5.0)
+        asked = line.ask("Get", _get("left behind"), 60.0)
         await eventually(lambda: server.asked == ["left behind"], within_s=5)
         await line.close()
         with pytest.raises(LineLostError):
@@ -241,6 +249,24 @@ async def test_a_server_that_leaves_answers_what_it_was_asked_and_takes_no_more(
         assert shard_pb2.GetResponse.FromString(await asked).found[0].memory.id == "before"
         async with asyncio.timeout(3):
             await stopping
+        assert server.asked == ["before"]
+
+
+async def test_what_reaches_a_server_that_leaves_is_told_so_and_has_no_effect() -> None:
+    async with _serving() as (server, line):
+        server.open.clear()
+        asked = line.ask("Get", _get("before"), 5.0)
+        await eventually(lambda: server.asked == ["before"], within_s=5)
+        stream = line._stream
+        assert stream is not None
+        # As when both are on their way at the same moment.
+        server.handler.leave()
+        with pytest.raises(Unavailable) as refused:
+            await stream.ask("Get", _get("crossed"), 5.0)
+        assert refused.value.reason == "LEAVING"
+        assert refused.value.retryable
+        server.open.set()
+        await asked
         assert server.asked == ["before"]
 
 
