@@ -1,5 +1,5 @@
-"""The cluster commands of the memshard command line: up, down, status, failover, degrade, health and
-its kin, config."""
+"""The cluster commands of the memshard command line: up, down, status, failover, restart, rotate-secrets, degrade,
+health and its kin, shards and moves, config."""
 
 # ruff: noqa: PLC0415  # The embedded cluster is imported inside its commands: `memshard add` should not wait for it.
 
@@ -10,10 +10,14 @@ from typing import Annotated
 
 import typer
 
+from cli import cluster_moves, cluster_shards
 from cli.cluster_degrade import degrade
 from cli.cluster_failover import failover
 from cli.cluster_health import health, recover, stats
 from cli.cluster_options import DataDir, failures_shown
+from cli.cluster_restart import restart
+from cli.cluster_rotate import rotate_secrets
+from cli.cluster_top import top
 from cli.terminal import fail
 
 DEFAULT_PORT = 50051
@@ -43,6 +47,7 @@ class ServiceName(StrEnum):
     ROUTER = "router"
     SHARD = "shard"
     REPLICA = "replica"
+    MOVER = "mover"
 
 
 def register(app: typer.Typer) -> None:
@@ -51,10 +56,15 @@ def register(app: typer.Typer) -> None:
     app.command()(down)
     app.command()(status)
     app.command()(failover)
+    app.command()(restart)
+    app.command()(rotate_secrets)
     app.command()(degrade)
     app.command()(health)
     app.command()(recover)
     app.command()(stats)
+    cluster_shards.register(app)
+    cluster_moves.register(app)
+    app.command()(top)
     config = typer.Typer(help="Write and check the settings files of the services.", no_args_is_help=True)
     config.command()(generate)
     config.command()(validate)
@@ -63,7 +73,7 @@ def register(app: typer.Typer) -> None:
 
 def up(  # noqa: PLR0913, PLR0917  # One parameter for each option.
     shards: Annotated[
-        int | None, typer.Option("--shards", metavar="N", help="How many shards; fixed when it is made. Default: 2.")
+        int | None, typer.Option("--shards", metavar="N", help="How many shards it begins with. Default: 2.")
     ] = None,
     replicas: Annotated[
         int | None,

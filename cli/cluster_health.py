@@ -101,13 +101,19 @@ def _ask_each(
     ask: "Callable[[RouterAdmin], Coroutine[Any, Any, R]]",
 ) -> "list[tuple[RouterAdmin, R | LocalClusterError]]":
     from local import router_admin
+
+    with failures_shown():
+        routers = chosen_routers(data_dir, admin, token_file)
+        return asyncio.run(router_admin.of_each(routers, ask))
+
+
+def chosen_routers(data_dir: Path | None, admin: str | None, token_file: Path | None) -> "list[RouterAdmin]":
+    """The routers that are meant. Raises LocalClusterError, typer.BadParameter."""
+    from local import router_admin
     from local.layout import Layout
 
     if (admin is None) != (token_file is None):
         raise typer.BadParameter("--admin and --token-file go together")
-    with failures_shown():
-        if admin is not None and token_file is not None:
-            routers = [router_admin.at(admin, token_file)]
-        else:
-            routers = router_admin.of_cluster(Layout.of(data_dir))
-        return asyncio.run(router_admin.of_each(routers, ask))
+    if admin is not None and token_file is not None:
+        return [router_admin.at(admin, token_file)]
+    return router_admin.of_cluster(Layout.of(data_dir))

@@ -7,6 +7,7 @@ from google.protobuf.json_format import MessageToDict
 from rich.table import Table
 from rich.text import Text
 
+from cli.cluster_moves_view import move_documents
 from cli.terminal import console, printable_line
 from local.errors import LocalClusterError
 from local.router_admin import RouterAdmin
@@ -62,6 +63,8 @@ def stats_document(answers: "Sequence[tuple[RouterAdmin, pb.GetStatsResponse | L
         # 64-bit numbers travel as text in proto's JSON; these are small.
         document["epoch"] = answer.epoch
         document["hedges"]["sent"] = answer.hedges.sent
+        document["entrance"] = {"shed": answer.entrance.shed}
+        document["moves"] = move_documents(answer)
         document["cache"] |= {"entries": answer.cache.entries, "max_entries": answer.cache.max_entries}
         for level in document["levels"]:
             level["level"] = level["level"].removeprefix("DEGRADATION_LEVEL_").lower()
@@ -132,7 +135,7 @@ def show_stats(document: Document) -> None:
                 out.print(f"breaker of {breaker['callee']} for {breaker['kind']}: {breaker['state']}")
         out.print(
             f"{cache['entries']} of {cache['max_entries']} locations cached; {hedges['sent']} hedges sent; "
-            f"room for {retries['budget_left']:.0f} retries"
+            f"room for {retries['budget_left']:.0f} retries; {router['entrance']['shed']} requests shed at the entrance"
         )
 
 

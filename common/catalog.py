@@ -12,12 +12,13 @@ from enum import StrEnum
 
 import asyncpg
 
+from common.catalog_schema import MIGRATIONS
 from common.level import Level
-from common.migrations import Migration, migrate
+from common.migrations import migrate
 from common.postgres import Connection
 from common.slots import share_out
 from common.sync_set import SyncSet
-from common.topology import CLUSTER, Replica, Shard, ShardStatus, SlotRange, Topology
+from common.topology import CLUSTER, Cutover, Replica, Shard, ShardStatus, SlotRange, Topology
 
 # Channel that a changed epoch is announced on; the payload is the epoch.
 CHANNEL = "memshard_topology"
@@ -81,83 +82,6 @@ class SyncSetConflictError(CatalogError):
     """The sync set, or the primary, has changed since the change at hand was planned; nothing was done."""
 
 
-_MIGRATIONS = (
-    Migration(
-        1,
-        "cluster, shards, slots, epoch",
-        """
-        CREATE TABLE cluster (
-            singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
-            cluster_id uuid NOT NULL,
-            embedding_model text NOT NULL,
-            dimensions int NOT NULL CHECK (dimensions > 0),
-            precision text NOT NULL CHECK (precision IN ('half', 'single')),
-            placement text NOT NULL CHECK (placement IN ('user_based')),
-            token_key bytea NOT NULL CHECK (length(token_key) = 32),
-            created_at timestamptz NOT NULL DEFAULT now()
-        );
-        CREATE TABLE topology (
-            singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
-            epoch bigint NOT NULL
-        );
-        CREATE TABLE shards (
-            shard_id text PRIMARY KEY,
-            address text NOT NULL,
-            weight int NOT NULL DEFAULT 1 CHECK (weight > 0),
-            status text NOT NULL DEFAULT 'active'
-                CHECK (status IN ('active', 'readonly', 'draining', 'maintenance'))
-        );
-        CREATE TABLE slot_ranges (
-            first int PRIMARY KEY CHECK (first >= 0),
-            last int NOT NULL CHECK (last >= first AND last < 16384),
-            shard_id text NOT NULL REFERENCES shards
-        );
-        """,
-    ),
-    Migration(
-        2,
-        "placement strategies, language of keyword search",
-        """
-        ALTER TABLE cluster DROP CONSTRAINT cluster_placement_check;
-        ALTER TABLE cluster ADD CONSTRAINT cluster_placement_check
-            CHECK (placement IN ('user_based', 'content_hash', 'temporal', 'memory_type'));
-        ALTER TABLE cluster ADD COLUMN text_language text NOT NULL DEFAULT 'english'
-            CHECK (text_language ~ '^[a-z][a-z_]{0,62}$');
-        """,
-    ),
-    Migration(
-        3,
-        "replicas, sync sets",
-        """
-        CREATE TABLE replicas (
-            shard_id text NOT NULL REFERENCES shards,
-            replica_id text NOT NULL,
-            address text NOT NULL,
-            PRIMARY KEY (shard_id, replica_id)
-        );
-        -- Which server takes a shard's writes, and which standbys its commits wait for (common/sync_set.py).
-        CREATE TABLE sync_sets (
-            shard_id text PRIMARY KEY REFERENCES shards,
-            primary_server text NOT NULL,
-            members text[] NOT NULL DEFAULT '{}',
-            -- The set that is being changed to. Until it has replaced the other, a failover has to satisfy both.
-            following text[],
-            version bigint NOT NULL DEFAULT 1
-        );
-        """,
-    ),
-    Migration(
-        4,
-        "degradation levels set by operators",
-        """
-        CREATE TABLE levels (
-            shard_id text PRIMARY KEY,  -- Empty: the cluster. So it refers to no shard.
-            level text NOT NULL CHECK (level IN ('normal', 'reduced', 'essential', 'readonly', 'maintenance'))
-        );
-        """,
-    ),
-)
-
 _CREATE_CLUSTER = """
 INSERT INTO cluster (cluster_id, embedding_model, dimensions, precision, placement, text_language, token_key)
 VALUES ($1, $2, $3, $4, $5, $6, $7)
@@ -175,6 +99,7 @@ _READ_SHARDS = "SELECT shard_id, address, weight, status FROM shards ORDER BY sh
 _READ_RANGES = "SELECT first, last, shard_id FROM slot_ranges ORDER BY first"
 _RAISE_EPOCH = "UPDATE topology SET epoch = epoch + 1 WHERE epoch = $1 RETURNING epoch"
 _NOTIFY = "SELECT pg_notify($1, $2)"
+_READ_CUTOVERS = "SELECT source, target, timeline, lsn FROM cutovers ORDER BY source, target"
 _SET_ADDRESS = "UPDATE shards SET address = $2 WHERE shard_id = $1 AND address <> $2"
 _READ_REPLICAS = "SELECT shard_id, replica_id, address FROM replicas ORDER BY shard_id, replica_id"
 _DROP_REPLICAS = "DELETE FROM replicas WHERE shard_id = $1"
@@ -249,7 +174,7 @@ async def create(
 
 async def upgrade(connection: Connection) -> None:
     """Brings the catalog's tables up to date, as the role that owns them. Raises NewerSchemaError."""
-    await migrate(connection, _MIGRATIONS)
+    await migrate(connection, MIGRATIONS)
 
 
 async def read_cluster(connection: Connection) -> Cluster:
@@ -286,6 +211,7 @@ async def read_topology(connection: Connection) -> Topology:
         ranges = await connection.fetch(_READ_RANGES)
         replicas = await connection.fetch(_READ_REPLICAS)
         levels = await connection.fetch(_READ_LEVELS)
+        cutovers = await connection.fetch(_READ_CUTOVERS)
     try:
         return Topology(
             cluster_id=cluster.cluster_id,
@@ -306,6 +232,7 @@ async def read_topology(connection: Connection) -> Topology:
             ),
             ranges=tuple(SlotRange(row["first"], row["last"], row["shard_id"]) for row in ranges),
             levels={row["shard_id"]: Level[row["level"].upper()] for row in levels},
+            cutovers=tuple(Cutover(row["source"], row["target"], row["timeline"], row["lsn"]) for row in cutovers),
         )
     except ValueError as error:
         raise CatalogError(f"the catalog's topology at epoch {epoch} cannot be: {error}") from error
@@ -317,7 +244,7 @@ async def set_addresses(connection: Connection, epoch: int, addresses: Mapping[s
     Raises EpochConflictError when it is not.
     """
     async with connection.transaction():
-        raised = await _raise_epoch(connection, epoch)
+        raised = await raise_epoch(connection, epoch)
         await connection.executemany(_SET_ADDRESS, list(addresses.items()))
     return raised
 
@@ -328,7 +255,7 @@ async def set_replicas(connection: Connection, epoch: int, replicas: Mapping[str
     Raises EpochConflictError when it is not.
     """
     async with connection.transaction():
-        raised = await _raise_epoch(connection, epoch)
+        raised = await raise_epoch(connection, epoch)
         for shard_id, of_shard in replicas.items():
             await connection.execute(_DROP_REPLICAS, shard_id)
             await connection.executemany(_CREATE_REPLICA, [(shard_id, r.replica_id, r.address) for r in of_shard])
@@ -342,7 +269,7 @@ async def set_level(connection: Connection, epoch: int, shard_id: str, level: Le
     Raises EpochConflictError when it is not, UnknownShardError.
     """
     async with connection.transaction():
-        raised = await _raise_epoch(connection, epoch)
+        raised = await raise_epoch(connection, epoch)
         if shard_id != CLUSTER and not await connection.fetchval(_HAS_SHARD, shard_id):
             raise UnknownShardError(f"there is no shard {shard_id!r}")
         await connection.execute(_DROP_LEVEL, shard_id)
@@ -402,14 +329,14 @@ async def change_primary(
     Raises EpochConflictError, SyncSetConflictError when something has changed since it was planned.
     """
     async with connection.transaction():
-        await _raise_epoch(connection, epoch)
+        await raise_epoch(connection, epoch)
         version = await connection.fetchval(_CHANGE_PRIMARY, shard_id, planned.version, primary, sorted(members))
         if version is None:
             raise SyncSetConflictError(f"the sync set of {shard_id} is no longer what it was")
     return SyncSet(primary, members, None, version)
 
 
-async def _raise_epoch(connection: Connection, epoch: int) -> int:
+async def raise_epoch(connection: Connection, epoch: int) -> int:
     """The compare-and-set that every topology change begins with, inside its transaction."""
     raised: int | None = await connection.fetchval(_RAISE_EPOCH, epoch)
     if raised is None:

@@ -4,6 +4,7 @@ A setting `catalog_dsn` of the router comes from `MEMSHARD_ROUTER_CATALOG_DSN`, 
 default. Every field says its meaning, unit and the reason of its default; `memshard config generate` prints them.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_va
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
@@ -21,6 +23,9 @@ from pydantic_settings import (
 from common.dsn import hosts
 
 MIB = 1024 * 1024
+
+# Variables that everything with OpenTelemetry knows. The exporters read others by themselves.
+_STANDARD = {"OTEL_TRACES_EXPORTER": "traces_exporter", "OTEL_TRACES_SAMPLER_ARG": "traces_sample_ratio"}
 
 
 class ConfigError(Exception):
@@ -70,32 +75,38 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
 
-class ServiceSettings(BaseSettings):
-    """What every service needs."""
+class ProcessSettings(BaseSettings):
+    """What every process of ours needs, whether it serves or does one thing and ends."""
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    host: str = "127.0.0.1"
-    """Address to listen on. Loopback by default: the wire is not encrypted; 0.0.0.0 in a container."""
-
-    port: Port
-    """TCP port to listen on."""
-
     catalog_dsn: PostgresDsn
     """URL of the catalog's database. A role that can only read is enough."""
-
-    max_message_bytes: Annotated[int, Field(ge=MIB, le=1024 * MIB)] = 16 * MIB
-    """Largest request taken, in bytes. A batch of the contract has at most 8 MiB; the rest is room to refuse a larger
-    one with an error that names the field."""
-
-    drain_timeout_s: Seconds = 10.0
-    """Seconds that calls in flight get to finish after SIGTERM. Below the 30 s that Kubernetes waits before SIGKILL."""
 
     log_format: Literal["json", "console"] = "json"
     """`json`: one object a line, for collectors. `console`: for eyes."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is logged."""
+
+    metrics_port: Port | None = None
+    """TCP port of `/metrics`, for Prometheus. None: there is none."""
+
+    metrics_host: str = "127.0.0.1"
+    """Address that `/metrics` listens on. Loopback by default, whatever `host` is: it asks nobody for a password."""
+
+    traces_exporter: Literal["none", "otlp", "console", "jaeger"] = "none"
+    """Where traces go. OpenTelemetry's own variable OTEL_TRACES_EXPORTER is heard as well. `otlp`: to
+    OTEL_EXPORTER_OTLP_ENDPOINT, by gRPC (http://localhost:4317). `console`: into the log. `jaeger`: to an agent from
+    before Jaeger took OTLP, at OTEL_EXPORTER_JAEGER_AGENT_HOST; needs the extra `jaeger`."""
+
+    traces_sample_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the traces that begin here that is kept. Who calls with a trace decides for it. Heard as
+    OTEL_TRACES_SAMPLER_ARG as well."""
+
+    traces_slow_s: Seconds = 0.5
+    """Seconds from which on a call is kept as a trace though it was not sampled, as those are in which something
+    failed. Twenty a second at most."""
 
     @classmethod
     def settings_customise_sources(
@@ -108,7 +119,38 @@ class ServiceSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Environment before file; no `.env`, which would be read from wherever the process happens to start."""
         yaml_file = cls.model_config.get("yaml_file")
-        return (init_settings, env_settings, *([YamlConfigSettingsSource(settings_cls)] if yaml_file else []))
+        standard = {setting: value for name, setting in _STANDARD.items() if (value := os.environ.get(name))}
+        return (
+            init_settings,
+            env_settings,
+            InitSettingsSource(settings_cls, standard),
+            *([YamlConfigSettingsSource(settings_cls)] if yaml_file else []),
+        )
+
+
+class ServiceSettings(ProcessSettings):
+    """What every service needs."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Loopback by default: the wire is not encrypted; 0.0.0.0 in a container."""
+
+    port: Port
+    """TCP port to listen on."""
+
+    max_message_bytes: Annotated[int, Field(ge=MIB, le=1024 * MIB)] = 16 * MIB
+    """Largest request taken, in bytes. A batch of the contract has at most 8 MiB; the rest is room to refuse a larger
+    one with an error that names the field."""
+
+    drain_timeout_s: Seconds = 10.0
+    """Seconds that calls in flight get to finish after SIGTERM. Below the 30 s that Kubernetes waits before SIGKILL."""
+
+    max_connection_age_s: Seconds | None = None
+    """Seconds after which a client's connection is closed in order, calls under way being finished, so that clients
+    that balance by DNS look again and find servers that have come since. None: never."""
+
+    handover_file: Path | None = None
+    """File that is made when all is ready but the ports, which a predecessor still has: then they are waited for. So a
+    service is restarted with hardly a pause. None: ports that are in use are an error."""
 
 
 class EmbedderSettings(ServiceSettings):
@@ -342,13 +384,66 @@ class ReplicaSettings(ServiceSettings):
         return self
 
 
-SETTINGS: dict[str, type[ServiceSettings]] = {
+class MoverSettings(ProcessSettings):
+    """The mover's settings: environment prefix `MEMSHARD_MOVER_`. It moves slots between shards, and ends."""
+
+    model_config = SettingsConfigDict(env_prefix="MEMSHARD_MOVER_")
+
+    catalog_dsn: PostgresDsn
+    """URL of the catalog's database, as a role that may change the topology and the moves."""
+
+    shard_dsns: dict[str, PostgresDsn] = {}
+    """URL of each shard's database by the shard's name, as the role of the mover; in the environment a JSON object. It
+    may name several servers. Shards reach each other by it too, to replicate what moves."""
+
+    shard_dsn_template: PostgresDsn | None = None
+    """URL for every shard that `shard_dsns` does not name, with {shard_id} where the shard's name goes, as in
+    postgresql://memshard_mover:password@{shard_id}-rw:5432/memshard."""
+
+    fence_timeout_s: Annotated[float, Field(ge=0.5, le=60)] = 5.0
+    """Seconds that the slots of a move may take no writes. A move that would take longer gives them back, and tries
+    again later."""
+
+    concurrency: Annotated[int, Field(ge=1, le=8)] = 2
+    """Most moves that are under way at once."""
+
+    max_slots: Annotated[int, Field(ge=1, le=16384)] = 1024
+    """Most slots that one move takes. Fewer make each pause shorter, and all of it longer."""
+
+    rollback_window_s: Annotated[float, Field(ge=0, le=7 * 86400)] = 30.0
+    """Seconds after a range has moved during which it can be brought back with all that was written since. The source
+    keeps its rows until then."""
+
+    max_rate: Annotated[int, Field(ge=0)] = 0
+    """Most rows a second that are copied, on average over the moves; 0: as many as the servers can."""
+
+    max_standby_lag_bytes: Annotated[int, Field(ge=MIB)] = 64 * MIB
+    """How far the standbys of source or target may be behind before the next range waits for them."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        template = self.shard_dsn_template
+        if template is not None and "{shard_id}" not in template.get_secret_value():
+            raise ValueError("shard_dsn_template must say {shard_id} somewhere")
+        return self
+
+    def shard_dsn(self, shard_id: str) -> str:
+        """URL of a shard's database. Raises ConfigError when none is known."""
+        if (given := self.shard_dsns.get(shard_id)) is not None:
+            return given.get_secret_value()
+        if self.shard_dsn_template is None:
+            raise ConfigError(f"shard_dsns has no URL for {shard_id}")
+        return self.shard_dsn_template.get_secret_value().replace("{shard_id}", shard_id)
+
+
+SETTINGS: dict[str, type[ProcessSettings]] = {
     "router": RouterSettings,
     "shard": ShardSettings,
     "replica": ReplicaSettings,
+    "mover": MoverSettings,
 }
 
-S = TypeVar("S", bound=ServiceSettings)
+S = TypeVar("S", bound=ProcessSettings)
 
 
 def load(settings: type[S], file: Path | None = None) -> S:
@@ -373,7 +468,7 @@ def load(settings: type[S], file: Path | None = None) -> S:
         raise ConfigError(f"{where}{'; '.join(problems)}") from None
 
 
-def generate(settings: type[ServiceSettings]) -> str:
+def generate(settings: type[ProcessSettings]) -> str:
     """A YAML file with every setting, its documentation and its default."""
     lines = [f"# {(settings.__doc__ or '').strip()}"]
     for name, field in settings.model_fields.items():

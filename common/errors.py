@@ -27,6 +27,9 @@ from typing import ClassVar
 
 import grpc
 
+from common import departure
+from common.departure import Departure
+
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
@@ -96,13 +99,24 @@ class ReadOnly(FailedPrecondition):
 
 
 class WrongShard(FailedPrecondition):
-    """The slot is not served here; `epoch` is the newest topology this shard knows of."""
+    """The slot is not served here; `epoch` is the newest topology this shard knows of, and `departures` say where slots
+    went. `fenced`: it is being handed over at this moment, and who owns it is about to be known.
+    """
 
     default_reason = "WRONG_SHARD"
 
-    def __init__(self, message: str, *, epoch: int) -> None:
-        super().__init__(message, metadata={"epoch": str(epoch)})
+    def __init__(
+        self, message: str, *, epoch: int, departures: tuple[Departure, ...] = (), fenced: bool = False
+    ) -> None:
+        metadata = {"epoch": str(epoch)}
+        if departures:
+            metadata["departures"] = departure.to_text(departures)
+        if fenced:
+            metadata["fenced"] = "true"
+        super().__init__(message, metadata=metadata)
         self.epoch = epoch
+        self.departures = departures
+        self.fenced = fenced
 
 
 class Aborted(MemshardError):

@@ -7,7 +7,12 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
+from common.methods import Methods
+
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+LIVENESS = "liveness"
+"""Asked about this, a process that answers says SERVING, whether it can serve or not: for whoever ends what hangs."""
 
 _Response = health_pb2.HealthCheckResponse
 
@@ -34,17 +39,17 @@ class Health:
         self._stopping = True
         self._change(False)
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """gRPC's handler of the service. Requests are parsed here, so that garbage is INVALID_ARGUMENT."""
+    def methods(self) -> Methods:
+        """What the service offers. Requests are parsed here, so that garbage is INVALID_ARGUMENT."""
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             "Check": grpc.unary_unary_rpc_method_handler(self._check),
             "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
         }
-        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+        return Methods(SERVICE_NAME, methods)
 
     async def _check(self, raw: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
         service = await _service(raw, context)
-        if service not in self._names:
+        if service not in self._names and service != LIVENESS:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service here")
         return self._health_of(service).SerializeToString()
 
@@ -64,6 +69,8 @@ class Health:
                 await changed.wait()
 
     def _health_of(self, service: str) -> health_pb2.HealthCheckResponse:
+        if service == LIVENESS:
+            return _Response(status=_Response.SERVING)
         if service not in self._names:
             return _Response(status=_Response.SERVICE_UNKNOWN)
         return _Response(status=_Response.SERVING if self._serving else _Response.NOT_SERVING)

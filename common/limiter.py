@@ -76,7 +76,8 @@ class Limiter:
         """Share of the usual slowdown that is put up with: below 1 under degradation, so that fewer wait in line. A
         share of the limit itself would be grown back, or keep a low limit low."""
         self.batch_share = self.settings.batch_share
-        """Share of the limit that batches may fill: less under degradation."""
+        """Share of the limit that batches may fill: less under degradation, though not less than a share of the least
+        limit."""
         self.on_room: Callable[[], None] = _nobody_waits
         """Called when a place is given back."""
         self._clock = clock
@@ -155,7 +156,8 @@ class Limiter:
 
     def _room(self, batch: bool) -> float:
         if batch:
-            return self.limit * self.batch_share
+            # So few hardly queue, and half of a batch refused is work done twice: degradation leaves them their room.
+            return max(self.limit * self.batch_share, self.settings.least * self.settings.batch_share)
         # Where only batches were too many, a measurement needs nobody else to stay out.
         return self.limit if self._period.refused_interactive else int(self._limit)
 

@@ -55,6 +55,6 @@ class LimiterSettings:
             raise ValueError("batch_share is a share above 0 and up to 1, tolerance at least 1")
 
 
-# A server of a shard has some sixteen connections to its database. With twice as many calls in flight a queue is a few
-# milliseconds, on whatever machine; below that, a handful of callers on a busy laptop would be refused.
-SERVER = LimiterSettings(least=32, initial=128)
+# A server of a shard has some sixteen connections to its database. With four times as many calls in flight a queue is
+# still short, on whatever machine; below that, a team of agents on a busy laptop would be refused.
+SERVER = LimiterSettings(least=64, initial=64)

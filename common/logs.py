@@ -7,18 +7,25 @@ tokens. An unexpected exception is logged by type and place only, since its text
 import logging
 import sys
 import traceback
-from typing import Literal
+from typing import Literal, TextIO
 
 import structlog
-from structlog.typing import FilteringBoundLogger, Processor
+from structlog.typing import EventDict, FilteringBoundLogger, Processor
+
+from common import tracing
 
 Logger = FilteringBoundLogger
 
 
-def configure(service: str, log_format: Literal["json", "console"], level: str) -> None:
-    """Sets up logging for this process; `service` is in every line. Libraries may speak from `warning` up."""
+def configure(
+    service: str, log_format: Literal["json", "console"], level: str, *, stream: TextIO | None = None
+) -> None:
+    """Sets up logging for this process, by default on standard output; `service` is in every line. Libraries may speak
+    from `warning` up.
+    """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        _add_trace,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -31,7 +38,7 @@ def configure(service: str, log_format: Literal["json", "console"], level: str) 
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(sys.stdout if stream is None else stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -42,6 +49,13 @@ def configure(service: str, log_format: Literal["json", "console"], level: str) 
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("memshard").setLevel(level.upper())
     structlog.contextvars.bind_contextvars(service=service)
+
+
+def _add_trace(_: object, __: str, event: EventDict) -> EventDict:
+    """Which call a line is about, wherever it is answered: the id that all services' lines about it have."""
+    if trace_id := tracing.current().trace_id:
+        event["trace_id"] = trace_id
+    return event
 
 
 def get_logger(name: str) -> Logger:

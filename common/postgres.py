@@ -47,13 +47,13 @@ class DatabaseUnreachableError(Exception):
     """A database did not let us in; the message names it (without its password) and the cause."""
 
 
-async def connect(dsn: str, *, what: str) -> "asyncpg.Connection[asyncpg.Record]":
-    """One connection to the database that `what` names for people ("the catalog").
+async def connect(dsn: str, *, what: str, database: str | None = None) -> "asyncpg.Connection[asyncpg.Record]":
+    """One connection to the database that `what` names for people ("the catalog"); `database`: another of its server.
 
     Raises DatabaseUnreachableError.
     """
     try:
-        return await asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT_S)
+        return await asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT_S, database=database)
     except CONNECT_ERRORS as error:
         raise DatabaseUnreachableError(f"{what} at {location(dsn)} cannot be reached: {explain(error)}") from error
 

@@ -5,20 +5,20 @@ INVALID_ARGUMENT instead of INTERNAL, and a bug is the only thing that is ever I
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from common import errors, logs, status
+from common import errors, logs, status, tracing
 from common.deadline import Deadline
-from common.multiplex import Answering, Multiplexer
-from memshard.internal.v1 import shard_pb2
+from common.methods import Methods
+from common.telemetry.calls import Call, Operation
 
 if TYPE_CHECKING:
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
@@ -43,65 +43,59 @@ class Admits(Protocol):
         ...
 
 
+class Watches(Protocol):
+    """What looks at requests and answers as they pass, for metrics and traces. It must not raise."""
+
+    def asked(self, rpc: str, request: Message) -> None:
+        """A request was parsed. Nothing is known of its worth yet."""
+        ...
+
+    def answered(self, rpc: str, request: Message, response: Message, size_bytes: int) -> None:
+        """It was answered, with so many bytes."""
+        ...
+
+
 Handler = Callable[[Message, Deadline], Awaitable[Message]]
 _Behavior = Callable[[bytes, "Context"], Awaitable[bytes]]
 
 
-class ServiceHandler(grpc.ServiceRpcHandler):
-    """gRPC's handler of one service."""
-
-    def __init__(
-        self, name: str, methods: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]", streams: Multiplexer
-    ) -> None:
-        self._name = name
-        self._methods = {f"/{name}/{method}": handler for method, handler in methods.items()}
-        self._streams = streams
-
-    def service_name(self) -> str:
-        return self._name
-
-    def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        return self._methods.get(details.method)
-
-    def leave(self) -> None:
-        """Has streams that carry many calls end, once those are answered."""
-        self._streams.leave()
-
-
-def generic_handler(
+def methods_of(
     service: ServiceDescriptor,
     servicer: object,
     *,
     default_deadline_s: float,
     authorise: "Callable[[Context], None] | None" = None,
     admission: Admits | None = None,
-) -> ServiceHandler:
-    """gRPC's handler of `service`: each rpc is the method of `servicer` that has its name.
+    watch: Watches | None = None,
+    begins_traces: bool = False,
+) -> Methods:
+    """What `servicer` offers of `service`: each rpc is the method of it that has the same name.
 
-    Methods take (request, deadline) and return the response. An rpc that the servicer lacks answers UNIMPLEMENTED.
+    They take (request, deadline) and return the response. An rpc that the servicer lacks answers UNIMPLEMENTED.
     `authorise` raises what a caller hears who may not call at all, `admission` what one hears who is too much; both
-    before anything is looked at. An rpc of two streams is one that carries calls of the others.
+    before anything is looked at. `watch` sees what passes. A call without a trace around it has one with
+    `begins_traces`.
     """
-    answers = {
-        method.name: _answering(
-            method, getattr(servicer, method.name, None) or _unimplemented(method), admission or _EVERYTHING
-        )
-        for method in service.methods
-        if not method.client_streaming
-    }
-    streams = Multiplexer(answers, default_deadline_s)
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        name: grpc.unary_unary_rpc_method_handler(_behavior(answer, default_deadline_s, authorise or _everybody))
-        for name, answer in answers.items()
-    }
-    for method in service.methods:
-        if method.client_streaming:
-            handlers[method.name] = grpc.stream_stream_rpc_method_handler(
-                streams.serve,
-                request_deserializer=shard_pb2.MultiplexRequest.FromString,
-                response_serializer=shard_pb2.MultiplexResponse.SerializeToString,
+    return Methods(
+        service.full_name,
+        {
+            method.name: grpc.unary_unary_rpc_method_handler(
+                _behavior(
+                    method,
+                    _Answering(
+                        method,
+                        getattr(servicer, method.name, None) or _unimplemented(method),
+                        authorise or _everybody,
+                        admission or _EVERYTHING,
+                        watch or _NOBODY,
+                    ),
+                    default_deadline_s,
+                    begins_traces=begins_traces,
+                )
             )
-    return ServiceHandler(service.full_name, handlers, streams)
+            for method in service.methods
+        },
+    )
 
 
 def add_trailer(key: str, value: str | bytes) -> None:
@@ -114,48 +108,70 @@ def _everybody(_: "Context") -> None:
     """May call."""
 
 
-def _behavior(answer: Answering, default_deadline_s: float, authorise: "Callable[[Context], None]") -> _Behavior:
-    """One call by itself."""
+def _behavior(
+    method: MethodDescriptor, answering: "_Answering", default_deadline_s: float, *, begins_traces: bool
+) -> _Behavior:
+    full_name = f"{method.containing_service.full_name}/{method.name}"
+    operation = Operation(method.name, full_name)
 
     async def behavior(raw: bytes, context: "Context") -> bytes:
         _current.set(context)
-        try:
-            authorise(context)
-            return await answer(raw, Deadline.of(context, default_deadline_s))
-        except errors.MemshardError as error:
-            await status.abort(context, error)
-            raise AssertionError("unreachable: abort raises") from error
+        span = tracing.received(full_name, context.invocation_metadata() or (), begins=begins_traces)
+        with Call(operation, span) as call:
+            outcome = await answering.outcome(raw, context, Deadline.of(context, default_deadline_s))
+            if isinstance(outcome, bytes):
+                call.answered = True
+                return outcome
+            call.error = outcome
+        await status.abort(context, outcome)
+        raise AssertionError("unreachable: abort raises")
 
     return behavior
 
 
-def _answering(method: MethodDescriptor, handler: Handler, admission: Admits) -> Answering:
-    """Bytes to bytes; whatever goes wrong is a MemshardError."""
-    request_class: type[Message] = GetMessageClass(method.input_type)
+class _Answering:
+    """One rpc: from a request's bytes to the answer's, or to the error that the caller is to hear."""
 
-    async def answer(raw: bytes, deadline: Deadline) -> bytes:
+    def __init__(
+        self,
+        method: MethodDescriptor,
+        handler: Handler,
+        authorise: "Callable[[Context], None]",
+        admission: Admits,
+        watch: Watches,
+    ) -> None:
+        self._rpc = method.name
+        self._request_class: type[Message] = GetMessageClass(method.input_type)
+        self._handler = handler
+        self._authorise = authorise
+        self._admission = admission
+        self._watch = watch
+
+    async def outcome(self, raw: bytes, context: "Context", deadline: Deadline) -> bytes | errors.MemshardError:
+        """Raises CancelledError when the caller has left, and nothing else."""
         try:
-            await admission.room(method.name)
-            with admission.of(method.name):
+            self._authorise(context)
+            await self._admission.room(self._rpc)
+            with self._admission.of(self._rpc):
                 async with deadline.bound():
-                    response = await handler(_parse(request_class, raw), deadline)
-            return response.SerializeToString()
-        except errors.MemshardError:
-            raise
-        except asyncio.CancelledError as cancelled:
+                    request = _parse(self._request_class, raw)
+                    self._watch.asked(self._rpc, request)
+                    response = await self._handler(request, deadline)
+            answer = response.SerializeToString()
+            self._watch.answered(self._rpc, request, response, len(answer))
+        except errors.MemshardError as raised:
+            return raised
+        except asyncio.CancelledError:
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
             # Something that the handler waited for was cancelled, not the call: the caller still waits for a status.
-            raise errors.Unavailable(
-                "the request was interrupted", reason=INTERRUPTED, retry_after_s=1.0
-            ) from cancelled
-        except TimeoutError as error:
-            raise errors.DeadlineExceeded("the deadline passed before the answer was there") from error
+            return errors.Unavailable("the request was interrupted", reason=INTERRUPTED, retry_after_s=1.0)
+        except TimeoutError:
+            return errors.DeadlineExceeded("the deadline passed before the answer was there")
         except Exception as bug:  # The last resort: whatever is not a domain error is a bug, and says so.
-            _log.error("request failed by a bug", rpc=method.name, **logs.describe_bug(bug))
-            raise errors.Internal("internal error; the server's log says where") from bug
-
-    return answer
+            _log.error("request failed by a bug", rpc=self._rpc, **logs.describe_bug(bug))
+            return errors.Internal("internal error; the server's log says where")
+        return answer
 
 
 class _Everything:
@@ -167,6 +183,17 @@ class _Everything:
 
 
 _EVERYTHING = _Everything()
+
+
+class _Nobody:
+    def asked(self, rpc: str, request: Message) -> None:
+        """Is not looked at."""
+
+    def answered(self, rpc: str, request: Message, response: Message, size_bytes: int) -> None:
+        """Is not looked at."""
+
+
+_NOBODY = _Nobody()
 
 
 def _parse(request_class: type[Message], raw: bytes) -> Message:

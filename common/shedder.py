@@ -35,9 +35,11 @@ class ShedderSettings:
     least_openness: float = 0.02
     """It never lets in less: what is let in is how it finds out that it may let in more."""
 
-    undisturbed: int = 32
-    """Requests at work up to which nothing is refused, however late the loop is: with so few it is others who keep the
-    machine busy, and to refuse them would not help."""
+    undisturbed: int = 128
+    """Young requests at work up to which nothing is refused, however late the loop is.
+
+    With so few it is others who keep the machine busy, and to refuse them would not help; or it is a team of agents
+    that each wait for their answer, whose queue never grows. An open crowd is past this within a moment."""
 
     looks: int = 3
     """Looks in a row that must have found more at work: one burst is over before it could be refused."""
@@ -54,7 +56,8 @@ class Shedder:
         self._settings = settings or ShedderSettings()
         self._uniform = uniform
         self.at_work = 0
-        """Requests that were let in, and are not answered yet. The caller counts."""
+        """Requests that were let in lately, and are not answered yet. The caller counts. Those that have waited long
+        for somebody else, as for a shard that answers nothing, are no work of this process."""
         self._openness = _ALL
         self._looks_with_many = 0
 

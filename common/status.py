@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from common import errors
+from common import departure, errors
 from common.errors import FieldViolation, MemshardError
 
 DOMAIN = "memshard"
@@ -119,7 +119,12 @@ def from_status(status: status_pb2.Status) -> MemshardError | None:
     if info.reason == errors.WrongShard.default_reason:
         epoch = info.metadata.get("epoch", "")
         known = epoch.isdecimal() and len(epoch) <= _MAX_EPOCH_DIGITS
-        return errors.WrongShard(text, epoch=int(epoch) if known else 0)
+        return errors.WrongShard(
+            text,
+            epoch=int(epoch) if known else 0,
+            departures=departure.from_text(info.metadata.get("departures", "[]")),
+            fenced=info.metadata.get("fenced") == "true",
+        )
     code = _CODE_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
     cls = _CLASS_BY_REASON.get(info.reason) or _CLASS_BY_CODE.get(code, errors.Unavailable)
     return cls(

@@ -1,10 +1,12 @@
 """A snapshot of who owns what: immutable, checked when it is made, replaced as a whole."""
 
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import pairwise
 
+from common.departure import Departure
 from common.level import Level
 from common.slots import SLOT_COUNT
 
@@ -50,6 +52,18 @@ class SlotRange:
 
 
 @dataclass(frozen=True, slots=True)
+class Cutover:
+    """Slots that went from `source` to `target`: whoever has the target's log up to here has all that was ever written
+    to them on the source. Of several cutovers between the two, the latest.
+    """
+
+    source: str
+    target: str
+    timeline: int
+    lsn: int
+
+
+@dataclass(frozen=True, slots=True)
 class Topology:
     """All slots and their shards under one epoch.
 
@@ -62,6 +76,8 @@ class Topology:
     ranges: tuple[SlotRange, ...]
     levels: Mapping[str, Level] = field(default_factory=dict, hash=False)
     """Degradation levels that an operator has set, by shard or CLUSTER; whatever is not named decides for itself."""
+    cutovers: tuple[Cutover, ...] = ()
+    """What positions in the logs of former owners mean on their successors."""
     _firsts: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _by_id: dict[str, Shard] = field(init=False, repr=False, compare=False)
 
@@ -79,6 +95,20 @@ class Topology:
         object.__setattr__(self, "_by_id", by_id)
         object.__setattr__(self, "_firsts", tuple(owned.first for owned in self.ranges))
 
+    def after(self, departures: Collection[Departure]) -> "Topology":
+        """This one with slots gone where shards say that they went. Of two that speak of a slot, the later holds."""
+        shards, owners, cutovers, epoch = dict(self._by_id), self._owners(), list(self.cutovers), self.epoch
+        for gone in sorted(departures, key=lambda departure: departure.epoch):
+            shards.setdefault(gone.shard_id, Shard(gone.shard_id, gone.address))
+            owners[gone.first : gone.last + 1] = [gone.shard_id] * (gone.last - gone.first + 1)
+            cutovers.append(Cutover(gone.source, gone.shard_id, gone.timeline, gone.lsn))
+            epoch = max(epoch, gone.epoch)
+        firsts = [slot for slot in range(SLOT_COUNT) if slot == 0 or owners[slot] != owners[slot - 1]]
+        ranges = tuple(
+            SlotRange(first, following - 1, owners[first]) for first, following in pairwise([*firsts, SLOT_COUNT])
+        )
+        return replace(self, epoch=epoch, shards=tuple(shards.values()), ranges=ranges, cutovers=tuple(cutovers))
+
     def owner(self, slot: int) -> Shard:
         """The shard that owns `slot` (0 to 16,383)."""
         return self._by_id[self.ranges[bisect_right(self._firsts, slot) - 1].shard_id]
@@ -95,3 +125,6 @@ class Topology:
     def slot_count(self, shard_id: str) -> int:
         """How many slots a shard owns."""
         return sum(last - first + 1 for first, last in self.ranges_of(shard_id))
+
+    def _owners(self) -> list[str]:
+        return [owned.shard_id for owned in self.ranges for _ in range(owned.first, owned.last + 1)]

@@ -1,19 +1,22 @@
 """A short queue in front of a limit: a burst waits for its turn, an overload does not.
 
-Who finds no room waits for up to 100 ms, but for 5 ms only when the queue has not been empty for the last 100 ms: then
-it is no burst, and waiting would help nobody. The rule and its numbers are those of B. Maurer, "Fail at Scale" (ACM
-Queue 13:8, 2015, section "Controlled delay"), after CoDel (RFC 8289).
+Who finds no room waits for up to 100 ms. Once one has waited so long in vain, it is no burst, and waiting would help
+nobody: whoever finds no room hears so at once, until for a second everybody found some. The 100 ms are those of B.
+Maurer, "Fail at Scale" (ACM Queue 13:8, 2015, section "Controlled delay"), who goes on with a wait of 5 ms; but callers
+are to hear of a refusal within 20 ms, and what keeps the servers busy is in flight.
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 
+from common.errors import ResourceExhausted
 from common.limiter import Limiter, Priority
 
 _BURST_S = 0.1
-_STANDING_S = 0.005
+_OVERLOAD_S = 1.0
 # Longest queue: with a millisecond for each it is a quarter of a second's work, which is no burst any more.
 _LONGEST = 256
 
@@ -25,7 +28,7 @@ class WaitingRoom:
         self._limiter = limiter
         self._clock = clock
         self._waiting: dict[Priority, deque[asyncio.Future[None]]] = {priority: deque() for priority in Priority}
-        self._empty_at = clock()
+        self._refused_at = dict.fromkeys(Priority, -math.inf)
         limiter.on_room = self._wake
 
     async def room(self, priority: Priority) -> None:
@@ -34,13 +37,12 @@ class WaitingRoom:
         Raises ResourceExhausted / OVERLOADED when there was none in time.
         """
         waiting = self._waiting[priority]
-        if not any(self._waiting.values()):
-            self._empty_at = self._clock()
         if not waiting and self._limiter.has_room(priority):
             return
-        if len(waiting) >= _LONGEST:
-            raise self._limiter.refusal(priority)
-        until = self._clock() + (_STANDING_S if self._clock() - self._empty_at > _BURST_S else _BURST_S)
+        now = self._clock()
+        if len(waiting) >= _LONGEST or now - self._refused_at[priority] < _OVERLOAD_S:
+            raise self._refusal(priority)
+        until = now + _BURST_S
         join = waiting.append
         while True:
             turn = asyncio.get_running_loop().create_future()
@@ -54,7 +56,7 @@ class WaitingRoom:
                 else:
                     self._wake()  # It was this one's turn, which is the next one's now.
                 if isinstance(error, TimeoutError):
-                    raise self._limiter.refusal(priority) from None
+                    raise self._refusal(priority) from None
                 raise
             if self._limiter.has_room(priority):
                 # There may be room for the next as well.
@@ -62,6 +64,10 @@ class WaitingRoom:
                 return
             # Who is called too early goes back to the head, not to the end.
             join = waiting.appendleft
+
+    def _refusal(self, priority: Priority) -> ResourceExhausted:
+        self._refused_at[priority] = self._clock()
+        return self._limiter.refusal(priority)
 
     def _wake(self) -> None:
         for priority, waiting in self._waiting.items():

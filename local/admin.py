@@ -2,24 +2,28 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import grpc.aio
-from google.protobuf.message import DecodeError
+from google.protobuf.message import Message
 
-from common import errors, status
+from common import errors
 from common.bearer import Bearer
 from common.deadline import Deadline
 from common.level import Level
-from common.rpc import generic_handler
-from local.appointment import RefusedError
+from common.methods import Methods
+from common.rpc import methods_of
+from local import admin_streams
+from local.admin_moves import Moves
 from local.cluster import Plan
 from local.degradation import set_level
 from local.errors import LocalClusterError
+from local.growth import Growth
 from local.planned_failover import PlannedFailover, Progress, Step
 from local.ports import HOST
+from local.process import Child
+from local.rolling import RollingRestart
 from local.shard_servers import ShardServers
 from memshard.admin.v1 import cluster_pb2
 
@@ -36,41 +40,82 @@ _STEPS = {
 
 _SERVICE = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"]
 
-if TYPE_CHECKING:
-    Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
-
 
 @asynccontextmanager
-async def serving(
-    port: int, token: str, plan: Plan, shards: Mapping[str, ShardServers], log: logging.Logger
-) -> AsyncIterator[None]:
+async def serving(  # What there is to administer.
+    port: int,
+    token: str,
+    plan: Plan,
+    shards: Mapping[str, ShardServers],
+    growth: Growth,
+    processes: Callable[[], Sequence[Child]],
+    log: logging.Logger,
+) -> AsyncIterator[Moves]:
     """Serves until the end of the block. Raises LocalClusterError when the port cannot be had."""
     bearer = Bearer(token)
-    failovers = _Failovers(bearer, shards, log)
-    answers = generic_handler(
-        _SERVICE, _Answers(plan, log), default_deadline_s=_DEFAULT_DEADLINE_S, authorise=bearer.require
+    failovers, moves = _Failovers(shards), Moves(plan, growth, log)
+    restarts = _Restarts(RollingRestart(processes, shards, log))
+    answers = methods_of(
+        _SERVICE, _Answers(plan, moves, log), default_deadline_s=_DEFAULT_DEADLINE_S, authorise=bearer.require
     )
+    failover: dict[str, tuple[type[Message], admin_streams.Stream]] = {
+        "Failover": (cluster_pb2.FailoverRequest, failovers.stream)
+    }
+    restart: dict[str, tuple[type[Message], admin_streams.Stream]] = {
+        "Restart": (cluster_pb2.RestartRequest, restarts.stream)
+    }
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    # The first handler that knows an rpc has it.
-    server.add_generic_rpc_handlers([failovers.handler(), answers])
+    streams = {
+        **admin_streams.handlers(failover, bearer, log, unfinished="FAILOVER_UNFINISHED"),
+        **admin_streams.handlers(restart, bearer, log, unfinished="RESTART_UNFINISHED"),
+        **admin_streams.handlers(moves.streams(), bearer, log, unfinished="MOVE_UNFINISHED"),
+    }
+    Methods(answers.service, {**answers.handlers, **streams}).add_to(server)
     try:
         server.add_insecure_port(f"{HOST}:{port}")
     except RuntimeError as error:
         raise LocalClusterError(f"port {port} is in use by something else; start again") from error
     await server.start()
     try:
-        yield
+        yield moves
     finally:
         await server.stop(_STOP_GRACE_S)
         await failovers.close()
+        await restarts.close()
+        await moves.close()
 
 
 class _Answers:
     """The rpcs with one answer each."""
 
-    def __init__(self, plan: Plan, log: logging.Logger) -> None:
+    def __init__(self, plan: Plan, moves: Moves, log: logging.Logger) -> None:
         self._plan = plan
+        self._moves = moves
         self._log = log
+
+    async def ListShards(  # noqa: N802  # As the rpc is called, like those below.
+        self, request: cluster_pb2.ListShardsRequest, deadline: Deadline
+    ) -> cluster_pb2.ListShardsResponse:
+        with _catalog_needed():
+            return await self._moves.list_shards()
+
+    async def ListMoves(  # noqa: N802
+        self, request: cluster_pb2.ListMovesRequest, deadline: Deadline
+    ) -> cluster_pb2.ListMovesResponse:
+        with _catalog_needed():
+            return await self._moves.list_moves()
+
+    async def SetShard(  # noqa: N802
+        self, request: cluster_pb2.SetShardRequest, deadline: Deadline
+    ) -> cluster_pb2.SetShardResponse:
+        with _catalog_needed():
+            return await self._moves.set_shard(request)
+
+    async def PinUser(  # noqa: N802
+        self, request: cluster_pb2.PinUserRequest, deadline: Deadline
+    ) -> cluster_pb2.PinUserResponse:
+        with _catalog_needed():
+            return await self._moves.pin(request)
 
     async def SetDegradation(  # noqa: N802  # As the rpc is called.
         self, request: cluster_pb2.SetDegradationRequest, deadline: Deadline
@@ -79,10 +124,8 @@ class _Answers:
             level = Level(request.level) if request.level else None
         except ValueError as error:
             raise errors.InvalidArgument.field("level", "INVALID_ENUM", "is no degradation level") from error
-        try:
+        with _catalog_needed():
             epoch = await set_level(self._plan, request.shard_id, level)
-        except LocalClusterError as error:
-            raise errors.Unavailable(str(error), reason="CATALOG_UNAVAILABLE") from error
         told = level.name.lower() if level else "auto"
         self._log.warning("the degradation level of %s was set to %s", request.shard_id or "the cluster", told)
         return cluster_pb2.SetDegradationResponse(epoch=epoch)
@@ -91,40 +134,20 @@ class _Answers:
 class _Failovers:
     """Failover, which tells each step."""
 
-    def __init__(self, bearer: Bearer, shards: Mapping[str, ShardServers], log: logging.Logger) -> None:
-        self._bearer = bearer
+    def __init__(self, shards: Mapping[str, ShardServers]) -> None:
         self._shards = shards
-        self._log = log
         self._at_work: set[asyncio.Task[None]] = set()
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """gRPC's handler of the rpc. Requests are parsed here, so that garbage is INVALID_ARGUMENT."""
-        return grpc.method_handlers_generic_handler(
-            _SERVICE.full_name, {"Failover": grpc.unary_stream_rpc_method_handler(self._failover)}
-        )
+    async def stream(self, request: cluster_pb2.FailoverRequest) -> AsyncGenerator[cluster_pb2.FailoverProgress, None]:
+        """Each step as it is done."""
+        async for progress in self._steps(request):
+            yield _message(progress)
 
     async def close(self) -> None:
         """Cancels what is still at work."""
         for task in self._at_work:
             task.cancel()
         await asyncio.gather(*self._at_work, return_exceptions=True)
-
-    async def _failover(self, raw: bytes, context: "Context") -> AsyncIterator[bytes]:
-        try:
-            self._bearer.require(context)
-            async for progress in self._steps(cluster_pb2.FailoverRequest.FromString(raw)):
-                yield _message(progress).SerializeToString()
-        except DecodeError:
-            await status.abort(context, errors.InvalidArgument("not a FailoverRequest", reason="MALFORMED_REQUEST"))
-        except errors.MemshardError as error:
-            await status.abort(context, error)
-        except RefusedError as error:
-            await status.abort(context, errors.FailedPrecondition(str(error), reason="NOT_POSSIBLE"))
-        except LocalClusterError as error:
-            await status.abort(context, errors.Unavailable(str(error), reason="FAILOVER_UNFINISHED"))
-        except Exception:
-            self._log.exception("Failover failed by a bug")
-            await status.abort(context, errors.Internal("internal error; the supervisor's log says where"))
 
     async def _steps(self, request: cluster_pb2.FailoverRequest) -> AsyncIterator[Progress]:
         """Each step as it is done. The failover goes on when the caller leaves: half of one is worse than a whole."""
@@ -140,6 +163,32 @@ class _Failovers:
         while (progress := await steps.get()) is not None:
             yield progress
         await failover
+
+
+class _Restarts:
+    """Restart, which tells each process."""
+
+    def __init__(self, rolling: RollingRestart) -> None:
+        self._rolling = rolling
+        self._lasting = admin_streams.Lasting()
+
+    async def stream(self, request: cluster_pb2.RestartRequest) -> AsyncGenerator[cluster_pb2.RestartProgress, None]:
+        """Each process as it is well again."""
+        async for one in self._lasting.follow(self._rolling.run(list(request.names))):
+            message = f"{one.name} ({one.role}) has been restarted"
+            yield cluster_pb2.RestartProgress(name=one.name, message=message, seconds=one.seconds)
+
+    async def close(self) -> None:
+        """Cancels what is still at work."""
+        await self._lasting.close()
+
+
+@contextmanager
+def _catalog_needed() -> Iterator[None]:
+    try:
+        yield
+    except LocalClusterError as error:
+        raise errors.Unavailable(str(error), reason="CATALOG_UNAVAILABLE") from error
 
 
 def _message(progress: Progress) -> cluster_pb2.FailoverProgress:

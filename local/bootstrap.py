@@ -5,50 +5,23 @@ A cluster that was not made to its end holds nothing that anybody stored, so it 
 
 import asyncio
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from common import catalog
+from common import catalog, roles
 from common.catalog import EpochConflictError, Precision
-from common.postgres import Connection
+from common.provision import tell_addresses
+from common.roles import APP, MOVER, OWNER, REPLICATION, Login
 from common.sync_set import SyncSet
-from common.topology import Replica, Shard, Topology
+from common.topology import Shard, Topology
 from local.account import Account
 from local.errors import DataDirectoryError, LocalClusterError
 from local.layout import Layout
-from local.postgres import APP, OWNER, REPLICATION, SUPERUSER, Server, initialise
+from local.postgres import SUPERUSER, Server, initialise
 from local.record import Record, Secrets
 from local.sessions import as_owner, session
 
 _ADDRESS_TRIES = 5
-
-# These statements take no parameters, so the server makes them from parameters, quoting names (%I) and values (%L).
-_CREATE_ROLE = "SELECT format('CREATE ROLE %I LOGIN PASSWORD %L', $1::text, $2::text)"
-_CREATE_REPLICATION_ROLE = "SELECT format('CREATE ROLE %I LOGIN REPLICATION PASSWORD %L', $1::text, $2::text)"
-_HAS_ROLE = "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)"
-_CREATE_DATABASE = "SELECT format('CREATE DATABASE %I OWNER %I', $1::text, $2::text)"
-# The owner of the database may create in `public` (pg_database_owner); nobody else may, in any PostgreSQL.
-_CLOSE_SCHEMA = "REVOKE CREATE ON SCHEMA public FROM PUBLIC"
-# The roles of the services have no business in the maintenance database, nor with temporary tables.
-_CLOSE_DATABASES = """
-SELECT format('REVOKE ALL ON DATABASE postgres FROM PUBLIC; REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', $1::text)
-"""
-_ADD_VECTOR = "CREATE EXTENSION vector"
-_READ_ONLY = f"""
-GRANT SELECT ON ALL TABLES IN SCHEMA public TO {APP};
-ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO {APP};
-"""
-# A shard's service keeps its sync set, and does no more to the catalog: who the primary is, whoever promotes records.
-_KEEP_SYNC_SETS = f"""
-REVOKE UPDATE ON sync_sets FROM {APP};
-GRANT SELECT, UPDATE (members, following, version) ON sync_sets TO {APP};
-"""
-# What a shard's service needs to keep the standbys that its commits wait for: to see them, and to set them.
-_KEEP_STANDBYS = f"""
-GRANT pg_monitor TO {APP}, {OWNER};
-GRANT ALTER SYSTEM ON PARAMETER synchronous_standby_names TO {OWNER};
-GRANT EXECUTE ON FUNCTION pg_reload_conf() TO {OWNER};
-"""
 
 
 def discard_unfinished(layout: Layout) -> None:
@@ -88,22 +61,21 @@ async def make_database(server: Server, secrets: Secrets, *, vector: bool) -> No
     """Makes the roles and the database of a new server, with pgvector if wanted."""
     async with session(SUPERUSER, secrets.postgres, server, database="postgres") as connection:
         for role, password in ((OWNER, secrets.memshard_owner), (APP, secrets.memshard_app)):
-            await connection.execute(await connection.fetchval(_CREATE_ROLE, role, password))
-        await connection.execute(await connection.fetchval(_CREATE_DATABASE, server.database, OWNER))
+            await roles.ensure_login(connection, Login(role, password))
+        await roles.ensure_database(connection, server.database, OWNER)
     async with session(SUPERUSER, secrets.postgres, server) as connection:
-        await connection.execute(_CLOSE_SCHEMA)
-        await connection.execute(await connection.fetchval(_CLOSE_DATABASES, server.database))
+        await roles.close_database(connection)
         if vector:
-            await connection.execute(_ADD_VECTOR)
+            await roles.ensure_vector(connection)
 
 
 async def complete_shard_server(server: Server, secrets: Secrets) -> None:
     """Gives a shard's primary the roles and grants that it lacks: all that came after it was first made."""
     async with session(SUPERUSER, secrets.postgres, server) as connection:
-        if not await connection.fetchval(_HAS_ROLE, REPLICATION):
-            statement = await connection.fetchval(_CREATE_REPLICATION_ROLE, REPLICATION, secrets.memshard_replication)
-            await connection.execute(statement)
-        await connection.execute(_KEEP_STANDBYS)
+        await roles.ensure_login(connection, Login(REPLICATION, secrets.memshard_replication), replication=True)
+        await roles.ensure_login(connection, Login(MOVER, secrets.memshard_mover), replication=True)
+        await roles.let_keep_standbys(connection)
+        await roles.let_move_slots(connection)
 
 
 async def make_catalog(server: Server, secrets: Secrets, record: Record, shards: Sequence[Shard]) -> None:
@@ -118,14 +90,22 @@ async def make_catalog(server: Server, secrets: Secrets, record: Record, shards:
             placement=record.placement,
             text_language=record.text_language,
         )
-        await connection.execute(_READ_ONLY)
+        await roles.let_read(connection)
+
+
+async def make_mover(server: Server, secrets: Secrets) -> None:
+    """Makes the mover's role on the catalog's server, if it is not there."""
+    async with session(SUPERUSER, secrets.postgres, server) as connection:
+        await roles.ensure_login(connection, Login(MOVER, secrets.memshard_mover))
 
 
 async def tell_catalog(server: Server, secrets: Secrets, record: Record, shards: Sequence[Shard]) -> Topology:
     """Brings the catalog up to date, tells it where shards and replicas are now if that is news; the topology."""
+    await make_mover(server, secrets)
     async with as_owner(server, secrets) as connection:
         await catalog.upgrade(connection)
-        await connection.execute(_KEEP_SYNC_SETS)
+        await roles.let_keep_sync_sets(connection)
+        await roles.let_keep_moves(connection)
         for shard in shards:
             # The first server is the primary of a new shard; of one that has a set already nothing changes.
             first = SyncSet(record.server_names(shard.shard_id)[0], frozenset())
@@ -133,23 +113,8 @@ async def tell_catalog(server: Server, secrets: Secrets, record: Record, shards:
         for _ in range(_ADDRESS_TRIES):
             topology = await catalog.read_topology(connection)
             try:
-                if not await _tell_changes(connection, topology, {shard.shard_id: shard for shard in shards}):
+                if not await tell_addresses(connection, topology, shards):
                     return topology
             except EpochConflictError:
                 continue
     raise LocalClusterError("the catalog keeps changing; the shards' new addresses could not be written to it")
-
-
-async def _tell_changes(connection: Connection, topology: Topology, shards: Mapping[str, Shard]) -> bool:
-    """Whether there was something to tell. Raises EpochConflictError."""
-    pairs = [(known, shards[known.shard_id]) for known in topology.shards if known.shard_id in shards]
-    addresses = {now.shard_id: now.address for known, now in pairs if known.address != now.address}
-    replicas: dict[str, Sequence[Replica]] = {
-        now.shard_id: now.replicas for known, now in pairs if set(known.replicas) != set(now.replicas)
-    }
-    epoch = topology.epoch
-    if addresses:
-        epoch = await catalog.set_addresses(connection, epoch, addresses)
-    if replicas:
-        await catalog.set_replicas(connection, epoch, replicas)
-    return bool(addresses or replicas)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.roles import CATALOG_DATABASE, SHARD_DATABASE
 from common.topology import Replica, Shard
 from local import binaries, redis
 from local.account import Account
 from local.layout import Layout
 from local.ports import HOST
-from local.postgres import CATALOG_DATABASE, SHARD_DATABASE, Server
+from local.postgres import Server
 from local.record import Record, Secrets
 
 CATALOG_SERVER = "postgres-catalog"
@@ -31,9 +32,11 @@ class Programs:
         return cls(binaries.postgres_bin(layout, account), binaries.redis_server(), account)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plan:
-    """What a cluster consists of. Its parts are named as `memshard status` names them."""
+    """What a cluster consists of. Its parts are named as `memshard status` names them. The record is another one once a
+    shard has come or left.
+    """
 
     layout: Layout
     record: Record
@@ -94,10 +97,26 @@ def admin_of(router: str) -> str:
     return f"{router}-admin"
 
 
+def metrics_of(service: str) -> str:
+    """The name under which the port is kept on which a service has its metrics."""
+    return f"{service}-metrics"
+
+
+def service_names(record: Record, routers: int) -> dict[str, list[str]]:
+    """The services, by what they are."""
+    shard_ids = record.shard_ids()
+    return {
+        "router": [router_name(number) for number in range(routers)],
+        "shard": shard_ids,
+        "replica": [name for shard_id in shard_ids for name in record.replica_names(shard_id)],
+    }
+
+
 def port_names(record: Record, routers: int) -> list[str]:
     """Whose ports are kept, with so many routers."""
     shard_ids = record.shard_ids()
     servers = [name for shard_id in shard_ids for name in record.server_names(shard_id)]
-    replicas = [name for shard_id in shard_ids for name in record.replica_names(shard_id)]
-    admins = [admin_of(router_name(number)) for number in range(routers)]
-    return [CATALOG_SERVER, *servers, REDIS, *shard_ids, *replicas, ADMIN, *admins]
+    services = service_names(record, routers)
+    admins = [admin_of(name) for name in services["router"]]
+    metrics = [metrics_of(name) for names in services.values() for name in names]
+    return [CATALOG_SERVER, *servers, REDIS, *shard_ids, *services["replica"], ADMIN, *admins, *metrics]

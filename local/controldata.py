@@ -5,6 +5,7 @@ import re
 from local.errors import LocalClusterError
 
 _STATE = re.compile(r"^Database cluster state: +(.+)$", re.MULTILINE)
+_TIMELINE = re.compile(r"^Latest checkpoint's TimeLineID: +([0-9]+)$", re.MULTILINE)
 _CHECKPOINT = re.compile(r"^Latest checkpoint location: +([0-9A-F]+)/([0-9A-F]+)$", re.MULTILINE)
 
 
@@ -12,6 +13,14 @@ def is_shut_down(text: str) -> bool:
     """Whether the server ended in order, as a primary."""
     found = _STATE.search(text)
     return found is not None and found[1].strip() == "shut down"
+
+
+def timeline(text: str) -> int:
+    """The timeline of its last checkpoint. Raises LocalClusterError."""
+    found = _TIMELINE.search(text)
+    if found is None:
+        raise LocalClusterError("pg_controldata does not say which timeline the last checkpoint is on")
+    return int(found[1])
 
 
 def last_checkpoint(text: str) -> int:

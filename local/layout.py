@@ -53,6 +53,11 @@ class Layout:
         return self.root / "secrets.json"
 
     @property
+    def next_secrets(self) -> Path:
+        """The passwords that are being changed to."""
+        return self.root / "secrets.json.next"
+
+    @property
     def state(self) -> Path:
         """What runs, as the supervisor last wrote it."""
         return self.root / "state.json"
@@ -66,6 +71,11 @@ class Layout:
     def admin_token(self) -> Path:
         """What a call of the admin service has to bring."""
         return self.root / "admin-token"
+
+    @property
+    def metrics_targets(self) -> Path:
+        """Where the services have their metrics, in a file that Prometheus reads again when it changes."""
+        return self.root / "metrics-targets.json"
 
     @property
     def config(self) -> Path:

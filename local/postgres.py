@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.roles import APP, OWNER
 from local.account import Account, run_as
 from local.errors import LocalClusterError
 from local.layout import sync_directory
@@ -16,11 +17,6 @@ from local.ports import HOST
 from local.record import Secrets
 
 SUPERUSER = "postgres"
-OWNER = "memshard_owner"
-APP = "memshard_app"
-REPLICATION = "memshard_replication"
-CATALOG_DATABASE = "memshard_catalog"
-SHARD_DATABASE = "memshard"
 
 # Written to postgresql.conf once, for whoever runs the cluster to tune.
 _TUNABLE = {
@@ -42,6 +38,10 @@ _FIXED = {
     # Eight standbys, each with room for a connection that is dying and one that makes it anew, and moves of slots.
     "max_wal_senders": "32",
     "max_replication_slots": "32",
+    # Moves of slots: for each, one process that applies what comes, and two more while it copies.
+    "max_logical_replication_workers": "20",
+    "max_worker_processes": "32",
+    "max_active_replication_origins": "32",
     # A standby that stays away is made anew; it must not fill the primary's disk.
     "max_slot_wal_keep_size": "1GB",
     # What the other standbys still need after a failover: the new primary had no slots for them before.

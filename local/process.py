@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -20,6 +21,8 @@ from local.state import ProcessState, Role
 
 _PROBE_INTERVAL_S = 0.05
 _KILL_TIMEOUT_S = 10.0
+# What a service needs before its port: its database, the catalog, a model in memory.
+_SUCCESSOR_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,9 @@ class ProcessSpec:
     """Whether it takes connections and answers nothing, for one that may be ended for that."""
     current_role: Callable[[], Role] | None = None
     """Its role now, of a process whose role changes."""
+    handover_variable: str = ""
+    """Variable that names the file by which a successor, started beside it, says that it waits for the port. Empty: it
+    can have none."""
     required: Callable[[], bool] = lambda: True
     """Whether the cluster is not ready without it."""
 
@@ -76,6 +82,7 @@ class Child:
         self._log = log
         self._backoff = Backoff()
         self._process: asyncio.subprocess.Process | None = None
+        self._successor: asyncio.subprocess.Process | None = None
         self._created_at: float | None = None
         self._stopping = asyncio.Event()
         self._allowed = asyncio.Event()
@@ -111,6 +118,7 @@ class Child:
                 await self._pause(delay_s)
             while not self._allowed.is_set():
                 await self._allowed.wait()
+        await self._discard_successor()
 
     async def stop(self) -> None:
         """Ends it: its stop signal, a bounded wait, then harder ones. Returns when it is gone."""
@@ -131,6 +139,27 @@ class Child:
         """Ends it; it is started again at once."""
         await self.hold()
         self.release()
+
+    async def hand_over(self) -> None:
+        """Starts its successor beside it, and ends it once that has only the port to wait for.
+
+        Raises LocalClusterError when the successor does not come so far; it goes on then.
+        """
+        assert self.spec.handover_variable
+        if self._process is None or self._process.returncode is not None or self._successor is not None:
+            raise LocalClusterError(f"{self.spec.name} does not run, or is being restarted already")
+        file = self.spec.log.with_suffix(".handover")
+        file.unlink(missing_ok=True)
+        self._successor = successor = await self._spawn({self.spec.handover_variable: str(file)})
+        try:
+            await self._until_it_waits(successor, file)
+        except BaseException:
+            await self._discard_successor()
+            raise
+        finally:
+            file.unlink(missing_ok=True)
+        self._log.info("%s has a successor, pid %d", self.spec.name, successor.pid)
+        await self._end()
 
     def kill(self, pid: int) -> None:
         """Ends it at once, if it is still the process with that pid; it is started again like any that died."""
@@ -166,7 +195,8 @@ class Child:
         await self._unless_interrupted(self.spec.prepare)
         if self._interrupted.is_set():
             return
-        self._process = process = await self._spawn()
+        self._process = process = self._successor or await self._spawn()
+        self._successor = None
         self._created_at = _create_time(process.pid)
         self._log.info("%s started, pid %d, port %d", self.spec.name, process.pid, self.spec.port)
         self._changed()
@@ -178,7 +208,28 @@ class Child:
             health.cancel()
         self._ended(_describe(code))
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
+    async def _until_it_waits(self, successor: asyncio.subprocess.Process, file: Path) -> None:
+        """Returns when the successor has said that it waits for the port. Raises LocalClusterError."""
+        name = self.spec.name
+        try:
+            async with asyncio.timeout(_SUCCESSOR_TIMEOUT_S):
+                while not _exists(file):  # Nothing tells us; we have to look.
+                    if successor.returncode is not None:
+                        raise LocalClusterError(f"a new {name} {_describe(successor.returncode)}; the old one goes on")
+                    await asyncio.sleep(_PROBE_INTERVAL_S)
+        except TimeoutError:
+            raise LocalClusterError(
+                f"a new {name} was not ready after {_SUCCESSOR_TIMEOUT_S:.0f} s; the old one goes on"
+            ) from None
+
+    async def _discard_successor(self) -> None:
+        """Ends the successor, if there is one that has not taken its place."""
+        successor, self._successor = self._successor, None
+        if successor is not None and successor.returncode is None:
+            successor.kill()
+            await successor.wait()
+
+    async def _spawn(self, more: Mapping[str, str] = MappingProxyType({})) -> asyncio.subprocess.Process:
         spec = self.spec
         output = logs.open_for(spec.log)
         try:
@@ -188,7 +239,7 @@ class Child:
                 stdout=output,
                 stderr=output,
                 cwd=spec.cwd,
-                env=dict(spec.environment),
+                env={**spec.environment, **more},
                 start_new_session=True,  # A Ctrl-C at the terminal is for the supervisor alone.
                 **run_as(spec.account),
             )
@@ -250,6 +301,10 @@ def _create_time(pid: int) -> float | None:
         return psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
         return None
+
+
+def _exists(file: Path) -> bool:
+    return file.exists()
 
 
 def _describe(code: int) -> str:

@@ -49,12 +49,27 @@ class Record(_Kept):
     text_language: str = DEFAULT_TEXT_LANGUAGE
     ports: dict[str, int] = {}
     """Port of every process but the routers, and of what the routers have beside theirs, by name."""
+    members: tuple[str, ...] = ()
+    """The shards that there are, once one has come or left. Empty: those that the cluster was made with."""
+    numbered: int = 0
+    """How many shards have ever had a number, once one has come or left: no name is used twice."""
     complete: bool = False
     """Whether making it came to its end. Until then nobody has stored anything in it."""
 
     def shard_ids(self) -> list[str]:
         """The shards' names, in order."""
-        return [f"shard-{number}" for number in range(self.shards)]
+        return list(self.members) or [f"shard-{number}" for number in range(self.shards)]
+
+    def with_new_shard(self) -> tuple["Record", str]:
+        """The record with one shard more, and its name."""
+        number = self.numbered or self.shards
+        name = f"shard-{number}"
+        return self.model_copy(update={"members": (*self.shard_ids(), name), "numbered": number + 1}), name
+
+    def without_shard(self, shard_id: str) -> "Record":
+        """The record with one shard less."""
+        left = tuple(name for name in self.shard_ids() if name != shard_id)
+        return self.model_copy(update={"members": left, "numbered": self.numbered or self.shards})
 
     def server_names(self, shard_id: str) -> list[str]:
         """Names of a shard's PostgreSQL servers. They outlive the servers' roles: any of them may be the primary."""
@@ -68,11 +83,14 @@ class Record(_Kept):
         return range(1, self.replicas + 1)
 
     def weight_of(self, shard_id: str) -> int:
-        """A shard's share of the slots beside the others'."""
-        return self.shares()[self.shard_ids().index(shard_id)]
+        """A shard's share of the slots beside the others', of those that the cluster was made with; 1 for others, whose
+        share only the catalog knows.
+        """
+        made_with = {f"shard-{number}": share for number, share in enumerate(self.shares())}
+        return made_with.get(shard_id, 1)
 
     def shares(self) -> tuple[int, ...]:
-        """All of them, in the order of the shards."""
+        """All of them, in the order of the shards that the cluster was made with."""
         return self.weights or (1,) * self.shards
 
     def save(self, layout: Layout) -> None:
@@ -88,6 +106,8 @@ class Secrets(_Kept):
     memshard_app: str
     memshard_replication: str = ""
     """Empty in the file of a cluster from before there were standbys, until it is next started."""
+    memshard_mover: str = ""
+    """Empty in the file of a cluster from before slots could move, until it is next started."""
     redis: str
 
     @classmethod
@@ -97,7 +117,8 @@ class Secrets(_Kept):
 
     def completed(self) -> "Secrets":
         """These, with new ones for what an earlier version did not have."""
-        return self if self.memshard_replication else self.model_copy(update={"memshard_replication": _password()})
+        later = ("memshard_replication", "memshard_mover")
+        return self.model_copy(update={name: _password() for name in later if not getattr(self, name)})
 
     def save(self, layout: Layout) -> None:
         """Writes them, durably, for the owner only."""
@@ -127,7 +148,9 @@ class Options:
 
 def load_record(layout: Layout) -> Record:
     """Raises DataDirectoryError when there is no cluster, or its record cannot be read."""
-    return _load(layout.record, Record)
+    record = _load(layout.record, Record)
+    # Shards come and leave in a finished cluster only. Some were written down as unfinished once, with all their data.
+    return record.model_copy(update={"complete": True}) if record.members else record
 
 
 def load_secrets(layout: Layout) -> Secrets:

@@ -46,7 +46,11 @@ SELECT pg_is_in_recovery() AS in_recovery,
            SELECT FROM pg_stat_activity
            WHERE backend_type = 'startup' AND wait_event IN ('RecoveryWalStream', 'RecoveryRetrieveRetryInterval')
        ) AS waits_for_log,
-       current_setting('primary_conninfo') AS conninfo
+       current_setting('primary_conninfo') AS conninfo,
+       ARRAY(
+           SELECT slot_name::text FROM pg_replication_slots
+           WHERE slot_type = 'logical' AND NOT active AND NOT synced
+       ) AS strays
 """
 _PROMOTE = "SELECT pg_promote(true, $1)"
 _CREATE_SLOT = "SELECT pg_create_physical_replication_slot($1, true)"
@@ -94,6 +98,8 @@ class StandbyView:
     """Whether it has nothing to replay at this moment."""
     conninfo: str
     slots: tuple[Slot, ...]
+    strays: tuple[str, ...] = ()
+    """Logical slots from when it was the primary. They keep log that nobody will ask for."""
 
     def is_final(self, before: "StandbyView | None") -> bool:
         """Whether `progress` is all that it has on disk, and stays so. `before`: the look before this one, if any.
@@ -130,6 +136,7 @@ async def look_at_standby(server: Server, secrets: Secrets) -> StandbyView:
         waits_for_log=row["waits_for_log"],
         conninfo=row["conninfo"],
         slots=slots,
+        strays=tuple(row["strays"]),
     )
 
 

@@ -46,6 +46,12 @@ class RouterAdmin:
         answer: pb.GetStatsResponse = await self._call("GetStats", pb.GetStatsRequest())
         return answer
 
+    async def hot_users(self, most: int, *, names: bool) -> pb.GetHotUsersResponse:
+        """Who is asked about most. `names`: by id, not by hash. Raises LocalClusterError."""
+        request = pb.GetHotUsersRequest(most=most, names=names)
+        answer: pb.GetHotUsersResponse = await self._call("GetHotUsers", request)
+        return answer
+
     async def recover(self, *, test_after: bool) -> pb.RecoverResponse:
         """Has it try what may help. Raises LocalClusterError."""
         answer: pb.RecoverResponse = await self._call("Recover", pb.RecoverRequest(test_after=test_after))

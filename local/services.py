@@ -1,5 +1,6 @@
 """Settings files and environment of the services, as the embedded cluster runs them."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +23,19 @@ DRAIN_TIMEOUT_S = 10.0
 
 
 def shard_settings(
-    record: Record, shard_id: str, port: int, *, data: Path, database: str, migration: str, catalog: str
+    record: Record,
+    shard_id: str,
+    port: int,
+    *,
+    metrics_port: int,
+    data: Path,
+    database: str,
+    migration: str,
+    catalog: str,
 ) -> dict[str, Any]:
     """A shard's settings; `data` is where its servers have their directories, and the others are URLs."""
     return {
-        **_common(port, catalog),
+        **_common(port, metrics_port, catalog),
         "shard_id": shard_id,
         "database_dsn": database,
         "migration_dsn": migration,
@@ -35,22 +44,27 @@ def shard_settings(
     }
 
 
-def replica_settings(shard_id: str, port: int, *, database: str, catalog: str) -> dict[str, Any]:
+def replica_settings(shard_id: str, port: int, *, metrics_port: int, database: str, catalog: str) -> dict[str, Any]:
     """A replica's settings; the last two are URLs."""
-    return {**_common(port, catalog), "shard_id": shard_id, "database_dsn": database}
+    return {**_common(port, metrics_port, catalog), "shard_id": shard_id, "database_dsn": database}
 
 
 def router_settings(
-    record: Record, port: int, *, admin_port: int, admin_token: Path, catalog: str, redis: str
+    record: Record, port: int, *, metrics_port: int, admin_port: int, admin_token: Path, catalog: str, redis: str
 ) -> dict[str, Any]:
     """A router's settings; the last two are URLs."""
     return {
-        **_common(port, catalog),
+        **_common(port, metrics_port, catalog),
         "redis_url": redis,
         "admin_port": admin_port,
         "admin_token_file": str(admin_token),
         **_embedder(record),
     }
+
+
+def mover_settings(*, catalog: str, shards: Mapping[str, str]) -> dict[str, Any]:
+    """The mover's settings; `shards` are the URLs of their databases."""
+    return {"catalog_dsn": catalog, "shard_dsns": dict(shards), "log_format": "json"}
 
 
 def write_settings(layout: Layout, name: str, settings: Mapping[str, Any]) -> Path:
@@ -60,7 +74,7 @@ def write_settings(layout: Layout, name: str, settings: Mapping[str, Any]) -> Pa
     return file
 
 
-def environment(service: Service, settings: Mapping[str, Any], root: Path) -> dict[str, str]:
+def environment(service: Service | Literal["mover"], settings: Mapping[str, Any], root: Path) -> dict[str, str]:
     """A service's environment: ours, with the mark, and without what would override its file.
 
     What the file does not say, like the key of an embedder, the person may give in the environment.
@@ -74,10 +88,29 @@ def environment(service: Service, settings: Mapping[str, Any], root: Path) -> di
     return {**shared, **kept, "PYTHONUNBUFFERED": "1", MARK: str(root)}
 
 
-def _common(port: int, catalog: str) -> dict[str, Any]:
+def handover_variable(service: Service) -> str:
+    """Variable of a service's setting `handover_file`."""
+    return f"{SETTINGS[service].model_config.get('env_prefix', '')}HANDOVER_FILE"
+
+
+def write_metrics_targets(layout: Layout, ports: Mapping[str, Mapping[str, int]]) -> None:
+    """Writes where the services have their metrics, by what they are and by name, for Prometheus' file_sd_configs."""
+    targets = [
+        {"targets": [f"{HOST}:{port}"], "labels": {"job": f"memshard-{role}", "service": name}}
+        for role, named in ports.items()
+        for name, port in named.items()
+    ]
+    write_atomically(layout.metrics_targets, json.dumps(targets, indent=2) + "\n", durable=False)
+    # Nothing in it is secret, and Prometheus runs as somebody else.
+    layout.metrics_targets.chmod(0o644)
+
+
+def _common(port: int, metrics_port: int, catalog: str) -> dict[str, Any]:
     return {
         "host": HOST,
         "port": port,
+        "metrics_host": HOST,
+        "metrics_port": metrics_port,
         "catalog_dsn": catalog,
         "log_format": "json",
         "drain_timeout_s": DRAIN_TIMEOUT_S,

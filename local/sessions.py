@@ -10,8 +10,9 @@ import asyncpg
 from common.catalog import CatalogError
 from common.migrations import NewerSchemaError
 from common.postgres import CONNECT_ERRORS, CONNECT_TIMEOUT_S, explain
+from common.roles import OWNER
 from local.errors import LocalClusterError
-from local.postgres import OWNER, SUPERUSER, Server
+from local.postgres import SUPERUSER, Server
 from local.record import Secrets
 
 if TYPE_CHECKING:

@@ -152,6 +152,11 @@ class ShardServers:
             self._certain = True
             self.ties.changed()
 
+    def assume(self, name: str) -> None:
+        """Takes a server for the primary without asking the catalog: there is none."""
+        self.primary = name
+        self._certain = True
+
     def doubt(self) -> None:
         """Who the primary is has to be asked before any server is started as one."""
         self._certain = False

@@ -107,6 +107,7 @@ class ShardWatch:
             shard.log.info("%s follows %s", standby.name, primary.name)
         # From when it was the primary.
         unused = {slot.name for slot in seen.slots if not slot.active} & {slot_name(name) for name in shard.servers}
+        unused |= set(seen.strays)
         if unused:
             await replication.drop_slots(standby, shard.secrets, unused)
 

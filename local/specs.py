@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from common.roles import APP, OWNER
 from local import leftovers, postgres, probes, redis, services
-from local.cluster import REDIS, Plan, Programs, admin_of, router_name
-from local.postgres import APP, OWNER, Server, dsn_of_primary
+from local.cluster import REDIS, Plan, Programs, admin_of, metrics_of, router_name, service_names
+from local.postgres import Server, dsn_of_primary
 from local.process import ProcessSpec
 from local.services import Service
 from local.shard_servers import ShardServers
@@ -28,20 +29,34 @@ class Specs:
 
     def databases(self) -> list[ProcessSpec]:
         """PostgreSQL and Redis."""
-        servers = [self._shard_server(shard, name) for shard in self.shards.values() for name in shard.servers]
-        return [self._postgres(self.plan.catalog_server()), *servers, self._redis()]
+        servers = [self.shard_server(shard, name) for shard in self.shards.values() for name in shard.servers]
+        return [self.catalog(), *servers, self._redis()]
+
+    def catalog(self) -> ProcessSpec:
+        """The server of the catalog."""
+        return self._postgres(self.plan.catalog_server())
 
     def services(self) -> list[ProcessSpec]:
         """Shards, replicas and routers."""
         record = self.plan.record
-        shards = [self._shard(shard_id) for shard_id in record.shard_ids()]
-        replicas = [
-            self._replica(self.shards[shard_id], name)
-            for shard_id in record.shard_ids()
-            for name in record.replica_names(shard_id)
-        ]
+        of_shards = [spec for shard_id in record.shard_ids() for spec in self.services_of(shard_id)]
+        self.write_metrics_targets()
         routers = [self._router(number, port) for number, port in enumerate(self.plan.router_ports)]
-        return [*shards, *replicas, *routers]
+        return [*of_shards, *routers]
+
+    def services_of(self, shard_id: str) -> list[ProcessSpec]:
+        """A shard and its replicas."""
+        names = self.plan.record.replica_names(shard_id)
+        return [self._shard(shard_id), *(self._replica(self.shards[shard_id], name) for name in names)]
+
+    def write_metrics_targets(self) -> None:
+        """Tells Prometheus which services there are, and where their metrics."""
+        record = self.plan.record
+        named = service_names(record, len(self.plan.router_ports))
+        services.write_metrics_targets(
+            self.plan.layout,
+            {role: {name: record.ports[metrics_of(name)] for name in names} for role, names in named.items()},
+        )
 
     def _postgres(self, server: Server, **more: Any) -> ProcessSpec:
         plan = self.plan
@@ -81,7 +96,8 @@ class Specs:
             **given,
         )
 
-    def _shard_server(self, shard: ShardServers, name: str) -> ProcessSpec:
+    def shard_server(self, shard: ShardServers, name: str) -> ProcessSpec:
+        """One PostgreSQL server of a shard."""
         plain = self._postgres(shard.servers[name])
 
         async def is_up() -> bool:
@@ -145,6 +161,7 @@ class Specs:
             plan.record,
             shard_id,
             plan.record.ports[shard_id],
+            metrics_port=plan.record.ports[metrics_of(shard_id)],
             data=plan.layout.postgres,
             database=dsn_of_primary(servers, APP, plan.secrets.memshard_app),
             migration=dsn_of_primary(servers, OWNER, plan.secrets.memshard_owner),
@@ -161,6 +178,7 @@ class Specs:
             return services.replica_settings(
                 shard.shard_id,
                 plan.record.ports[name],
+                metrics_port=plan.record.ports[metrics_of(name)],
                 database=server.app_dsn(plan.secrets),
                 catalog=plan.catalog_server().app_dsn(plan.secrets),
             )
@@ -190,6 +208,7 @@ class Specs:
         settings = services.router_settings(
             plan.record,
             port,
+            metrics_port=plan.record.ports[metrics_of(name)],
             admin_port=admin_port,
             admin_token=plan.layout.admin_token,
             catalog=plan.catalog_server().app_dsn(plan.secrets),
@@ -224,6 +243,7 @@ class Specs:
             log=plan.layout.log(name),
             environment=services.environment(service, settings, plan.layout.root),
             hangs=hangs,
+            handover_variable=services.handover_variable(service),
             stop_timeout_s=leftovers.SERVICE_STOP_TIMEOUT_S,
             **given,
         )

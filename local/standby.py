@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.roles import REPLICATION
 from local import replication
 from local.account import Account
 from local.errors import LocalClusterError
 from local.layout import sync_directory
 from local.ports import HOST
-from local.postgres import REPLICATION, SUPERUSER, Server, run_program
+from local.postgres import SUPERUSER, Server, run_program
 from local.record import Secrets
 from local.standby_settings import PASSWORD_FILE, auto_conf, password_line, slot_name
 

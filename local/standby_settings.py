@@ -6,8 +6,9 @@ that file from the other server, so it is written anew after each.
 
 import re
 
+from common.roles import REPLICATION
 from local.ports import HOST
-from local.postgres import REPLICATION, Server
+from local.postgres import Server
 
 # In the data directory: a password on the command line or in a setting could be seen by others.
 PASSWORD_FILE = "memshard.pgpass"  # noqa: S105  # The file's name.

@@ -49,6 +49,13 @@ class Steps:
         names = tuple(step.name for step in databases)
         return [*databases, Step(CATALOG_STEP, self._complete, names), *primaries]
 
+    def of_new_shard(self, shard: ShardServers) -> list[Step]:
+        """The steps by which a shard becomes part of a cluster that runs: its database, and what is in it."""
+        server = shard.servers[shard.primary]
+        database = self._make_shard_database(shard.shard_id, server)
+        primary = self._have_primary(shard)
+        return [database, Step(primary.name, primary.run, (*primary.needs, database.name))]
+
     async def follow_topology(self) -> None:
         """Keeps what is last known of the topology up to date. Never returns."""
         while True:
@@ -84,7 +91,9 @@ class Steps:
     async def _complete(self) -> None:
         """The last step of making a cluster; from here on its directory is never thrown away."""
         await self._tell_catalog()
-        self._plan.record.model_copy(update={"complete": True}).save(self._plan.layout)
+        # In the plan too: what is written next begins from that.
+        self._plan.record = self._plan.record.model_copy(update={"complete": True})
+        self._plan.record.save(self._plan.layout)
 
     async def _tell_catalog(self) -> None:
         plan = self._plan

@@ -79,6 +79,8 @@ class Supervisor:
             step.name: asyncio.Event() for step in steps
         }
         self._stop = asyncio.Event()
+        self._group: asyncio.TaskGroup | None = None
+        self._looking_after: dict[str, list[asyncio.Task[None]]] = {}
         self._waiting: set[asyncio.Task[None]] = set()
         self._left_out: set[str] = set()
 
@@ -89,6 +91,53 @@ class Supervisor:
     def processes(self) -> Sequence[Child]:
         """All of them."""
         return self._children
+
+    async def add(
+        self,
+        name: str,
+        specs: Sequence[ProcessSpec],
+        steps: Sequence[Step],
+        background: Sequence[Callable[[], Awaitable[None]]] = (),
+    ) -> None:
+        """Starts more processes while the cluster runs, and returns when they are ready. `name` is what `remove` knows
+        the background work by.
+
+        Raises StartError when they do not become ready; those that were started are ended then.
+        """
+        assert self._group is not None, "there is nothing to add to yet"
+        children = [Child(spec, self.save_state, self._log) for spec in specs]
+        self._children += children
+        self._gates |= {child.spec.name: child.ready for child in children}
+        self._gates |= {step.name: asyncio.Event() for step in steps}
+        for child in children:
+            self._group.create_task(self._run_child(child))
+        tasks = [self._group.create_task(self._keep_doing(work)) for work in background]
+        self._looking_after.setdefault(name, []).extend(tasks)
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                await asyncio.gather(*(self._run_step(step) for step in steps))
+                await asyncio.gather(*(child.ready.wait() for child in children if child.spec.required()))
+        except TimeoutError as error:
+            late = next((child for child in children if not child.ready.is_set()), None)
+            failure = StartError(f"{name} is not ready after {self._start_timeout_s:.0f} s")
+            if late is not None:
+                failure = self._start_error(late, f"is not ready after {self._start_timeout_s:.0f} s")
+            await self.remove(name, [child.spec.name for child in children])
+            raise failure from error
+        except BaseException:
+            await self.remove(name, [child.spec.name for child in children])
+            raise
+
+    async def remove(self, name: str, processes: Iterable[str]) -> None:
+        """Ends some processes for good, and the background work that was added with `name`."""
+        names = set(processes)
+        for task in self._looking_after.pop(name, []):
+            task.cancel()
+        going = [child for child in self._children if child.spec.name in names]
+        self._children = [child for child in self._children if child.spec.name not in names]
+        for _, children in groupby(sorted(going, key=_stop_order), key=_stop_order):
+            await asyncio.gather(*(child.stop() for child in children))
+        self.save_state()
 
     def stop(self) -> None:
         """Asks `run` to end everything and return."""
@@ -101,6 +150,7 @@ class Supervisor:
         """
         failure: BaseException | None = None
         async with asyncio.TaskGroup() as group:
+            self._group = group
             for child in self._children:
                 group.create_task(self._run_child(child))
             group.create_task(self._bound_logs())
@@ -115,7 +165,7 @@ class Supervisor:
                 failure = error
             finally:
                 self._hooks.stopping()
-                for task in background:
+                for task in (*background, *(task for tasks in self._looking_after.values() for task in tasks)):
                     task.cancel()
                 await self._end_all()
         if failure is not None:
@@ -239,8 +289,7 @@ class Supervisor:
         self._log.info("stopping")
         for task in self._waiting:  # What was not started yet is not started any more.
             task.cancel()
-        by_order = sorted(self._children, key=lambda child: child.spec.stop_order)
-        for _, children in groupby(by_order, key=lambda child: child.spec.stop_order):
+        for _, children in groupby(sorted(self._children, key=_stop_order), key=_stop_order):
             await asyncio.gather(*(child.stop() for child in children))
         self.save_state()
         self._log.info("stopped")
@@ -264,6 +313,10 @@ class Supervisor:
             State(addresses=self._addresses, processes=processes, topology=self._topology()).save(self._layout)
         except OSError as error:
             self._log.warning("%s cannot be written: %s", self._layout.state, error.strerror)
+
+
+def _stop_order(child: Child) -> int:
+    return child.spec.stop_order
 
 
 def _first(failures: BaseExceptionGroup[LocalClusterError]) -> LocalClusterError:

@@ -18,7 +18,9 @@ from local.appointment import Appointer
 from local.binaries import require_local_embedder
 from local.cluster import ADMIN, Plan, Programs, port_names
 from local.errors import DataDirectoryError, LocalClusterError, OptionsError
+from local.growth import Growth
 from local.layout import Layout
+from local.move_watch import MoveWatch
 from local.record import Embedder, Options, Secrets, load_record, load_secrets, settle
 from local.shard_servers import ShardServers, Ties
 from local.shard_watch import ShardWatch
@@ -129,8 +131,18 @@ async def run(request: Request, observer: Observer) -> None:
         # The routers want it too, when they start.
         token = make_token(layout)
         shards = shard_servers(plan, programs, log)
-        supervisor = supervise(plan, programs, shards, hooks, log, hung_after_s=request.hung_after_s)
-        async with admin.serving(plan.record.ports[ADMIN], token, plan, shards, log):
+        steps = Steps(plan, shards)
+        supervisor = supervise(plan, programs, shards, hooks, log, steps=steps, hung_after_s=request.hung_after_s)
+        growth = Growth(plan, programs, shards, supervisor, steps, log)
+        async with admin.serving(
+            plan.record.ports[ADMIN], token, plan, shards, growth, supervisor.processes, log
+        ) as moves:
+
+            def stopping() -> None:
+                moves.stop()
+                observer.stopping()
+
+            hooks.stopping = stopping
             interruption.action = supervisor.stop
             await supervisor.run()
 
@@ -203,18 +215,24 @@ def supervise(
     hooks: Hooks,
     log: logging.Logger,
     *,
+    steps: Steps | None = None,
     services: bool = True,
     hung_after_s: float = DEFAULT_HUNG_AFTER_S,
 ) -> Supervisor:
     """The supervisor of a cluster; without its `services` only the databases and what is in them."""
-    steps = Steps(plan, shards)
+    steps = steps or Steps(plan, shards)
     specs = Specs(plan, programs, shards)
     silence = SilenceWatch(lambda: supervisor.processes(), log, hung_after_s)  # noqa: PLW0108  # It is made below.
     supervisor = Supervisor(
         plan.layout,
         [*specs.databases(), *(specs.services() if services else [])],
         steps.all(),
-        [*(ShardWatch(shard).run for shard in shards.values()), steps.follow_topology, silence.run],
+        [
+            *(ShardWatch(shard).run for shard in shards.values()),
+            steps.follow_topology,
+            silence.run,
+            *([MoveWatch(plan, log).run] if services else []),
+        ],
         addresses=plan.addresses(),
         topology=lambda: steps.topology,
         hooks=hooks,

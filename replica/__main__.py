@@ -11,10 +11,13 @@ import asyncpg
 from common import config, lifecycle, logs
 from common.config import ReplicaSettings
 from common.postgres import CONNECT_ERRORS, CONNECT_TIMEOUT_S, explain
-from common.rpc import generic_handler
+from common.rpc import methods_of
+from common.telemetry.exposition import Exposition
+from common.trace_export import exporting
 from memshard.internal.v1 import shard_pb2
 from replica import lag
 from replica.lag import Probe
+from replica.metrics import ReplicaMetrics
 from replica.service import ReplicaServicer
 from shard import identity
 from shard.database import Database, close_pool, open_pool
@@ -34,6 +37,7 @@ async def main(settings: ReplicaSettings) -> None:
     """Waits until the standby knows whose it is, and serves until SIGTERM."""
     known = await _identity(settings)
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(exporting("replica", settings))
         dsn = settings.database_dsn.get_secret_value()
         try:
             pool = await open_pool(settings, f"memshard replica of {settings.shard_id}")
@@ -42,18 +46,16 @@ async def main(settings: ReplicaSettings) -> None:
         stack.push_async_callback(close_pool, pool)
         probe = Probe(dsn, settings.max_lag_s)
         stack.callback(probe.close)
-        servicer = ReplicaServicer(settings, known, Database(pool))
+        database = Database(pool)
+        servicer = ReplicaServicer(settings, known, database)
         server = lifecycle.Server(
             settings,
-            [
-                generic_handler(
-                    _SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission()
-                )
-            ],
-            [_SERVICE.full_name],
+            [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission())],
         )
+        metrics = ReplicaMetrics(settings.shard_id, database, probe)
+        await stack.enter_async_context(Exposition(settings, [metrics.look]))
         await server.start()
-        await server.run_until_stopped([partial(_watch_health, server, probe)])
+        await server.run_until_stopped([partial(_watch_health, server, probe, database)])
 
 
 async def _identity(settings: ReplicaSettings) -> Identity:
@@ -87,9 +89,11 @@ async def _identity(settings: ReplicaSettings) -> Identity:
         await asyncio.sleep(_IDENTITY_INTERVAL_S)
 
 
-async def _watch_health(server: lifecycle.Server, probe: Probe) -> None:
+async def _watch_health(server: lifecycle.Server, probe: Probe, database: Database) -> None:
     while True:
         await server.set_serving(await probe.is_serving())
+        if probe.promoted:
+            await database.recycle()
         await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 

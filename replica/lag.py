@@ -1,6 +1,7 @@
 """How far the standby is behind its primary: what it says of itself."""
 
 import asyncio
+import math
 from dataclasses import dataclass
 
 import asyncpg
@@ -60,6 +61,10 @@ class Probe:
     def __init__(self, dsn: str, max_lag_s: float) -> None:
         self._dsn = dsn
         self._max_lag_s = max_lag_s
+        self.promoted = False
+        """Whether the server that was looked at last was no standby any more."""
+        self.age_s: float | None = None
+        """How old the standby's data was at the last look; None when it did not say."""
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
 
     async def is_serving(self) -> bool:
@@ -68,10 +73,17 @@ class Probe:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
                 if self._connection is None:
                     self._connection = await asyncpg.connect(self._dsn)
-                return is_serving(await replayed(self._connection), self._max_lag_s)
+                seen = await replayed(self._connection)
         except CONNECT_ERRORS:
+            self.promoted, self.age_s = False, None
             self.close()
             return False
+        self.age_s = seen.age_s if math.isfinite(seen.age_s) else None
+        self.promoted = not seen.in_recovery
+        if self.promoted:
+            # The next look goes by the URL again, which may name a Service: of whichever servers are standbys.
+            self.close()
+        return is_serving(seen, self._max_lag_s)
 
     def close(self) -> None:
         """Drops the connection."""

@@ -12,8 +12,10 @@ from common import catalog, config, embedder, lifecycle, postgres
 from common.catalog import Cluster
 from common.config import RouterSettings
 from common.level import Effects
-from common.rpc import generic_handler
+from common.rpc import methods_of
+from common.telemetry.exposition import Exposition
 from common.topology import Topology
+from common.trace_export import exporting
 from memshard.v1 import memory_pb2
 from router import admin, self_healing
 from router.admin import AdminServicer
@@ -26,7 +28,9 @@ from router.fanout import Fanout
 from router.findings import Report
 from router.invalidation import Invalidations
 from router.location import LocationCache
+from router.metrics import RouterMetrics
 from router.monitor import Monitor
+from router.observed import Observed
 from router.parts import Parts
 from router.place import Placement
 from router.probes import Probes
@@ -49,6 +53,7 @@ async def main(settings: RouterSettings) -> None:
     """Reads the catalog once, then serves until SIGTERM, following the topology."""
     cluster, topology = await _read_catalog(settings)
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(exporting("router", settings))
         try:
             embeds = embedder.create(settings, cluster.embedding_model, cluster.dimensions)
         except embedder.EmbedderMismatchError as error:
@@ -89,10 +94,12 @@ async def main(settings: RouterSettings) -> None:
                 locations=locations,
                 invalidations=invalidations,
                 levels=levels,
-                tokens=Tokens(cluster.token_key, levels.of),
+                tokens=Tokens(cluster.token_key, levels.of, lambda: watch.topology.epoch),
+                watch=watch,
             )
         )
         entrance = Entrance(levels.shed)
+        observed = Observed(cluster.token_key, levels)
         checks = Checks(
             cluster=cluster,
             watch=watch,
@@ -118,13 +125,27 @@ async def main(settings: RouterSettings) -> None:
             retries=retries,
             hedges=reads.hedges,
             locations=locations,
+            replicas=replicas,
+            observed=observed,
+            placement=placement,
+            entrance=entrance,
         )
+        metrics = RouterMetrics(watch, shards, replicas, retries, reads.hedges, locations, observed)
         server = lifecycle.Server(
             settings,
-            [generic_handler(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=entrance)],
-            [_SERVICE.full_name],
+            [
+                methods_of(
+                    _SERVICE,
+                    servicer,
+                    default_deadline_s=settings.default_deadline_s,
+                    admission=entrance,
+                    watch=observed,
+                    begins_traces=True,
+                )
+            ],
             beside=admin.listener(settings, for_operators),
         )
+        await stack.enter_async_context(Exposition(settings, [metrics.look]))
         await server.start()
         await server.set_serving(levels.effects().serving)
         listening = [partial(invalidations.run, locations)] if settings.redis_url else []

@@ -11,15 +11,22 @@ from common.bearer import Bearer
 from common.breaker import CircuitBreaker, State
 from common.config import RouterSettings
 from common.deadline import Deadline
+from common.errors import InvalidArgument
 from common.lifecycle import Listener, StartError
-from common.rpc import generic_handler
+from common.move_message import message_of
+from common.rpc import methods_of
 from memshard.admin.v1 import cluster_pb2 as pb
 from memshard.v1.memory_pb2 import DegradationLevel
+from router.entrance import Entrance
 from router.findings import Finding, Report
+from router.guard import TALLY_S, Kind
 from router.hedges import Hedges
 from router.location import LocationCache
 from router.monitor import Monitor
+from router.observed import HALF_LIFE_S, Observed
+from router.place import Placement
 from router.recovery import Attempt, Outcome, Recovery
+from router.replicas import Replicas
 from router.retries import Retries
 from router.shards import Shards
 from router.topology_watch import TopologyWatch
@@ -28,6 +35,9 @@ SERVICE = pb.DESCRIPTOR.services_by_name["ClusterService"]
 
 # A look at everything takes as long as it takes to cut two checks off.
 _DEFAULT_DEADLINE_S = 30.0
+
+_HOT_USERS = 10
+_MOST_HOT_USERS = 100
 
 _STATES = {
     State.CLOSED: pb.BREAKER_STATE_CLOSED,
@@ -57,8 +67,8 @@ def listener(settings: RouterSettings, servicer: "AdminServicer") -> Listener | 
     if settings.admin_port is None or settings.admin_token_file is None:
         return None
     bearer = Bearer(read_token(settings.admin_token_file))
-    handler = generic_handler(SERVICE, servicer, default_deadline_s=_DEFAULT_DEADLINE_S, authorise=bearer.require)
-    return Listener(settings, [handler], [SERVICE.full_name], host=settings.admin_host, port=settings.admin_port)
+    methods = methods_of(SERVICE, servicer, default_deadline_s=_DEFAULT_DEADLINE_S, authorise=bearer.require)
+    return Listener(settings, [methods], host=settings.admin_host, port=settings.admin_port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +82,10 @@ class AdminServicer:
     retries: Retries
     hedges: Hedges
     locations: LocationCache
+    replicas: Replicas
+    observed: Observed
+    placement: Placement
+    entrance: Entrance
     started_at: float = field(default_factory=time.monotonic)
 
     async def GetHealth(self, request: pb.GetHealthRequest, deadline: Deadline) -> pb.GetHealthResponse:
@@ -99,7 +113,65 @@ class AdminServicer:
             levels=self._levels(),
             cache=pb.CacheStats(entries=entries, max_entries=most, believed=self.locations.is_believed),
             recoveries=map(_attempt, self.recovery.log),
+            shards=self._shards(),
+            servers=self._servers(),
+            requests_per_s=self.observed.requests_per_s,
+            entrance=pb.EntranceStats(shed=self.entrance.shed_ever),
+            moves=self._moves(),
+            moves_age_s=self.watch.moving.age_s,
         )
+
+    async def GetHotUsers(self, request: pb.GetHotUsersRequest, deadline: Deadline) -> pb.GetHotUsersResponse:
+        if not 0 <= request.most <= _MOST_HOT_USERS:
+            raise InvalidArgument.field("most", "OUT_OF_RANGE", f"must be 0 to {_MOST_HOT_USERS}")
+        hitters, total = self.observed.hot_users(request.most or _HOT_USERS)
+        users = []
+        for hitter in hitters:
+            operation, user = hitter.item
+            slot = self.placement.user_slot(user)
+            users.append(
+                pb.HotUser(
+                    user=user if request.names else self.observed.hashed(user),
+                    operation=operation,
+                    calls=hitter.count,
+                    too_many=hitter.error,
+                    share=hitter.count / total,
+                    shard_id=self.watch.topology.owner(slot).shard_id if slot is not None else "",
+                )
+            )
+        return pb.GetHotUsersResponse(users=users, half_life_s=HALF_LIFE_S)
+
+    def _shards(self) -> Iterable[pb.ShardStats]:
+        topology = self.watch.topology
+        for shard in topology.shards:
+            yield pb.ShardStats(
+                shard_id=shard.shard_id, status=shard.status.value, slots=topology.slot_count(shard.shard_id)
+            )
+
+    def _moves(self) -> Iterable[pb.MoveStats]:
+        for seen in self.watch.moving.progress.open:
+            yield pb.MoveStats(move=message_of(seen.move), stopped=seen.is_stopped)
+
+    def _servers(self) -> Iterable[pb.ServerStats]:
+        for shard in self.watch.topology.shards:
+            standings = self.replicas.serving(shard)
+            for replica_id in (None, *(replica.replica_id for replica in shard.replicas)):
+                guard = self.shards.guards.of(shard.shard_id, replica_id)
+                standing = standings.get(replica_id) if replica_id else None
+                tally = guard.tally
+                failed = tally.failed.total()
+                yield pb.ServerStats(
+                    server=guard.name,
+                    shard_id=shard.shard_id,
+                    replica_id=replica_id or "",
+                    serving=standing is not None if replica_id else not any(map(guard.fails, Kind)),
+                    lag_ms=standing.lag_ms if standing else 0,
+                    calls_per_s=(tally.answered.total() + failed) / TALLY_S,
+                    errors_per_s=failed / TALLY_S,
+                    p50_ms=(tally.latency.quantile(0.5) or 0) * 1000,
+                    p99_ms=(tally.latency.quantile(0.99) or 0) * 1000,
+                    in_flight=guard.limiter.in_flight,
+                )
 
     def _breakers(self) -> Iterable[pb.BreakerStats]:
         for guards in self.shards.guards.by_shard().values():

@@ -29,7 +29,8 @@ _SHARE = "share"
 # Often enough for a level, which is entered after five seconds, to be decided by more than one look at a pool.
 _DATABASE_EVERY_S = 2.0
 _DATABASE_CUT_OFF_S = 2.0
-_REPLICA_EVERY_S = 2.0
+# As often as replicas are looked at: what is known of them costs nothing to ask, and they come and go by themselves.
+_REPLICA_EVERY_S = 0.25
 # As often as levels are decided; nobody is asked for it.
 _CALLS_EVERY_S = 1.0
 _SYNTHETIC_EVERY_S = 10.0
@@ -173,6 +174,8 @@ class Checks:
     async def _lag(self, shard: Shard, replica: Replica) -> Sequence[Finding]:
         """What is known of the replica, which is looked at four times a second in any case."""
         standing = self.replicas.serving(shard).get(replica.replica_id)
+        if standing is None and not self.replicas.has_looked_at(shard, replica):
+            return [_unknown("replica", replica.replica_id, "has not been looked at yet")]
         if standing is None:
             return [Finding("replica", replica.replica_id, Condition.DEGRADED, message="does not serve")]
         lag_ms = float(standing.lag_ms)

@@ -10,10 +10,11 @@
 Where SESSION is given a `max_staleness`, or BOUNDED_STALENESS tokens, both hold: what is asked for is never ignored.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from common.topology import Cutover
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 
@@ -56,6 +57,20 @@ class Consistency:
     positions: Mapping[str, Position] = field(default_factory=dict)
     """By shard. Of a shard that is not in it, nothing is asked."""
     max_staleness_ms: int = 0
+
+    def under(self, cutovers: Iterable[Cutover]) -> "Consistency":
+        """The same once slots have moved: of a shard that got some, its place in the log at the cutover stands in for
+        any position on the shard that had them. Of one that passed them on, for all before it.
+        """
+        if not self.positions:
+            return self
+        positions, pending = dict(self.positions), list(cutovers)
+        while reached := [c for c in pending if c.source in positions]:
+            pending = [c for c in pending if c.source not in positions]
+            for cutover in reached:
+                here = Position(cutover.timeline, cutover.lsn)
+                positions[cutover.target] = latest(positions, cutover.target, here)
+        return replace(self, positions=positions)
 
     def of(self, shard_id: str) -> Wanted:
         """What it asks of one shard."""

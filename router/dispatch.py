@@ -1,4 +1,4 @@
-"""A call to the owner of one slot: by the snapshot, and once more by a newer one when the shard says it is stale.
+"""A call to the owner of one slot: by the snapshot, and again by a newer one when the shard says that it is stale.
 
 What fails is tried again as a whole: after a failover, the owner has another address.
 """
@@ -13,6 +13,7 @@ from common.errors import Unavailable, WrongShard
 from common.topology import Shard, Topology
 from memshard.internal.v1 import shard_pb2
 from router.consistency import STRONG, Consistency
+from router.following import Following
 from router.reads import Reads, Role
 from router.report import Origin
 from router.retries import Retries
@@ -63,14 +64,13 @@ class Dispatch:
         """
 
         async def attempt() -> Answered[R]:
-            try:
-                return await self._once(slot, rpc, request, consistency, deadline)
-            except WrongShard as stale:
-                await self._watch.refresh(stale.epoch, deadline)
-            try:
-                return await self._once(slot, rpc, request, consistency, deadline)
-            except WrongShard as stale:
-                raise still_moving() from stale
+            following = Following(self._watch, deadline)
+            while True:
+                try:
+                    return await self._once(slot, rpc, request, consistency, deadline)
+                except WrongShard as stale:
+                    if not await following.again([stale]):
+                        raise still_moving() from stale
 
         return await self._retries.run(attempt, deadline)
 
@@ -80,7 +80,8 @@ class Dispatch:
         topology = self._watch.topology
         shard = topology.owner(slot)
         set_route(request, topology, shard, [(slot, slot)])
-        answer, served_by = await self._reads.ask(shard, rpc, request, consistency, deadline)
+        wanted = consistency.under(topology.cutovers)
+        answer, served_by = await self._reads.ask(shard, rpc, request, wanted, deadline)
         return Answered(shard, answer, served_by)
 
 

@@ -5,6 +5,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
+from common import tracing
 from common.deadline import Deadline
 from common.errors import MemshardError, Unavailable, WrongShard
 from common.status import to_status
@@ -12,6 +13,7 @@ from common.topology import Shard
 from memshard.v1 import memory_pb2 as pb
 from router.consistency import STRONG, Consistency
 from router.dispatch import set_route, still_moving
+from router.following import Following
 from router.reads import Reads, Role
 from router.report import Origin
 from router.retries import Retries
@@ -70,12 +72,14 @@ class Fanout:
         Each shard answers for exactly the slots that one snapshot gives it. When one says that the snapshot is stale,
         all are asked again by a newer one: answers by two snapshots could miss a slot, or count it twice.
         """
-        gathered = await self._round(rpc, question, consistency, deadline)
-        stale = [error for _, error in gathered.failed if isinstance(error, WrongShard)]
-        if not stale:
-            return gathered
-        await self._watch.refresh(max(error.epoch for error in stale), deadline)
-        gathered = await self._round(rpc, question, consistency, deadline)
+        following = Following(self._watch, deadline)
+        while True:
+            gathered = await self._round(rpc, question, consistency, deadline)
+            stale = [error for _, error in gathered.failed if isinstance(error, WrongShard)]
+            if not stale:
+                return gathered
+            if not await following.again(stale):
+                break
         failed = tuple(
             (shard, still_moving() if isinstance(error, WrongShard) else error) for shard, error in gathered.failed
         )
@@ -83,6 +87,7 @@ class Fanout:
 
     async def _round(self, rpc: Rpc[Q, R], question: Q, consistency: Consistency, deadline: Deadline) -> Gathered[R]:
         topology = self._watch.topology
+        wanted = consistency.under(topology.cutovers)
         places = asyncio.Semaphore(self._concurrency)
         answers: list[tuple[Shard, R]] = []
         failed: list[tuple[Shard, MemshardError]] = []
@@ -93,18 +98,22 @@ class Fanout:
             set_route(request, topology, shard, topology.ranges_of(shard.shard_id))
             try:
                 async with places:
-                    answer, role = await self._retries.run(
-                        lambda: self._reads.ask(shard, rpc, request, consistency, deadline), deadline
-                    )
+                    # Retries and hedges are events of this span.
+                    with tracing.span(f"ask {shard.shard_id}", {"memshard.shard": shard.shard_id}):
+                        answer, role = await self._retries.run(
+                            lambda: self._reads.ask(shard, rpc, request, wanted, deadline), deadline
+                        )
                 answers.append((shard, answer))
                 roles.add(role)
             except MemshardError as error:
                 failed.append((shard, error))
 
         asked = topology.serving()
-        async with asyncio.TaskGroup() as group:
-            for shard in asked:
-                group.create_task(ask(shard))
+        with tracing.span("fan-out", {"memshard.shards.asked": len(asked)}) as span:
+            async with asyncio.TaskGroup() as group:
+                for shard in asked:
+                    group.create_task(ask(shard))
+            span.set("memshard.shards.failed", len(failed))
         # A shard that is in neither list would be missing from the answer without a word.
         assert len(answers) + len(failed) == len(asked)
         return Gathered(_by_id(answers), _by_id(failed), frozenset(roles))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
+from prometheus_client import Counter
+
 from common.breaker import Permit, State, speaks_of_callee
 from common.breaker_log import logged
 from common.breaker_settings import SHARD
@@ -17,6 +19,7 @@ from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted
 from common.hedge import LatencyWindow
 from common.limiter import Admission, Limiter, Priority
 from common.limiter_settings import SERVER
+from common.telemetry.registry import SERVER_CALL_DURATION, SERVER_CALLS, SHED
 from common.waiting_room import WaitingRoom
 from common.window import SlidingCount
 
@@ -27,6 +30,9 @@ _FAILURE_HOLDS_S = 20.0
 
 # Seconds that a tally looks back on: longer than a level takes to be entered, so that single seconds do not flap it.
 TALLY_S = 10
+
+
+_SHED = SHED.labels("server")
 
 
 class Kind(StrEnum):
@@ -51,11 +57,14 @@ class Tally:
 class Guard:
     """The guard of one server. `name` is what agents may know it by."""
 
-    def __init__(self, name: str, clock: Clock) -> None:
+    def __init__(self, shard_id: str, name: str, clock: Clock) -> None:
+        self.shard_id = shard_id
         self.name = name
         self.limiter = Limiter(clock, SERVER)
         self.tally = Tally(clock)
         self._queue = WaitingRoom(self.limiter, clock)
+        self._durations = {kind: SERVER_CALL_DURATION.labels(name, kind.value) for kind in Kind}
+        self._ended: dict[tuple[Kind, str], Counter] = {}
         self.breakers = {kind: logged(name, SHARD, kind.value, clock) for kind in Kind}
         self._clock = clock
         self._heard_at = -math.inf
@@ -79,6 +88,7 @@ class Guard:
             yield
         except MemshardError as error:
             waited_s = self._clock() - began
+            self._count(kind, error.code.name)
             _judge(permit, error, waited_s)
             if isinstance(error, DeadlineExceeded) and waited_s < SHARD.fair_timeout_s:
                 raise  # Of a caller in a hurry: it says nothing, and nobody else is to feel it.
@@ -96,6 +106,8 @@ class Guard:
         else:
             took_s = self._clock() - began
             permit.success(took_s)
+            self._count(kind, "OK")
+            self._durations[kind].observe(took_s)
             admission.release(took_s)
             self.tally.answered.add()
             self._failed_at.pop(kind, None)
@@ -113,15 +125,24 @@ class Guard:
         try:
             await self._queue.room(priority)
         except ResourceExhausted:
-            self.tally.shed.add()
+            self._shed()
             raise
 
     def _admitted(self, call: str, priority: Priority) -> Admission:
         try:
             return self.limiter.admit(call, priority)
         except ResourceExhausted:
-            self.tally.shed.add()
+            self._shed()
             raise
+
+    def _shed(self) -> None:
+        self.tally.shed.add()
+        _SHED.inc()
+
+    def _count(self, kind: Kind, status: str) -> None:
+        if (kind, status) not in self._ended:
+            self._ended[kind, status] = SERVER_CALLS.labels(self.name, kind.value, status)
+        self._ended[kind, status].inc()
 
     def refuses(self, kind: Kind) -> bool:
         """Whether a call of this kind would be turned away now by its breaker."""
@@ -165,7 +186,7 @@ class Guards:
         key = shard_id, replica_id
         if key not in self._guards:
             name = shard_id if replica_id is None else f"{shard_id}/{replica_id}"
-            self._guards[key] = Guard(name, self._clock)
+            self._guards[key] = Guard(shard_id, name, self._clock)
         return self._guards[key]
 
     def keep(self, servers: set[tuple[str, str | None]]) -> None:

@@ -9,11 +9,10 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
-import psutil
-
 from common import logs
 from common.breaker import CircuitBreaker, State
 from common.level import Effects, Level, LevelDecider, LevelSettings
+from common.machine import Machine
 from common.topology import CLUSTER
 from common.vitals import Vitals, of_cluster
 from common.window import SlidingCount
@@ -92,10 +91,11 @@ class Levels:
 
     async def run(self, changed: Callable[[Effects], Awaitable[None]]) -> None:
         """Looks until cancelled; `changed` hears what the cluster's level does after each look."""
-        psutil.cpu_percent()  # The first answer means nothing; each is about the time since the one before.
+        machine = Machine()
         while True:
             await asyncio.sleep(_EVERY_S)
-            self.look(psutil.cpu_percent() / 100, psutil.virtual_memory().percent / 100)
+            busy = machine.look()
+            self.look(busy.cpu, busy.memory)
             await changed(self.effects())
 
     def _apply(self) -> None:

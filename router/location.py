@@ -23,7 +23,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
-from common import logs
+from common import logs, tracing
 from common.breaker_log import logged
 from common.breaker_settings import CACHE
 from common.config import RouterSettings
@@ -31,6 +31,7 @@ from common.deadline import Deadline
 from common.errors import Unavailable
 from common.gathering import Gathering
 from common.slots import SLOT_COUNT
+from router.cache_layer import CacheLayer
 
 _log = logs.get_logger("location")
 
@@ -44,6 +45,9 @@ _MAX_CONNECTIONS = 64
 _MAX_KEYS = 1000
 # What this many entries are written for may share a command with fifty others.
 _FEW_KEYS = 20
+
+# Instead of a reply.
+_SILENCE = object()
 
 _JUST_NOW_MS = 60_000
 _CLOCK_SKEW_MS = 5_000
@@ -108,15 +112,22 @@ class LocationCache:
         self._write = self._redis.register_script(_WRITE) if self._redis is not None else None
         self._keeping = Gathering(self._keep_alone, self._keep_together)
         self.breaker = logged("Redis", CACHE)
+        self._of_memory, self._of_redis = CacheLayer("memory"), CacheLayer("redis")
 
     async def find(self, memory_id: str) -> Slots:
         """The slots where a memory with this id was last known; empty when nothing is known."""
         slots = self._recall(memory_id)
-        if not slots:
-            began = self.moment()
-            slots = parse(await self._ask(lambda redis: redis.get(_key(memory_id))))
+        self._of_memory.looked("hit" if slots else "miss")
+        if not slots and self._redis is not None:
+            with tracing.span("look into Redis", {"memshard.cache.layer": self._of_redis.name}) as span:
+                began = self.moment()
+                reply = await self._ask(lambda redis: redis.get(_key(memory_id)))
+                slots = parse(reply)
+                span.set("memshard.cache.hit", bool(slots))
+            self._of_redis.looked("hit" if slots else "unavailable" if reply is _SILENCE else "miss")
             if slots:
                 self._remember(memory_id, slots, began)
+        tracing.current().set("memshard.cache.hit", bool(slots))
         return slots
 
     def moment(self) -> Moment:
@@ -195,6 +206,11 @@ class LocationCache:
         """Drops what is known of a memory."""
         self._memory.pop(memory_id, None)
         await self._ask(lambda redis: redis.delete(_key(memory_id)))
+
+    @property
+    def layers(self) -> tuple[CacheLayer, ...]:
+        """What there is, in the order in which it is asked."""
+        return (self._of_memory, self._of_redis) if self.is_shared else (self._of_memory,)
 
     @property
     def is_shared(self) -> bool:
@@ -288,9 +304,10 @@ class LocationCache:
         ]
 
     async def _ask(self, command: Callable[[Redis], Awaitable[object]]) -> object:
-        """Redis' reply, or None when there is no Redis, or it failed, or its breaker is open."""
+        """Redis' reply, None to what it refuses, or _SILENCE when there is no Redis, or it failed, or its breaker is
+        open."""
         if self._redis is None or self.breaker.refused_for_s():
-            return None
+            return _SILENCE
         permit = self.breaker.admit()
         began = time.monotonic()
         try:
@@ -304,7 +321,7 @@ class LocationCache:
             # A cache may fail a call in no way whatever, not even by an answer that its client chokes on.
             permit.failure()
             _log.warning("going on without Redis", error=type(error).__name__)
-            return None
+            return _SILENCE
         else:
             permit.success(time.monotonic() - began)
             return reply

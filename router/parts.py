@@ -13,6 +13,7 @@ from router.place import Placement
 from router.request_ids import RequestIds
 from router.scatter import Scatter
 from router.tokens import Tokens
+from router.topology_watch import TopologyWatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +31,4 @@ class Parts:
     invalidations: Invalidations
     levels: Levels
     tokens: Tokens
+    watch: TopologyWatch

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Collection
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
-from common import errors, logs
+from common import errors, logs, tracing
 from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import DeadlineExceeded, Unavailable, WrongShard
@@ -123,6 +123,7 @@ class _Reading(Generic[Q, R]):
             second = names[0] if names else PRIMARY
             if second != name and not all(task.done() for task in asked) and self._reads.hedges.spend():
                 del names[:1]
+                tracing.current().event("hedge", {"memshard.server": second, "memshard.after_ms": after_s * 1000})
                 asked.add(asyncio.create_task(self._timed(timer, second)))
             return await _first_answer(asked)
         finally:

@@ -35,6 +35,8 @@ class _Watched:
     heard_at: float = 0.0
     """When it last answered a read."""
     silent_looks: int = 0
+    looked_at: bool = False
+    """Whether a look has come to its end. Until then nothing can be said of it."""
 
 
 class Replicas:
@@ -65,6 +67,15 @@ class Replicas:
             watched.replica.replica_id: watched.standing for watched in self._of(shard) if watched.standing is not None
         }
 
+    def has_looked_at(self, shard: Shard, replica: Replica) -> bool:
+        """Whether it was ever found out how this replica is."""
+        watched = self._watched.get((shard.shard_id, replica.replica_id))
+        return watched is not None and watched.looked_at
+
+    def all(self) -> list[tuple[str, str, Standing | None]]:
+        """Every replica: its shard's id, its own, and what is known of it; None while it does not serve."""
+        return [(*key, watched.standing) for key, watched in self._watched.items()]
+
     def answered(self, shard: Shard, replica: Replica, wanted: Wanted) -> None:
         """A replica has answered a read that asked for this."""
         if (watched := self._heard(shard, replica)) and watched.standing:
@@ -87,8 +98,12 @@ class Replicas:
             began = loop.time()
             async with asyncio.TaskGroup() as group:
                 for watched in tuple(self._watched.values()):
-                    group.create_task(self._look(watched))
+                    group.create_task(self._look_to_the_end(watched))
             await asyncio.sleep(max(0.0, began + self._poll_s - loop.time()))
+
+    async def _look_to_the_end(self, watched: _Watched) -> None:
+        await self._look(watched)
+        watched.looked_at = True
 
     async def _look(self, watched: _Watched) -> None:
         began = asyncio.get_running_loop().time()

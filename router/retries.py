@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from common import tracing
 from common.deadline import Deadline
 from common.errors import (
     DeadlineExceeded,
@@ -20,6 +21,7 @@ from common.errors import (
     WrongShard,
 )
 from common.retry import RetryBudget, RetrySettings
+from common.telemetry.registry import RETRIES, RETRIES_REFUSED
 
 T = TypeVar("T")
 
@@ -54,10 +56,20 @@ class Retries:
                 return await attempt()
             except MemshardError as error:
                 in_doubt = error if isinstance(error, OutcomeUnknown) else in_doubt
-                number += 1
+                number, why = number + 1, error.reason
                 delay_s = self._settings.delay_before_attempt(number, error, last.remaining_s())
-                if delay_s is None or not self.budget.withdraw():
+                if delay_s is None or not self._may_retry():
                     if in_doubt not in (None, error) and isinstance(error, _UNDECIDED):
                         raise in_doubt from error
                     raise
+            RETRIES.inc()
+            tracing.current().event(
+                "retry", {"memshard.attempt": number, "error.type": why, "memshard.retry.delay_ms": delay_s * 1000}
+            )
             await asyncio.sleep(delay_s)
+
+    def _may_retry(self) -> bool:
+        allowed = self.budget.withdraw()
+        if not allowed:
+            RETRIES_REFUSED.inc()
+        return allowed

@@ -7,12 +7,14 @@ from typing import Generic, TypeVar
 
 from google.rpc import status_pb2
 
+from common import tracing
 from common.deadline import Deadline
 from common.errors import Internal, MemshardError, WrongShard
 from common.slots import as_ranges
 from common.status import from_status
 from common.topology import Shard
 from router.dispatch import set_route, still_moving
+from router.following import Following
 from router.retries import Retries
 from router.shards import Q, R, Rpc, Shards
 from router.topology_watch import TopologyWatch
@@ -44,7 +46,7 @@ class Scattered(Generic[R]):
 
 
 class Scatter:
-    """Sends items by the snapshot, and those that met a stale shard once more by a newer one."""
+    """Sends items by the snapshot, and those that met a shard without their slots again by a newer one."""
 
     def __init__(self, watch: TopologyWatch, shards: Shards, retries: Retries) -> None:
         self._watch = watch
@@ -55,11 +57,13 @@ class Scatter:
         """Sends every item once to the owner of its slot. No item's fault is another's."""
         marked: set[int] = set()
         outcomes, answers = await self._round(sending, dict(enumerate(items)), marked, deadline)
-        stale = {number: error for number, error in outcomes.items() if isinstance(error, WrongShard)}
-        if stale:
-            await self._watch.refresh(max(error.epoch for error in stale.values()), deadline)
+        following = Following(self._watch, deadline)
+        while stale := {number: error for number, error in outcomes.items() if isinstance(error, WrongShard)}:
+            if not await following.again(stale.values()):
+                outcomes |= dict.fromkeys(stale, still_moving())
+                break
             again, more = await self._round(sending, {number: items[number] for number in stale}, marked, deadline)
-            outcomes |= {n: still_moving() if isinstance(error, WrongShard) else error for n, error in again.items()}
+            outcomes |= again
             answers += more
         return Scattered(tuple(outcomes[n] for n in range(len(items))), tuple(answers), frozenset(marked))
 
@@ -79,9 +83,12 @@ class Scatter:
             request = sending.request_of(group)
             set_route(request, topology, shard, as_ranges(sending.slot_of(item) for item in group))
             try:
-                answer = await self._retries.run(
-                    lambda: self._shards.call(shard, sending.rpc, request, deadline), deadline
-                )
+                with tracing.span(
+                    f"send to {shard.shard_id}", {"memshard.shard": shard.shard_id, "memshard.items": len(group)}
+                ):
+                    answer = await self._retries.run(
+                        lambda: self._shards.call(shard, sending.rpc, request, deadline), deadline
+                    )
             except MemshardError as error:
                 outcomes.update(dict.fromkeys(numbers, error))
                 return

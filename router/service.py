@@ -8,7 +8,7 @@ from common.rpc import add_trailer
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import changes, listings, searches, stores, validate
-from router.consistency import Consistency, consistency
+from router.consistency import STRONG, Consistency, consistency
 from router.locate import Locator
 from router.parts import Parts
 from router.report import report
@@ -43,7 +43,7 @@ class MemoryServicer:
     async def GetMemory(self, request: pb.GetMemoryRequest, deadline: Deadline) -> pb.GetMemoryResponse:
         memory_id = validate.memory_id(request.id, "id")
         user_id = validate.optional_user_id(request.user_id, "user_id")
-        wanted = self._consistency(request.read)
+        wanted = await self._consistency(request.read, deadline)
         if not user_id:
             located = await self._locator.get(
                 memory_id, deadline, include_embedding=request.include_embedding, consistency=wanted
@@ -68,7 +68,8 @@ class MemoryServicer:
         return self._receipted(await changes.delete(self._parts, request, deadline))
 
     async def ListMemories(self, request: pb.ListMemoriesRequest, deadline: Deadline) -> pb.ListMemoriesResponse:
-        return await listings.list_memories(self._parts, request, self._consistency(request.read), deadline)
+        wanted = await self._consistency(request.read, deadline)
+        return await listings.list_memories(self._parts, request, wanted, deadline)
 
     async def ListMemoryVersions(
         self, request: pb.ListMemoryVersionsRequest, deadline: Deadline
@@ -76,18 +77,26 @@ class MemoryServicer:
         return await listings.list_versions(self._parts, request, deadline)
 
     async def SearchMemories(self, request: pb.SearchMemoriesRequest, deadline: Deadline) -> pb.SearchMemoriesResponse:
-        return await searches.search(self._parts, request, self._consistency(request.read), deadline)
+        wanted = await self._consistency(request.read, deadline)
+        return await searches.search(self._parts, request, wanted, deadline)
 
     async def EraseUser(self, request: pb.EraseUserRequest, deadline: Deadline) -> pb.EraseUserResponse:
         return self._receipted(await changes.erase(self._parts, request, deadline))
 
-    def _consistency(self, options: pb.ReadOptions) -> Consistency:
+    async def _consistency(self, options: pb.ReadOptions, deadline: Deadline) -> Consistency:
         """How fresh a read must be."""
         validate.read_options(options)
-        positions = self._parts.tokens.positions(options)
-        for key, value in self._parts.tokens.read_trailers(options, positions):
+        said = self._parts.tokens.said(options)
+        for key, value in self._parts.tokens.read_trailers(options, said):
             add_trailer(key, value)
-        return consistency(options, positions)
+        wanted = consistency(options, said.positions)
+        if wanted.positions and said.epoch > self._parts.watch.topology.epoch:
+            await self._parts.watch.refresh(said.epoch, deadline)
+            if said.epoch > self._parts.watch.topology.epoch:
+                # What was written may have moved since to where this router does not know of. The primary of whoever
+                # had it knows; a replica may not, yet.
+                return STRONG
+        return wanted
 
     def _receipted(self, response: W) -> W:
         """The answer to a write, with what callers who keep its token want to know of it."""

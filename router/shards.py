@@ -9,9 +9,9 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 from google.protobuf.message import Message
-from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
+from common import tracing
 from common.cancellation import raise_if_cancelled, requested
 from common.config import RouterSettings
 from common.deadline import Deadline
@@ -22,7 +22,6 @@ from common.topology import Replica, Shard, ShardStatus, Topology
 from memshard.internal.v1 import shard_pb2, shard_pb2_grpc
 from router.guard import Guard, Guards, Kind
 from router.levels import Levels
-from router.line import Asked, Line, LineLostError, LineRefusedError
 
 # Largest answer taken: 1,000 results of 64 KiB content, 32 KiB metadata and an embedding.
 _MAX_ANSWER_BYTES = 128 * 1024 * 1024
@@ -50,19 +49,11 @@ _GONE = "SHARD_UNAVAILABLE"
 # Reasons for which nothing is known of a write that was asked for.
 _LEFT_IN_DOUBT = frozenset({_GONE, DeadlineExceeded.default_reason})
 
-# Most results of a search whose answer may share a stream: with the largest contents they are 10 MB.
-_MOST_RESULTS = 100
-
-_ANSWER_CLASSES: dict[str, type[Message]] = {
-    method.name: GetMessageClass(method.output_type)
-    for method in shard_pb2.DESCRIPTOR.services_by_name["ShardService"].methods
-}
-
+_SERVICE = shard_pb2.DESCRIPTOR.services_by_name["ShardService"].full_name
 _HEALTH = "/grpc.health.v1.Health/Check"
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +63,6 @@ class Rpc(Generic[Q, R]):
     name: str
     kind: Kind
     priority: Priority = Priority.INTERACTIVE
-    small: bool = True
-    """Whether requests and answers are small enough to share a stream with others."""
 
     @property
     def writes(self) -> bool:
@@ -84,26 +73,22 @@ class Rpc(Generic[Q, R]):
 STORE: Rpc[shard_pb2.StoreRequest, shard_pb2.StoreResponse] = Rpc("Store", Kind.STORE)
 DELETE: Rpc[shard_pb2.DeleteRequest, shard_pb2.DeleteResponse] = Rpc("Delete", Kind.STORE)
 STORE_BATCH: Rpc[shard_pb2.StoreBatchRequest, shard_pb2.StoreBatchResponse] = Rpc(
-    "StoreBatch", Kind.STORE, Priority.BATCH, small=False
+    "StoreBatch", Kind.STORE, Priority.BATCH
 )
-CLAIM: Rpc[shard_pb2.ClaimRequest, shard_pb2.ClaimResponse] = Rpc("Claim", Kind.STORE, small=False)
+CLAIM: Rpc[shard_pb2.ClaimRequest, shard_pb2.ClaimResponse] = Rpc("Claim", Kind.STORE)
 TAKE_REQUEST_ID: Rpc[shard_pb2.TakeRequestIdRequest, shard_pb2.TakeRequestIdResponse] = Rpc("TakeRequestId", Kind.STORE)
 RELEASE_REQUEST_ID: Rpc[shard_pb2.ReleaseRequestIdRequest, shard_pb2.ReleaseRequestIdResponse] = Rpc(
     "ReleaseRequestId", Kind.STORE
 )
 UPDATE: Rpc[shard_pb2.UpdateRequest, shard_pb2.UpdateResponse] = Rpc("Update", Kind.STORE)
-ERASE: Rpc[shard_pb2.EraseRequest, shard_pb2.EraseResponse] = Rpc("Erase", Kind.STORE, Priority.BATCH, small=False)
+ERASE: Rpc[shard_pb2.EraseRequest, shard_pb2.EraseResponse] = Rpc("Erase", Kind.STORE, Priority.BATCH)
 FIND_CLAIM: Rpc[shard_pb2.FindClaimRequest, shard_pb2.FindClaimResponse] = Rpc("FindClaim", Kind.RETRIEVE)
-LIST_VERSIONS: Rpc[shard_pb2.ListVersionsRequest, shard_pb2.ListVersionsResponse] = Rpc(
-    "ListVersions", Kind.RETRIEVE, small=False
-)
+LIST_VERSIONS: Rpc[shard_pb2.ListVersionsRequest, shard_pb2.ListVersionsResponse] = Rpc("ListVersions", Kind.RETRIEVE)
 GET: Rpc[shard_pb2.GetRequest, shard_pb2.GetResponse] = Rpc("Get", Kind.RETRIEVE)
-LIST: Rpc[shard_pb2.ListRequest, shard_pb2.ListResponse] = Rpc("List", Kind.RETRIEVE, small=False)
+LIST: Rpc[shard_pb2.ListRequest, shard_pb2.ListResponse] = Rpc("List", Kind.RETRIEVE)
 SEARCH: Rpc[shard_pb2.SearchRequest, shard_pb2.SearchResponse] = Rpc("Search", Kind.SEARCH)
-DESCRIBE: Rpc[shard_pb2.DescribeRequest, shard_pb2.DescribeResponse] = Rpc("Describe", Kind.RETRIEVE, small=False)
-RECYCLE_POOL: Rpc[shard_pb2.RecyclePoolRequest, shard_pb2.RecyclePoolResponse] = Rpc(
-    "RecyclePool", Kind.STORE, small=False
-)
+DESCRIBE: Rpc[shard_pb2.DescribeRequest, shard_pb2.DescribeResponse] = Rpc("Describe", Kind.RETRIEVE)
+RECYCLE_POOL: Rpc[shard_pb2.RecyclePoolRequest, shard_pb2.RecyclePoolResponse] = Rpc("RecyclePool", Kind.STORE)
 
 
 class Shards:
@@ -116,9 +101,7 @@ class Shards:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._stubs: dict[str, shard_pb2_grpc.ShardServiceAsyncStub] = {}
-        self._lines: dict[str, Line] = {}
-        self._retired: set[Line] = set()
-        self._in_flight: dict[str, set[grpc.aio.UnaryUnaryCall[Any, Any] | Asked]] = {}
+        self._in_flight: dict[str, set[grpc.aio.UnaryUnaryCall[Any, Any]]] = {}
 
     async def call(self, shard: Shard, rpc: Rpc[Q, R], request: Q, deadline: Deadline) -> R:
         """The answer of `shard` to one rpc of ShardService.
@@ -194,6 +177,11 @@ class Shards:
             self._channels[address] = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         return self._channels[address]
 
+    @property
+    def channel_count(self) -> int:
+        """How many channels are open."""
+        return len(self._channels)
+
     def outstanding(self, address: str) -> int:
         """How many calls the server at an address has not answered yet."""
         return len(self._in_flight.get(address, ()))
@@ -217,10 +205,6 @@ class Shards:
     async def close(self) -> None:
         """Closes all channels."""
         self._stubs.clear()
-        lines = {*self._lines.values(), *self._retired}
-        self._lines.clear()
-        self._retired.clear()
-        await asyncio.gather(*(line.close() for line in lines))
         channels, self._channels = self._channels, {}
         for closing in self._closing:
             closing.cancel()
@@ -242,9 +226,6 @@ class Shards:
 
     def _retire(self, address: str) -> None:
         self._stubs.pop(address, None)
-        if line := self._lines.pop(address, None):
-            line.retire()
-            self._retired = {one for one in self._retired if one.streams} | {line}
         closing = asyncio.create_task(self._channels.pop(address).close(grace=_CLOSE_GRACE_S))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
@@ -256,7 +237,14 @@ class Shards:
             timeout_s -= time.monotonic() - began
             if timeout_s <= 0:
                 raise guard.limiter.refusal(rpc.priority)
-            with guard.passing(rpc.kind, rpc.name, rpc.priority):
+            with (
+                tracing.span(
+                    f"{_SERVICE}/{rpc.name}",
+                    {"rpc.system.name": "grpc", "memshard.server": guard.name, "memshard.shard": guard.shard_id},
+                    tracing.Kind.CLIENT,
+                ),
+                guard.passing(rpc.kind, rpc.name, rpc.priority),
+            ):
                 return await self._ask(address, guard.name, rpc, request, timeout_s)
         except (DeadlineExceeded, Unavailable) as error:
             if rpc.writes and error.reason in _LEFT_IN_DOUBT:
@@ -264,30 +252,17 @@ class Shards:
             raise
 
     async def _ask(self, address: str, name: str, rpc: Rpc[Q, R], request: Q, timeout_s: float) -> R:
-        line = self._line(address)
-        if rpc.small and not line.refused and _is_small(request):
-            asked = line.ask(rpc.name, request.SerializeToString(), timeout_s)
-            try:
-                raw = await self._answer(address, name, asked)
-            except LineRefusedError:
-                pass  # An older server, which is asked by itself, now and from now on.
-            else:
-                answer: R = _ANSWER_CLASSES[rpc.name].FromString(raw)  # type: ignore[assignment]  # That of the rpc.
-                return answer
-        call: grpc.aio.UnaryUnaryCall[Q, R] = getattr(self._stub(address), rpc.name)(request, timeout=timeout_s)
-        return await self._answer(address, name, call)
-
-    async def _answer(self, address: str, name: str, call: grpc.aio.UnaryUnaryCall[Any, T] | asyncio.Future[T]) -> T:
-        """The answer to a call that has begun. Raises what it means to the caller that there is none."""
+        call: grpc.aio.UnaryUnaryCall[Q, R] = getattr(self._stub(address), rpc.name)(
+            request, timeout=timeout_s, metadata=tracing.outgoing()
+        )
         in_flight = self._in_flight.setdefault(address, set())
-        in_flight.add(call)  # type: ignore[arg-type]  # Of either kind.
+        in_flight.add(call)
         cancellations = requested()
         try:
             answer = await call
-        except (grpc.aio.AioRpcError, MemshardError, TimeoutError, LineLostError) as error:
+        except grpc.aio.AioRpcError as error:
             raise_if_cancelled(since=cancellations)
-            explained = _explained(error, name)
-            raise explained from (None if explained is error else error)
+            raise _explained(error, name) from error
         except asyncio.CancelledError as error:
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
@@ -306,12 +281,6 @@ class Shards:
         way_back_s = max(self._margin_s, min(_WAY_BACK_SHARE * remaining_s, _LONGEST_WAY_BACK_S))
         return remaining_s - way_back_s
 
-    def _line(self, address: str) -> Line:
-        line = self._lines.get(address)
-        if line is None:
-            line = self._lines[address] = Line(self.channel(address))
-        return line
-
     def _stub(self, address: str) -> shard_pb2_grpc.ShardServiceAsyncStub:
         stub = self._stubs.get(address)
         if stub is None:
@@ -319,19 +288,14 @@ class Shards:
         return stub
 
 
-def _is_small(request: Message) -> bool:
-    return not isinstance(request, shard_pb2.SearchRequest) or request.k <= _MOST_RESULTS
-
-
-def _explained(error: grpc.aio.AioRpcError | MemshardError | TimeoutError | LineLostError, name: str) -> MemshardError:
+def _explained(error: grpc.aio.AioRpcError, name: str) -> MemshardError:
     """A failed call in words that an agent may see: the shard's name, never its address."""
-    code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
-    domain_error = from_rpc_error(error) if isinstance(error, grpc.aio.AioRpcError) else error
-    if isinstance(domain_error, DeadlineExceeded | TimeoutError) or code is grpc.StatusCode.DEADLINE_EXCEEDED:
+    domain_error = from_rpc_error(error)
+    if isinstance(domain_error, DeadlineExceeded) or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"{name} did not answer in time")
-    if isinstance(domain_error, MemshardError):
+    if domain_error is not None:
         return domain_error
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ResourceExhausted(f"the answer of {name} is too large; ask for fewer results", reason="ANSWER_TOO_LARGE")
     return _gone(name)
 

@@ -5,6 +5,7 @@ import binascii
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from google.protobuf.message import DecodeError
@@ -34,13 +35,27 @@ Commits: TypeAlias = tuple[tuple[str, shard_pb2.Commit], ...]
 Listing: TypeAlias = pb.ListMemoriesRequest | pb.ListMemoryVersionsRequest
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What tokens say: how far the shards' logs were, and the newest topology by which the writes went there."""
+
+    positions: Mapping[str, Position]
+    epoch: int
+
+
 class Tokens:
     """Makes and checks tokens with the cluster's key."""
 
-    def __init__(self, key: bytes, level_of: Callable[[Iterable[str]], Level] = lambda _: Level.NORMAL) -> None:
-        """`level_of` gives the degradation level of what shards did together."""
+    def __init__(
+        self,
+        key: bytes,
+        level_of: Callable[[Iterable[str]], Level] = lambda _: Level.NORMAL,
+        epoch: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`level_of` gives the degradation level of what shards did together, `epoch` that of the topology now."""
         self._sealer = TokenSealer(key)
         self._level_of = level_of
+        self._epoch = epoch
 
     def receipt(self, *commits: tuple[str, shard_pb2.Commit]) -> pb.WriteReceipt:
         """The receipt of a write to one or several shards: (shard id, commit) of each."""
@@ -48,13 +63,13 @@ class Tokens:
         for shard_id, commit in commits:
             positions[shard_id] = latest(positions, shard_id, Position(commit.timeline, commit.lsn))
         return pb.WriteReceipt(
-            consistency_token=self._token(positions),
+            consistency_token=self._token(Said(positions, self._epoch())),
             # Of several, the least: a receipt must not promise more than every part of it keeps.
             durability=min((commit.durability for _, commit in commits), default=pb.DURABILITY_UNSPECIFIED),
             degradation_level=pb.DegradationLevel.ValueType(self._level_of(positions)),
         )
 
-    def positions(self, options: pb.ReadOptions) -> dict[str, Position]:
+    def said(self, options: pb.ReadOptions) -> "Said":
         """What the tokens say of each shard: the latest of each, whether or not the shard is still there.
 
         Raises InvalidArgument for a token that is made up, or another cluster's, whatever the level.
@@ -64,24 +79,27 @@ class Tokens:
                 "read.consistency_tokens", "OUT_OF_RANGE", f"must be at most {_MAX_CONSISTENCY_TOKENS}"
             )
         positions: dict[str, Position] = {}
+        epoch = 0
         for token in options.consistency_tokens:
-            for shard_id, position in self._open(token).items():
+            said = self._open(token)
+            epoch = max(epoch, said.epoch)
+            for shard_id, position in said.positions.items():
                 positions[shard_id] = latest(positions, shard_id, position)
-        return positions
+        return Said(positions, epoch)
 
-    def read_trailers(self, options: pb.ReadOptions, positions: Mapping[str, Position]) -> Trailers:
+    def read_trailers(self, options: pb.ReadOptions, said: "Said") -> Trailers:
         """What the caller of a read is told of the tokens that came with it."""
         if not options.consistency_tokens:
             return
-        yield from _covers(positions)
-        if len(options.consistency_tokens) > 1 and len(token := self._token(positions)) <= _MAX_TRAILER_BYTES:
+        yield from _covers(said.positions)
+        if len(options.consistency_tokens) > 1 and len(token := self._token(said)) <= _MAX_TRAILER_BYTES:
             yield SESSION_TRAILER, token
 
     def write_trailers(self, receipt: pb.WriteReceipt) -> Trailers:
         """What the caller of a write is told of the token of its receipt."""
-        return _covers(self._open(receipt.consistency_token))
+        return _covers(self._open(receipt.consistency_token).positions)
 
-    def _open(self, token: bytes) -> dict[str, Position]:
+    def _open(self, token: bytes) -> "Said":
         try:
             message = tokens_pb2.ConsistencyToken.FromString(self._sealer.open(_CONSISTENCY, token))
         except BadTokenError:
@@ -91,14 +109,15 @@ class Tokens:
         positions: dict[str, Position] = {}
         for said in message.positions:
             positions[said.shard_id] = latest(positions, said.shard_id, Position(said.timeline, said.lsn))
-        return positions
+        return Said(positions, message.epoch)
 
-    def _token(self, positions: Mapping[str, Position]) -> bytes:
+    def _token(self, said: "Said") -> bytes:
         message = tokens_pb2.ConsistencyToken(
             positions=[
                 shard_pb2.ShardPosition(shard_id=shard_id, timeline=position.timeline, lsn=position.lsn)
-                for shard_id, position in sorted(positions.items())
-            ]
+                for shard_id, position in sorted(said.positions.items())
+            ],
+            epoch=said.epoch,
         )
         return self._sealer.seal(_CONSISTENCY, message.SerializeToString())
 

@@ -1,21 +1,24 @@
 """The router's snapshot of the topology, kept fresh by the catalog's notifications and by polling.
 
 When the catalog is away the snapshot stays as it is and the router serves on: slots move seldom, and a shard that no
-longer owns one says so itself.
+longer owns one says so itself, and says who does: what shards have told is laid over the snapshot until the catalog
+tells it too.
 """
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from common import catalog, logs, postgres
 from common.breaker_log import logged
 from common.breaker_settings import CATALOG
 from common.deadline import Deadline
+from common.departure import Departure
 from common.errors import Unavailable
 from common.postgres import Connection
 from common.topology import Topology
+from router.moving import Moving
 
 _log = logs.get_logger("topology")
 
@@ -33,17 +36,43 @@ class TopologyWatch:
         self._dsn = dsn
         self._poll_s = poll_s
         self._changed = changed
-        self._topology = first
+        self._topology = self._catalogs = first
+        # What shards told that the catalog's snapshot does not know, by first slot, last slot and source.
+        self._told: dict[tuple[int, int, str], Departure] = {}
         self._wanted = asyncio.Event()
         self._looked = asyncio.Condition()
         self._looks = 0
         self._looking = False
         self.breaker = logged("the catalog", CATALOG)
+        self.moving = Moving()
 
     @property
     def topology(self) -> Topology:
         """The snapshot to route by."""
         return self._topology
+
+    def told(self, departures: Collection[Departure]) -> bool:
+        """A shard has said where slots of its own went; whether that is news to the catalog's snapshot."""
+        news = {}
+        for gone in departures:
+            key = (gone.first, gone.last, gone.source)
+            known = self._told[key].epoch if key in self._told else self._catalogs.epoch
+            if gone.epoch > known:
+                news[key] = gone
+        if not news:
+            return False
+        self._told.update(news)
+        self._show()
+        _log.info("slots have gone elsewhere, as their shard says", epoch=self._topology.epoch, ranges=len(news))
+        # The catalog knows more of it, should it be there.
+        self._wanted.set()
+        return True
+
+    async def newer(self, epoch: int, timeout_s: float) -> None:
+        """Returns once the topology is newer than `epoch`, or the time is up."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._looked:
+                await self._looked.wait_for(lambda: self._topology.epoch > epoch)
 
     async def refresh(self, epoch: int, deadline: Deadline) -> None:
         """Returns once the topology has reached `epoch`, or the catalog has been looked at, or two seconds are over.
@@ -120,19 +149,26 @@ class TopologyWatch:
             # Cleared before the look: a wish that arrives during it leads to another look.
             self._wanted.clear()
             self._looking = True
-            if await catalog.read_epoch(connection) != self._topology.epoch:
+            if await catalog.read_epoch(connection) != self._catalogs.epoch:
                 await self._take(connection)
         await self._announce_look()
+        # Nobody waits for this.
+        await self.moving.look(connection)
 
     async def _take(self, connection: Connection) -> None:
         topology = await catalog.read_topology(connection)
-        if topology.cluster_id != self._topology.cluster_id:
+        if topology.cluster_id != self._catalogs.cluster_id:
             raise catalog.CatalogError("the catalog now belongs to another cluster")
-        if topology.epoch < self._topology.epoch:
+        if topology.epoch < self._catalogs.epoch:
             raise catalog.CatalogError("the catalog has gone back to an older epoch")
-        self._topology = topology
-        self._changed(topology)
+        self._catalogs = topology
+        self._told = {key: gone for key, gone in self._told.items() if gone.epoch > topology.epoch}
+        self._show()
         _log.info("topology changed", epoch=topology.epoch, shards=len(topology.shards))
+
+    def _show(self) -> None:
+        self._topology = self._catalogs.after(self._told.values()) if self._told else self._catalogs
+        self._changed(self._topology)
 
     async def _announce_look(self) -> None:
         self._looking = False

@@ -9,7 +9,9 @@ from pathlib import Path
 from common import config, embedder, lifecycle, logs
 from common.config import ShardSettings
 from common.postgres import CONNECT_ERRORS, explain
-from common.rpc import generic_handler
+from common.rpc import methods_of
+from common.telemetry.exposition import Exposition
+from common.trace_export import exporting
 from memshard.internal.v1 import shard_pb2
 from shard import heartbeat, identity, purge
 from shard.commits import Commits
@@ -17,6 +19,8 @@ from shard.database import Database, close_pool, open_pool
 from shard.disk import Disk
 from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
+from shard.figures import FiguresWatch
+from shard.metrics import ShardMetrics
 from shard.primary import Newest, Primary
 from shard.purge import Retention
 from shard.read_service import admission
@@ -36,6 +40,7 @@ async def main(settings: ShardSettings) -> None:
     owner = Primary((settings.migration_dsn or settings.database_dsn).get_secret_value(), newest)
     known = await identity.settle(settings, owner, primary)
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(exporting("shard", settings))
         try:
             await primary.find(settings.primary_wait_s)
             pool = await open_pool(settings, f"memshard {settings.shard_id}", primary)
@@ -58,16 +63,14 @@ async def main(settings: ShardSettings) -> None:
         servicer = ShardServicer(settings, known, database, commits, durability, queue, disk)
         server = lifecycle.Server(
             settings,
-            [
-                generic_handler(
-                    _SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission()
-                )
-            ],
-            [_SERVICE.full_name],
+            [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission())],
         )
         retention = Retention(
             tombstone_s=settings.tombstone_ttl_s, version_s=max(settings.version_ttl_s, settings.tombstone_ttl_s)
         )
+        figures = FiguresWatch(database)
+        metrics = ShardMetrics(settings.shard_id, database, commits, durability, primary, disk, figures)
+        await stack.enter_async_context(Exposition(settings, [metrics.look]))
         await server.start()
         await server.run_until_stopped(
             [
@@ -77,6 +80,7 @@ async def main(settings: ShardSettings) -> None:
                 partial(purge.run, database, retention, interval_s=settings.purge_interval_s),
                 queue.run,
                 disk.run,
+                figures.run,
                 *([keeper.run] if settings.sync_set == "managed" else []),
             ]
         )

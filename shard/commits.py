@@ -34,6 +34,11 @@ class Commits:
             task.add_done_callback(_report)
             raise
 
+    @property
+    def count(self) -> int:
+        """How many are under way."""
+        return len(self._running)
+
     async def settled(self, timeout_s: float) -> None:
         """Waits until every write has ended, in whichever way; what has not after `timeout_s` stays in doubt."""
         if self._running:

@@ -50,13 +50,15 @@ class Database:
     async def reading(self, deadline: Deadline) -> AsyncIterator[Connection]:
         """A connection for a read, or work that may be done again. A lost one is Unavailable: any retry is safe."""
         connection = await self._acquire(deadline)
+        finished = False
         try:
             with _explained():
                 yield connection
+            finished = True
         except CONNECTION_LOST as error:
             raise _unavailable() from error
         finally:
-            await self._release(connection)
+            await self._release(connection, finished=finished)
 
     async def to_write(self, deadline: Deadline) -> "WriteConnection":
         """A connection for one write. Whoever gets it must enter it, which gives it back at the end.
@@ -76,19 +78,27 @@ class Database:
         """How many connections there may be, and how many of them are in use."""
         return self._pool.get_max_size(), len(self._lent)
 
+    @property
+    def open_connections(self) -> int:
+        """How many are open, in use or not."""
+        count: int = self._pool.get_size()
+        return count
+
     async def recycle(self) -> int:
         """Has every connection replaced, those in use once they are given back; how many there were."""
         there_were: int = self._pool.get_size()
         await self._pool.expire_connections()
         return there_were
 
-    async def _give_back(self, connection: "PoolConnectionProxy[asyncpg.Record]", *, read_only: bool) -> None:
+    async def _give_back(
+        self, connection: "PoolConnectionProxy[asyncpg.Record]", *, finished: bool, read_only: bool
+    ) -> None:
         try:
             if read_only:
                 await self._pool.expire_connections()
                 if self._primary is not None:
                     self._primary.doubt()
-            await self._release(connection)
+            await self._release(connection, finished=finished)
         finally:
             self._writes.release()
 
@@ -107,7 +117,7 @@ class Database:
             if not self._is_outdated(connection):
                 return connection
             await self._pool.expire_connections()
-            await self._release(connection)
+            await self._release(connection, finished=True)
 
     async def _lend(self, deadline: Deadline) -> "PoolConnectionProxy[asyncpg.Record]":
         # Not the pool's own timeout, which takes a task for each connection that is lent.
@@ -118,12 +128,17 @@ class Database:
             timed: Any = connection  # The pool's proxy has the methods of what it was told to make.
             await timed.limit_statements(deadline.remaining_s())
         except BaseException:
-            await self._release(connection)
+            await self._release(connection, finished=False)
             raise
         return connection
 
-    async def _release(self, connection: "PoolConnectionProxy[asyncpg.Record]") -> None:
+    async def _release(self, connection: "PoolConnectionProxy[asyncpg.Record]", *, finished: bool) -> None:
         self._lent.discard(connection)
+        if not finished:
+            timed: Any = connection
+            # One that has died was taken from under its user, and there is nothing behind this one any more.
+            with suppress(AttributeError):
+                timed.leave_midway()
         # A connection that died cannot be tidied up. The pool replaces it, and its complaint must not take the place
         # of the error that the caller is about to see.
         with suppress(*CONNECTION_LOST):
@@ -152,10 +167,11 @@ class WriteConnection:
     async def entered(self) -> AsyncIterator[Connection]:
         """The connection, given back at the end."""
         warnings: list[Any] = []
-        read_only = False
+        finished = read_only = False
         try:
             with _explained(), _listening(self._connection, warnings):
                 yield self._connection
+            finished = True
             if any(map(_leaves_in_doubt, warnings)):
                 raise _in_doubt("the wait for a standby was cut short")
         except CONNECTION_LOST as error:
@@ -164,11 +180,13 @@ class WriteConnection:
             read_only = isinstance(error.__cause__, asyncpg.ReadOnlySQLTransactionError)
             raise
         finally:
-            await self._give_back(self._connection, read_only=read_only)
+            await self._give_back(self._connection, finished=finished, read_only=read_only)
 
 
 class _GiveBack(Protocol):
-    async def __call__(self, connection: "PoolConnectionProxy[asyncpg.Record]", *, read_only: bool) -> None: ...
+    async def __call__(
+        self, connection: "PoolConnectionProxy[asyncpg.Record]", *, finished: bool, read_only: bool
+    ) -> None: ...
 
 
 async def open_pool(
@@ -185,7 +203,7 @@ async def open_pool(
         min_size=settings.pool_min_connections,
         max_size=settings.pool_max_connections,
         init=_prepare,
-        reset=_keep,
+        reset=settle,
         timeout=CONNECT_TIMEOUT_S,
         server_settings={
             "application_name": application_name,
@@ -222,8 +240,14 @@ async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
     await register_vector(connection)
 
 
-async def _keep(connection: Connection) -> None:
-    """Instead of asyncpg's reset, which costs a round trip: no statement here changes a session's state."""
+async def settle(connection: Connection | None) -> None:
+    """Instead of asyncpg's reset, which costs a round trip each time: no statement here changes a session's state.
+
+    The pool hands over None when the connection has died on its way back.
+    """
+    timed: Any = connection
+    if timed is not None:
+        await timed.settle()
 
 
 @contextmanager

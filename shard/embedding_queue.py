@@ -1,7 +1,8 @@
 """Embedding later what was stored while the embedder was away.
 
-The queue is the memories without an embedding themselves, so it lasts as long as they do, and moves with them. A memory
-that was changed or deleted meanwhile keeps what it has: the embedding is written only to the version it was made of.
+The queue is the memories without an embedding themselves, so it lasts as long as they do, and moves with them: those in
+slots that are not this shard's are another's to embed. A memory that was changed or deleted meanwhile keeps what it
+has: the embedding is written only to the version it was made of.
 """
 
 import asyncio
@@ -30,8 +31,8 @@ _BACKOFF_S = (0.5, 8.0)
 
 # Oldest first. A text that the model cannot embed would come back every time: it is passed over by id.
 _NEXT = """
-SELECT slot, user_id, id, version, create_time, content FROM memories
-WHERE embedding IS NULL AND deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())
+SELECT slot, user_id, id, version, create_time, content FROM memories JOIN owned_slots USING (slot)
+WHERE state = 'own' AND embedding IS NULL AND deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())
     AND (id, version) NOT IN (SELECT * FROM unnest($2::uuid[], $3::bigint[]))
 ORDER BY create_time LIMIT $1
 """

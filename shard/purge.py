@@ -1,4 +1,8 @@
-"""Clean-up in the background, in bounded batches: what has expired, and what has been kept for long enough."""
+"""Clean-up in the background, in bounded batches: what has expired, and what has been kept for long enough.
+
+Only in slots that are this shard's, which each statement holds on to like any write. While slots move there are rows of
+others here, on their way in or about to be removed, and replication has to find them as they were.
+"""
 
 import asyncio
 from dataclasses import dataclass
@@ -17,45 +21,50 @@ _log = logs.get_logger("purge")
 _BATCH = 500
 _STATEMENT_TIMEOUT_S = 30.0
 
+# What each statement looks for its rows in, and the locks that it takes; it waits for none.
+_OWN = "JOIN owned_slots USING (slot) WHERE owned_slots.state = 'own' AND"
+_LOCKED = "FOR UPDATE OF {table} SKIP LOCKED FOR SHARE OF owned_slots SKIP LOCKED"
+_OF_MEMORIES = _LOCKED.format(table="memories")
+
 # Expired: emptied like a deleted one, so that its id stays taken for as long. Each statement gives its count of rows.
-_EMPTY_EXPIRED = """
+_EMPTY_EXPIRED = f"""
 WITH emptied AS (
-    UPDATE memories SET deleted_at = now(), content = '', metadata = '{}', embedding = NULL, agent_id = '',
+    UPDATE memories SET deleted_at = now(), content = '', metadata = '{{}}', embedding = NULL, agent_id = '',
                         session_id = ''
     WHERE ctid = ANY (ARRAY(
-        SELECT ctid FROM memories WHERE expire_time <= now() AND deleted_at IS NULL LIMIT $1 FOR UPDATE SKIP LOCKED
+        SELECT memories.ctid FROM memories {_OWN} expire_time <= now() AND deleted_at IS NULL LIMIT $1 {_OF_MEMORIES}
     ))
     RETURNING 1
 )
 SELECT count(*) FROM emptied
-"""
+"""  # noqa: S608  # Constants, here as below.
 # Whatever belongs to a tombstone and has contents still, however it came there.
-_EMPTY_VERSIONS = """
+_EMPTY_VERSIONS = f"""
 WITH emptied AS (
-    UPDATE memory_versions SET content = '', metadata = '{}', agent_id = '', session_id = ''
+    UPDATE memory_versions SET content = '', metadata = '{{}}', agent_id = '', session_id = ''
     WHERE ctid = ANY (ARRAY(
         SELECT memory_versions.ctid FROM memories JOIN memory_versions USING (slot, user_id, id)
-        WHERE deleted_at IS NOT NULL AND memory_versions.content <> '' LIMIT $1
-        FOR UPDATE OF memory_versions SKIP LOCKED
+        {_OWN} deleted_at IS NOT NULL AND memory_versions.content <> '' LIMIT $1
+        {_LOCKED.format(table="memory_versions")}
     ))
     RETURNING 1
 )
 SELECT count(*) FROM emptied
-"""
+"""  # noqa: S608
 _REMOVE = """
 WITH removed AS (
     DELETE FROM {table} WHERE ctid = ANY (ARRAY(
-        SELECT ctid FROM {table} WHERE {since} < now() - make_interval(secs => $2) LIMIT $1 FOR UPDATE SKIP LOCKED
+        SELECT {table}.ctid FROM {table} {own} {since} < now() - make_interval(secs => $2) LIMIT $1 {locked}
     ))
     RETURNING 1
 )
 SELECT count(*) FROM removed
 """
 # With its versions: the id may be used again from now on, and its versions begin at 1.
-_REMOVE_TOMBSTONES = """
+_REMOVE_TOMBSTONES = f"""
 WITH removed AS (
     DELETE FROM memories WHERE ctid = ANY (ARRAY(
-        SELECT ctid FROM memories WHERE deleted_at < now() - make_interval(secs => $2) LIMIT $1 FOR UPDATE SKIP LOCKED
+        SELECT memories.ctid FROM memories {_OWN} deleted_at < now() - make_interval(secs => $2) LIMIT $1 {_OF_MEMORIES}
     ))
     RETURNING slot, user_id, id
 ), forgotten AS (
@@ -64,15 +73,15 @@ WITH removed AS (
         = (removed.slot, removed.user_id, removed.id)
 )
 SELECT count(*) FROM removed
-"""
+"""  # noqa: S608
 # Nobody asks late for a probe of the health monitor, and there are thousands of them a day.
-_REMOVE_PROBES = """
+_REMOVE_PROBES = f"""
 WITH removed AS (
     DELETE FROM memories WHERE ctid = ANY (ARRAY(
-        SELECT ctid FROM memories
-        WHERE deleted_at < now() - make_interval(secs => $2) AND deleted_at > now() - interval '1 hour'
+        SELECT memories.ctid FROM memories
+        {_OWN} deleted_at < now() - make_interval(secs => $2) AND deleted_at > now() - interval '1 hour'
             AND starts_with(user_id, $3) LIMIT $1
-        FOR UPDATE SKIP LOCKED
+        {_OF_MEMORIES}
     ))
     RETURNING slot, user_id, id
 ), forgotten AS (
@@ -85,13 +94,19 @@ WITH removed AS (
         = (removed.slot, removed.user_id, removed.id::text)
 )
 SELECT count(*) FROM removed
-"""
+"""  # noqa: S608
 _PROBES_KEPT_S = 60.0
-_REMOVE_REQUESTS = _REMOVE.format(table="applied_requests", since="applied_at")
-_REMOVE_REQUEST_CLAIMS = _REMOVE.format(table="request_claims", since="taken_at")
-_REMOVE_ERASURES = _REMOVE.format(table="erasures", since="applied_at")
-_REMOVE_ERASED_IDS = _REMOVE.format(table="erased_ids", since="erased_at")
-_REMOVE_VERSIONS = _REMOVE.format(table="memory_versions", since="replaced_at")
+
+
+def _remove(table: str, since: str) -> str:
+    return _REMOVE.format(table=table, since=since, own=_OWN, locked=_LOCKED.format(table=table))
+
+
+_REMOVE_REQUESTS = _remove("applied_requests", since="applied_at")
+_REMOVE_REQUEST_CLAIMS = _remove("request_claims", since="taken_at")
+_REMOVE_ERASURES = _remove("erasures", since="applied_at")
+_REMOVE_ERASED_IDS = _remove("erased_ids", since="erased_at")
+_REMOVE_VERSIONS = _remove("memory_versions", since="replaced_at")
 
 
 @dataclass(frozen=True, slots=True)

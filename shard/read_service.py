@@ -13,6 +13,7 @@ from memshard.internal.v1 import shard_pb2
 from shard import claims, identity, reads
 from shard.identity import Identity
 from shard.ownership import NotOwnedError
+from shard.refusal import refusal
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ class ReadServicer(ABC):
             try:
                 return await read(connection)
             except (reads.NotServedError, NotOwnedError):
-                raise self._wrong_shard(await identity.read_epoch(connection)) from None
+                raise await refusal(connection, self._identity, route.ranges) from None
 
         return await self.serve(checked, route.fresh if route.HasField("fresh") else None, deadline)
 
@@ -109,7 +110,7 @@ class ReadServicer(ABC):
         if (route.cluster_id, route.shard_id) != (self._identity.cluster_id, self._identity.shard_id):
             # Another shard, or another cluster, has moved to this address: nothing here is theirs to see. The epochs
             # of two clusters do not compare, so none is given.
-            raise self._wrong_shard(0)
+            raise WrongShard(f"not served by {self._identity.shard_id} of cluster {self._identity.cluster_id}", epoch=0)
         if not route.ranges or any(not r.first <= r.last < SLOT_COUNT for r in route.ranges):
             raise InvalidArgument.field("route.ranges", "BAD_ROUTE", f"must be slots 0 to {SLOT_COUNT - 1}")
         if route.fresh.HasField("position") and route.fresh.position.shard_id != self._identity.shard_id:
@@ -121,8 +122,3 @@ class ReadServicer(ABC):
             raise InvalidArgument.field(
                 "embedding", "WRONG_DIMENSION", f"has {length} numbers, not {self._identity.dimensions}"
             )
-
-    def _wrong_shard(self, epoch: int) -> WrongShard:
-        return WrongShard(
-            f"not served by {self._identity.shard_id} of cluster {self._identity.cluster_id}", epoch=epoch
-        )

@@ -77,6 +77,36 @@ _HEARTBEATS = Migration(
 )
 
 
+# What moves of slots leave behind (shard/moving): where slots went that this shard no longer has, and marks, which
+# travel with the rows of a move and so tell how far it has come.
+_MOVES = Migration(
+    5,
+    "moves of slots",
+    """
+    CREATE TABLE departures (
+        departure_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        shard_id text NOT NULL,
+        address text NOT NULL,
+        epoch bigint NOT NULL,
+        -- The place in the new owner's log at which it has all that was written here.
+        timeline int NOT NULL,
+        lsn bigint NOT NULL
+    );
+    -- No foreign key: it would be checked for each slot while nobody may write to them.
+    ALTER TABLE owned_slots ADD COLUMN departure_id bigint;
+    -- Room for the next state of each slot beside this one, so that no index has to be changed.
+    ALTER TABLE owned_slots SET (fillfactor = 40);
+    CREATE TABLE move_marks (
+        slot int NOT NULL,
+        move_id bigint NOT NULL,
+        way text COLLATE "C" NOT NULL,
+        mark bigint NOT NULL,
+        PRIMARY KEY (slot, move_id, way)
+    );
+    """,
+)
+
+
 class Shape(Protocol):
     """What of a shard's identity its tables depend on."""
 
@@ -95,7 +125,7 @@ def migrations(shape: Shape) -> tuple[Migration, ...]:
 
     Numbers and names of this module and the shape go into these statements; nothing from outside does.
     """
-    return _memories(shape), _whole_api(shape), _ACROSS_SLOTS, _HEARTBEATS
+    return _memories(shape), _whole_api(shape), _ACROSS_SLOTS, _HEARTBEATS, _MOVES
 
 
 def _memories(shape: Shape) -> Migration:

@@ -8,13 +8,13 @@ from google.rpc import status_pb2
 from common import logs
 from common.config import ShardSettings
 from common.deadline import Deadline
-from common.errors import MemshardError, Unavailable
+from common.errors import MemshardError, Unavailable, WrongShard
 from common.gathering import Gathering
 from common.postgres import Connection
 from common.status import to_status
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
-from shard import changes, claims, erase, identity, reads, request_claims, store
+from shard import changes, claims, erase, reads, request_claims, store
 from shard.commits import Commits
 from shard.database import Database
 from shard.disk import Disk
@@ -25,6 +25,7 @@ from shard.ownership import NotOwnedError
 from shard.position import read_position
 from shard.primary import timeline_of
 from shard.read_service import Read, ReadServicer
+from shard.refusal import refusal
 from shard.replayed import standbys_behind
 from shard.writes import Write, Writes
 
@@ -79,7 +80,7 @@ class ShardServicer(ReadServicer):
                 self._queue.wake()
             return shard_pb2.StoreResponse(memory=stored.memory, deleted=stored.deleted), stored.repeated
 
-        return await self._receipted(write, deadline)
+        return await self._receipted(write, request.route, deadline)
 
     async def _store_together(
         self, requests: Sequence[shard_pb2.StoreRequest], deadline: Deadline
@@ -96,7 +97,7 @@ class ShardServicer(ReadServicer):
                 self._queue.wake()
             return stored, False
 
-        stored, commit = await self._write(write, deadline)
+        stored, commit = await self._writes.run(write, deadline)
         return [one and shard_pb2.StoreResponse(memory=one.memory, commit=commit) for one in stored]
 
     async def StoreBatch(
@@ -108,32 +109,32 @@ class ShardServicer(ReadServicer):
 
         async def write(connection: Connection) -> tuple[shard_pb2.StoreBatchResponse, bool]:
             outcomes, repeated = await store.store_many(connection, self._identity, request.items)
-            epoch = await _epoch_if_needed(connection, outcomes)
+            refused = await self._refusal_if_needed(connection, request.route, outcomes)
             self._queue.wake()
             response = shard_pb2.StoreBatchResponse(
                 outcomes=[
                     shard_pb2.StoreOutcome(deleted=True)
                     if isinstance(outcome, store.Deleted)
-                    else shard_pb2.StoreOutcome(error=self._item_error(outcome, epoch))
+                    else shard_pb2.StoreOutcome(error=_item_error(outcome, refused))
                     for outcome in outcomes
                 ]
             )
             return response, repeated
 
-        return await self._receipted(write, deadline)
+        return await self._receipted(write, request.route, deadline)
 
     async def Claim(self, request: shard_pb2.ClaimRequest, deadline: Deadline) -> shard_pb2.ClaimResponse:
         self._check_route(request.route)
 
         async def write(connection: Connection) -> tuple[shard_pb2.ClaimResponse, bool]:
             outcomes, repeated = await claims.claim(connection, request.items)
-            epoch = await _epoch_if_needed(connection, outcomes)
+            refused = await self._refusal_if_needed(connection, request.route, outcomes)
             response = shard_pb2.ClaimResponse(
-                outcomes=[shard_pb2.ClaimOutcome(error=self._item_error(outcome, epoch)) for outcome in outcomes]
+                outcomes=[shard_pb2.ClaimOutcome(error=_item_error(outcome, refused)) for outcome in outcomes]
             )
             return response, repeated
 
-        return await self._receipted(write, deadline)
+        return await self._receipted(write, request.route, deadline)
 
     async def TakeRequestId(
         self, request: shard_pb2.TakeRequestIdRequest, deadline: Deadline
@@ -147,7 +148,7 @@ class ShardServicer(ReadServicer):
             # Never a mere repetition: every attempt is counted, by a commit of its own.
             return shard_pb2.TakeRequestIdResponse(memory_slot=memory_slot), False
 
-        return await self._receipted(write, deadline)
+        return await self._receipted(write, request.route, deadline)
 
     async def ReleaseRequestId(
         self, request: shard_pb2.ReleaseRequestIdRequest, deadline: Deadline
@@ -160,7 +161,7 @@ class ShardServicer(ReadServicer):
             )
             return shard_pb2.ReleaseRequestIdResponse(), not released
 
-        response, _ = await self._write(write, deadline)
+        response, _ = await self._write(write, request.route, deadline)
         return response
 
     async def Update(self, request: shard_pb2.UpdateRequest, deadline: Deadline) -> shard_pb2.UpdateResponse:
@@ -173,7 +174,7 @@ class ShardServicer(ReadServicer):
                 self._queue.wake()
             return shard_pb2.UpdateResponse(memory=memory), repeated
 
-        return await self._receipted(write, deadline)
+        return await self._receipted(write, request.route, deadline)
 
     async def Erase(self, request: shard_pb2.EraseRequest, deadline: Deadline) -> shard_pb2.EraseResponse:
         self._check_route(request.route)
@@ -194,7 +195,7 @@ class ShardServicer(ReadServicer):
             )
             return response, erased.repeated
 
-        response = await self._receipted(write, deadline)
+        response = await self._receipted(write, request.route, deadline)
         # Of a repeated request as well: the first may have ended before they had.
         response.unconfirmed.extend(await standbys_behind(self._database, response.commit.lsn, deadline))
         return response
@@ -206,7 +207,7 @@ class ShardServicer(ReadServicer):
             deleted, repeated = await changes.delete(connection, slot, request.user_id, request.id, request.request_id)
             return shard_pb2.DeleteResponse(deleted=deleted), repeated
 
-        return await self._receipted(write, deadline)
+        return await self._receipted(write, request.route, deadline)
 
     async def Describe(self, request: shard_pb2.DescribeRequest, deadline: Deadline) -> shard_pb2.DescribeResponse:
         pool_size, pool_in_use = self._database.use()
@@ -240,32 +241,36 @@ class ShardServicer(ReadServicer):
                 )
             return await read(connection)
 
-    async def _receipted(self, write: Write[W], deadline: Deadline) -> W:
+    async def _receipted(self, write: Write[W], route: shard_pb2.Route, deadline: Deadline) -> W:
         """What a write answers, with the commit in it."""
-        response, commit = await self._write(write, deadline)
+        response, commit = await self._write(write, route, deadline)
         response.commit.CopyFrom(commit)
         return response
 
-    async def _write(self, write: Write[T], deadline: Deadline) -> tuple[T, shard_pb2.Commit]:
+    async def _write(self, write: Write[T], route: shard_pb2.Route, deadline: Deadline) -> tuple[T, shard_pb2.Commit]:
         async def checked(connection: Connection) -> tuple[T, bool]:
             try:
                 return await write(connection)
             except NotOwnedError:
-                raise self._wrong_shard(await identity.read_epoch(connection)) from None
+                raise await refusal(connection, self._identity, route.ranges) from None
 
         return await self._writes.run(checked, deadline)
 
     def _check_embedding(self, memory: pb.Memory) -> None:
         self._check_dimensions(len(memory.embedding))
 
-    def _item_error(self, outcome: MemshardError | NotOwnedError | None, epoch: int) -> status_pb2.Status | None:
-        """What became of one item of many, as it travels; None for a success."""
-        if outcome is None:
+    async def _refusal_if_needed(
+        self, connection: Connection, route: shard_pb2.Route, outcomes: Sequence[object]
+    ) -> WrongShard | None:
+        """What an item of many is told that is not this shard's, if there is one."""
+        if not any(isinstance(outcome, NotOwnedError) for outcome in outcomes):
             return None
-        return to_status(self._wrong_shard(epoch) if isinstance(outcome, NotOwnedError) else outcome)
+        return await refusal(connection, self._identity, route.ranges)
 
 
-async def _epoch_if_needed(connection: Connection, outcomes: Sequence[object]) -> int:
-    """The epoch that WRONG_SHARD is told with, read only when some item of many is to be told that."""
-    refused = any(isinstance(outcome, NotOwnedError) for outcome in outcomes)
-    return await identity.read_epoch(connection) if refused else 0
+def _item_error(outcome: MemshardError | NotOwnedError | None, refused: WrongShard | None) -> status_pb2.Status | None:
+    """What became of one item of many, as it travels; None for a success."""
+    if isinstance(outcome, NotOwnedError):
+        assert refused is not None
+        return to_status(refused)
+    return None if outcome is None else to_status(outcome)

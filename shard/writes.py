@@ -5,7 +5,9 @@ from typing import TypeAlias, TypeVar
 
 from common.deadline import Deadline
 from common.postgres import Connection
+from common.telemetry.registry import WRITES
 from memshard.internal.v1 import shard_pb2
+from memshard.v1 import memory_pb2 as pb
 from shard.commits import Commits
 from shard.database import Database
 from shard.durability import Durability
@@ -13,6 +15,11 @@ from shard.position import read_position
 from shard.primary import timeline_of
 
 T = TypeVar("T")
+
+_ACKNOWLEDGED = {
+    durability: WRITES.labels(pb.Durability.Name(durability).removeprefix("DURABILITY_").lower())
+    for durability in (pb.DURABILITY_LOCAL, pb.DURABILITY_QUORUM)
+}
 
 # What a write answers, and whether that was there before it: then it has committed nothing of its own.
 Write: TypeAlias = Callable[[Connection], Awaitable[tuple[T, bool]]]
@@ -47,6 +54,7 @@ class Writes:
                     await connection.execute(_BARRIER)
                 here = await read_position(connection)
             durability = self._durability.of_commit(begun, here, before)
+            _ACKNOWLEDGED[durability].inc()
             return answer, shard_pb2.Commit(timeline=here.timeline, lsn=here.lsn, durability=durability)
 
         # From here on the caller may leave, and the write goes on. Nothing is awaited between the two.

@@ -18,12 +18,18 @@ settings.register_profile("memshard-ci", settings.get_profile("memshard"), deran
 settings.load_profile("memshard-ci" if os.environ.get("CI") else "memshard")
 
 
+@pytest.hookimpl(tryfirst=True)  # Before -m picks by the marks.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a cluster go to one worker, so that it is started once: those of a file and, across files, those
-    of one kind of cluster. What takes longest begins first."""
+    """Who goes to which worker.
+
+    Tests that share a cluster go to one, so that it is started once: those of a file and, across files, those of one
+    kind of cluster. What takes longest begins first. Fault scenarios have the machine to themselves (`make test`).
+    """
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         item.add_marker(pytest.mark.xdist_group(params.get("everywhere", item.location[0])))
+        if item.location[0].startswith("tests/faults/"):
+            item.add_marker(pytest.mark.alone)
     items.sort(key=lambda item: "test_model" not in item.location[0])
 
 

@@ -19,15 +19,17 @@ _SERVICE_CONFIG: Final = {
     "methodConfig": [
         {
             "name": [{"service": "memshard.v1.MemoryService"}],
-            # One retry, and for UNAVAILABLE alone: the router retries towards the shards by itself, and retries at
-            # every hop multiply. It is harmless for writes, which carry their id. It comes after as long as the router
-            # says (grpc-retry-pushback-ms), and after these pauses when there was no router to say so.
+            # One retry, and for a router that is away alone: it retries towards the shards by itself, and retries at
+            # every hop multiply. CANCELLED by nobody here is how gRPC's server ends calls that reach it when it has
+            # begun to drain, and that nobody there has seen. A retry is harmless for writes, which carry their id. It
+            # comes after as long as the router says (grpc-retry-pushback-ms), and after these pauses when there was no
+            # router to say so.
             "retryPolicy": {
                 "maxAttempts": 2,
                 "initialBackoff": "0.1s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
     ],

@@ -14,6 +14,7 @@ from memshard import _wire
 from memshard._channel import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, channel_options, check_address, check_timeout
 from memshard._reading import Reading
 from memshard._sessions import Sent
+from memshard._tracing import carried
 from memshard.errors import Cancelled, from_rpc_error
 from memshard.filters import Filter
 from memshard.types import (
@@ -460,7 +461,7 @@ class AsyncMemoryClient:
         deadline_s = self._timeout_s if timeout_s is None else check_timeout(timeout_s)
         cancellations = _cancellations()
         try:
-            call = method(request, timeout=deadline_s)
+            call = method(request, timeout=deadline_s, metadata=carried())
             answer = await call, list(await call.trailing_metadata() or ())
         except grpc.RpcError as error:
             _pass_on_cancellation(cancellations)

@@ -12,6 +12,7 @@ from memshard import _wire
 from memshard._channel import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, channel_options, check_address, check_timeout
 from memshard._reading import Reading
 from memshard._sessions import Sent
+from memshard._tracing import carried
 from memshard.errors import from_rpc_error
 from memshard.filters import Filter
 from memshard.types import (
@@ -433,7 +434,7 @@ class MemoryClient:
             raise RuntimeError("the client is closed")
         deadline_s = self._timeout_s if timeout_s is None else check_timeout(timeout_s)
         try:
-            response, call = method.with_call(request, timeout=deadline_s)
+            response, call = method.with_call(request, timeout=deadline_s, metadata=carried())
             return response, call.trailing_metadata()
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error

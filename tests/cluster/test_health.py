@@ -151,6 +151,8 @@ async def test_stats_tell_breakers_limits_levels_and_the_rest(cluster: LocalClus
     assert levels == {"": ("normal", False), "shard-0": ("normal", False), "shard-1": ("normal", False)}
     assert router["cache"]["believed"] is True
     assert router["retries"]["budget_left"] > 0
+    assert router["entrance"]["shed"] >= 0
+    assert router["moves"] == []
     assert (await command("stats", "--data-dir", str(cluster.data_dir)))[0] == 0
 
 

@@ -15,13 +15,15 @@ AWAY = "shard-0"
 TIMEOUT_S = 2.0
 # What a generator on a busy machine may add to a deadline before it is told.
 _GRACE_S = 0.5
+# Whoever waits for a shard that is away does so for about the whole of his deadline.
+_HANGING_MS = TIMEOUT_S * 1000 / 2
 # By the breaker; or, as long as calls hang that began before it opened, by the limit of calls in flight.
 _REFUSED = ("UNAVAILABLE BREAKER_OPEN", "RESOURCE_EXHAUSTED OVERLOADED")
 _CLEAN = ("OK", "UNAVAILABLE ", "DEADLINE_EXCEEDED", *_REFUSED)
 
 
 async def scenario(
-    record: Record, tmp_path: Path, *, before_s: float, away_s: float, after_s: float, others_slower: float
+    record: Record, tmp_path: Path, *, before_s: float, away_s: float, after_s: float, whole: bool
 ) -> None:
     async with faulty_cluster(shards=4) as faulty:
         users = {shard.shard_id: faulty.users(shard.shard_id, 20) for shard in faulty.topology.shards}
@@ -60,23 +62,22 @@ async def scenario(
     )
     print(f"its own: {dict(mine.counts())}; after: {calls.where(group=AWAY, since=healed).counts()}")
     assert others_failed == {}
-    assert during.percentile_ms(99) < others_slower * before.percentile_ms(99)
+    # The short run shares its machine with other tests: there, nobody else waits as those who wait for nothing.
+    assert during.percentile_ms(99) < (2 * before.percentile_ms(99) if whole else _HANGING_MS)
     assert mine.longest_s() < TIMEOUT_S + _GRACE_S
     assert all(name.startswith(_CLEAN) for name in mine.counts())
     assert opened - gone < TIMEOUT_S + _GRACE_S
     assert len(at_once) > 0.8 * len(since_open)
-    # The short run shares its machine with other tests.
-    patience = 1 if others_slower <= 2 else 5
+    patience = 1 if whole else 5
     assert at_once.percentile_ms(50) < 20 * patience
     assert back_s < 2 * patience
 
 
 async def test_a_shard_that_is_away_costs_its_own_users_only(record: Record, tmp_path: Path) -> None:
-    # In a few seconds, on a machine with others on it, a p99 is a few calls' bad luck.
-    await scenario(record, tmp_path, before_s=3, away_s=6, after_s=4, others_slower=10)
+    await scenario(record, tmp_path, before_s=3, away_s=6, after_s=4, whole=False)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_a_shard_that_is_away_for_20_s_costs_its_own_users_only(record: Record, tmp_path: Path) -> None:
-    await scenario(record, tmp_path, before_s=20, away_s=20, after_s=10, others_slower=2)
+    await scenario(record, tmp_path, before_s=20, away_s=20, after_s=10, whole=True)

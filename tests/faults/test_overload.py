@@ -1,4 +1,8 @@
-"""Three times what the cluster can do: it does what it can, and refuses the rest at once."""
+"""Three times what the cluster can do: it does what it can, and refuses the rest at once.
+
+What limits it are the shards' databases, which have half of the machine's cores, with their services. The router and
+the load that comes to it share the other half.
+"""
 
 import asyncio
 import time
@@ -13,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.faults.conftest import Record
 from tests.support.cluster import LocalCluster
+from tests.support.cores import bind, halves, started_on
 from tests.support.eventually import eventually
 from tests.support.generator import OK, Calls, Plan, generating, result_file
 from tests.support.wire import topology_of, user_slot
@@ -21,8 +26,7 @@ TIMES = 3
 TIMEOUT_S = 2.0
 _DIMENSIONS = 1536
 _USERS = 4
-# Exact searches among thousands of memories are most of the work, as with agents. The generators share the machine with
-# the cluster, so calls must be worth more than it costs to make them.
+# Exact searches among thousands of memories are most of the work, as with agents.
 _MIX = {"search": 8.0, "get": 1.0, "store": 1.0}
 _GENERATORS = 2
 _CHECK_EVERY_S = 0.05
@@ -89,8 +93,13 @@ class Bounds:
 async def scenario(
     record: Record, tmp_path: Path, bounds: Bounds, *, memories: int, calibrate_s: float, overload_s: float
 ) -> None:
-    async with LocalCluster(shards=2, embedder="none", dimensions=_DIMENSIONS) as cluster:
+    cores = halves()
+    async with AsyncExitStack() as stack:
+        with started_on(cores.first):
+            cluster = await stack.enter_async_context(LocalCluster(shards=2, embedder="none", dimensions=_DIMENSIONS))
         await eventually(cluster.healthy, within_s=60)
+        stack.enter_context(started_on(cores.second))
+        bind(cluster.pid("router-0"), cores.second)
         topology = await topology_of(cluster.catalog_dsn())
         users: dict[str, list[str]] = {shard.shard_id: [] for shard in topology.shards}
         for number in range(2 * _USERS):
@@ -128,18 +137,18 @@ async def scenario(
     print(f"p99 {sorted(late)[int(len(late) * 0.99)] * 1000:.1f} ms; afterwards {dict(after.counts())}")
     assert share >= bounds.goodput
     assert refused.percentile_ms(99) <= bounds.refusals_p99_ms
-    assert accepted.percentile_ms(99) < (TIMEOUT_S + 0.5) * 1000 or bounds is SHORT
+    assert accepted.percentile_ms(99) < (TIMEOUT_S + 0.5) * 1000
     assert checks.unanswered <= bounds.unanswered * len(checks.took_s)
 
 
-# In the normal suite others share the machine, and a few seconds of their work are a large part of it.
-SHORT = Bounds(goodput=0.3, refusals_p99_ms=10_000, unanswered=0.2)
+# A few seconds are too short for figures: what a limit takes to be found is a large part of them.
+SHORT = Bounds(goodput=0.5, refusals_p99_ms=500, unanswered=0.05)
 FULL = Bounds(goodput=0.8, refusals_p99_ms=20, unanswered=0.0)
 
 
 @pytest.mark.timeout(240)
 async def test_an_overloaded_cluster_does_what_it_can(record: Record, tmp_path: Path) -> None:
-    await scenario(record, tmp_path, SHORT, memories=500, calibrate_s=2, overload_s=5)
+    await scenario(record, tmp_path, SHORT, memories=5000, calibrate_s=2, overload_s=5)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """One shard is ten times slower than it was: its callers wait, nobody else does, and few reads are asked twice."""
 
 import asyncio
+import math
 import time
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from tests.support.proxy import Fault
 
 SLOW = "shard-0"
 HEDGES_SHARE = 0.02
+# Ten times what a read takes: 5 ms to 10 ms on an idle machine, with what the generator adds.
+_ADDED_S = 0.05
 # What a router may have saved up (`common.hedge.HedgeBudget`).
 _SAVED_UP = 10
-# Four calls every ten seconds to each of two shards (router/synthetic.py), by this router and by the cluster's own.
-OF_THE_MONITOR_PER_S = 1.6
+# Every ten seconds four calls to each of two shards (router/synthetic.py), by this router and by the cluster's own.
+_MONITOR_EVERY_S, _OF_THE_MONITOR = 10, 16
 
 
-async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: float, others_slower: float) -> None:
+async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: float, whole: bool) -> None:
     async with faulty_cluster(shards=2, replicas=1) as faulty:
         users = {shard.shard_id: faulty.users(shard.shard_id, 20) for shard in faulty.topology.shards}
         mix = {"get": 5.0, "list": 2.0, "search": 3.0}
@@ -32,8 +35,7 @@ async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: f
             began = time.monotonic() + 3
             await asyncio.sleep(3 + before_s)
             at_first, slow_from = await faulty.shard_requests(), time.monotonic()
-            # Ten times what a read took: 5 ms to 10 ms on an idle machine, with what the generator adds.
-            await faulty.proxies.inflict(Fault.LATENCY, SLOW, *faulty.replicas(SLOW), amount=0.05)
+            await faulty.proxies.inflict(Fault.LATENCY, SLOW, *faulty.replicas(SLOW), amount=_ADDED_S)
             await asyncio.sleep(slow_s)
             in_the_end, slow_until = await faulty.shard_requests(), time.monotonic()
             await faulty.proxies.heal()
@@ -41,8 +43,8 @@ async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: f
             calls = await generator.stop()
             in_all = await faulty.shard_requests() - never
     reads = len(calls.where(since=slow_from, until=slow_until))
-    hedges = in_the_end - at_first - reads - round(OF_THE_MONITOR_PER_S * (slow_until - slow_from))
-    in_all -= round(OF_THE_MONITOR_PER_S * (time.monotonic() - began + 3))
+    hedges = in_the_end - at_first - reads - _of_the_monitor(slow_until - slow_from)
+    in_all -= _of_the_monitor(time.monotonic() - began + 3)
     others = [calls.where(but_group=SLOW, since=a, until=b) for a, b in ((began, slow_from), (slow_from, slow_until))]
     mine = [calls.where(group=SLOW, since=a, until=b) for a, b in ((began, slow_from), (slow_from, slow_until))]
     failed = calls.where(outcome="failed").counts()
@@ -56,20 +58,27 @@ async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: f
         f"{in_all - len(calls)} of all {len(calls)} ({in_all / len(calls) - 1:.1%}); {failed.total()} failed",
     )
     assert failed == {}
-    # 50 ms were added; on a busy machine that is no tenfold.
-    assert mine[1].percentile_ms(50) > mine[0].percentile_ms(50) + 30
-    # Where it is a matter of few milliseconds, the machine's other work is seen.
-    assert others[1].percentile_ms(50) < 1.5 * others[0].percentile_ms(50) + 10
-    assert others[1].percentile_ms(99) < others_slower * others[0].percentile_ms(99)
+    # What was added is a floor, whatever else the machine does; a tenth are of the moment when it began.
+    assert mine[1].percentile_ms(10) >= _ADDED_S * 1000
+    # Whatever else the machine does, a tenth of the others' calls are quicker than what was added.
+    assert others[1].percentile_ms(10) < _ADDED_S * 1000
+    if whole:
+        assert others[1].percentile_ms(50) < 1.5 * others[0].percentile_ms(50) + 10
+        assert others[1].percentile_ms(99) < 2 * others[0].percentile_ms(99)
     assert in_all - len(calls) <= HEDGES_SHARE * len(calls) + _SAVED_UP
     assert hedges <= HEDGES_SHARE * reads + _SAVED_UP
 
 
+def _of_the_monitor(seconds: float) -> int:
+    """How many of the calls of so many seconds may be the health monitors'."""
+    return _OF_THE_MONITOR * math.ceil(seconds / _MONITOR_EVERY_S)
+
+
 async def test_a_slow_shard_is_slow_for_its_own_callers(record: Record, tmp_path: Path) -> None:
-    await scenario(record, tmp_path, before_s=4, slow_s=5, others_slower=10)
+    await scenario(record, tmp_path, before_s=4, slow_s=5, whole=False)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_a_slow_shard_is_slow_for_its_own_callers_for_30_s(record: Record, tmp_path: Path) -> None:
-    await scenario(record, tmp_path, before_s=20, slow_s=30, others_slower=2)
+    await scenario(record, tmp_path, before_s=20, slow_s=30, whole=True)

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from common.config import ShardSettings
 from common.deadline import Deadline
-from local.postgres import APP
+from common.roles import APP
 from memshard.internal.v1 import shard_pb2
 from shard.database import Database, open_pool
 from shard.primary import Newest, Primary, timeline_of

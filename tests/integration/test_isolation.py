@@ -290,6 +290,7 @@ async def test_retried_adds_make_no_duplicates_mem0_6515(everywhere: Somewhere, 
 
     async def batch(items: list[pb.Memory]) -> None:
         answer = await everywhere.api.BatchStoreMemories(pb.BatchStoreMemoriesRequest(memories=items))
+        assert [result.error for result in answer.results if result.HasField("error")] == []
         assert [result.id for result in answer.results] == [memory.id.lower() for memory in items]
 
     async def one(memory: pb.Memory) -> None:

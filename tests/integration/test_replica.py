@@ -12,10 +12,11 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
-from local.postgres import APP
+from common.roles import APP
 from memshard.internal.v1 import shard_pb2
 from tests.support.eventually import eventually
 from tests.support.place import Place, at, refused
+from tests.support.proxy import Proxy
 from tests.support.replicated import DIMENSIONS, SHARD, Replicated, replicated
 from tests.support.wire import database, reason_of
 
@@ -155,7 +156,7 @@ async def test_a_strong_read_and_every_write_arerefused(place: Place) -> None:
         "TakeRequestId": shard_pb2.TakeRequestIdRequest(route=place.route(fresh), user_id=place.user),
         "ReleaseRequestId": shard_pb2.ReleaseRequestIdRequest(route=place.route(fresh), user_id=place.user),
     }
-    served = {"List", "Get", "Search", "ListVersions", "FindClaim", "Describe"}
+    served = {"List", "Get", "Search", "ListVersions", "FindClaim", "Describe", "RecyclePool"}
     every = {method.name for method in shard_pb2.DESCRIPTOR.services_by_name["ShardService"].methods}
     assert every - served == requests.keys() - served, "a new rpc: does it write?"
     for rpc, request in requests.items():
@@ -301,6 +302,34 @@ async def test_a_promoted_standby_is_no_replica_any_more() -> None:
 
         await eventually(not_serving, within_s=2)
         assert reason_of(await refused(place.contents(at(position)))) == "REPLICA_BEHIND"
+
+
+async def test_a_replica_leaves_a_promoted_standby_for_another_that_its_url_leads_to() -> None:
+    """As behind a Service of all standbys: a promotion moves the name, and no connection."""
+    async with (
+        replicated("b", "c") as servers,
+        Proxy("127.0.0.1", servers.standby.server.port) as standbys,
+    ):
+        other = servers.nodes["c"]
+        shard = await servers.start_shard()
+        dsn = servers.standby.dsn(APP).replace(servers.standby.address, standbys.address)
+        replica = await servers.start_replica(database_dsn=dsn)
+        place = Place(servers, shard, "alice", replica)
+        position = await place.store()
+        assert await place.contents(at(position, wait_ms=5000)) == ["tea"]
+        async with database(other.dsn()) as connection:
+            await eventually(lambda: connection.fetchval("SELECT pg_last_wal_replay_lsn() >= '0/0'::pg_lsn"))
+        servers.send("shard", signal.SIGKILL)
+        await servers.primary.kill()
+        standbys.lead_to("127.0.0.1", other.server.port)
+        await servers.standby.promote()
+
+        async def serving_from_the_other() -> bool:
+            return await place.health() == health_pb2.HealthCheckResponse.SERVING and await place.contents(
+                at(position, wait_ms=1000)
+            ) == ["tea"]
+
+        await eventually(serving_from_the_other, within_s=10)
 
 
 async def test_a_replica_waits_for_a_shard_that_has_not_joined_yet() -> None:

@@ -4,7 +4,6 @@ import uuid
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
-import asyncpg
 import grpc
 import pytest
 from google.protobuf import field_mask_pb2
@@ -16,7 +15,16 @@ from shard import purge
 from shard.database import Database
 from shard.purge import Retention
 from tests.support.cluster import LocalCluster
-from tests.support.wire import fields_of, reason_of, route, shard_service, store_request, topology_of, user_slot
+from tests.support.wire import (
+    fields_of,
+    pool_of_one,
+    reason_of,
+    route,
+    shard_service,
+    store_request,
+    topology_of,
+    user_slot,
+)
 
 if TYPE_CHECKING:
     from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
@@ -85,7 +93,7 @@ async def test_what_is_theirs_is_found_by_nobody_and_soon_gone(
         SELECT (SELECT count(*) FROM memories WHERE user_id = $1) + (SELECT count(*) FROM memory_versions WHERE
         user_id = $1) + (SELECT count(*) FROM applied_requests WHERE user_id = $1)
     """
-    async with asyncpg.create_pool(cluster.shard_dsn(shard.shard_id), min_size=1, max_size=1) as pool:
+    async with pool_of_one(cluster.shard_dsn(shard.shard_id)) as pool:
         assert await pool.fetchval(left, user) >= 2
         await pool.execute(
             "UPDATE memories SET deleted_at = deleted_at - interval '2 minutes' WHERE user_id = $1", user

@@ -8,7 +8,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from itertools import cycle, islice
 from pathlib import Path
 from types import TracebackType
@@ -175,6 +176,22 @@ async def command(*arguments: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> tup
         await process.communicate()
         raise
     return process.returncode or 0, output.decode()
+
+
+@asynccontextmanager
+async def at_work(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A memshard command that goes on meanwhile, with all that it prints in one pipe; interrupted if it still does at
+    the end.
+    """
+    process = await asyncio.create_subprocess_exec(
+        str(_MEMSHARD), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGINT)
+            await process.communicate()
 
 
 def free_port(count: int = 1) -> int:

@@ -108,7 +108,7 @@ async def faulty_cluster(
         for setting, name in (("redis_url", REDIS), ("catalog_dsn", CATALOG_SERVER)):
             assert targets[name] in given[setting]
             given[setting] = given[setting].replace(targets[name], proxies.addresses[name])
-        given |= {"port": port, "admin_port": None, **(settings or {})}
+        given |= {"port": port, "admin_port": None, "metrics_port": None, **(settings or {})}
         router = await stack.enter_async_context(_router(cluster, given, router_module))
         yield FaultyCluster(cluster, proxies, topology, targets[ROUTER], proxies.addresses[ROUTER], router)
 

@@ -15,20 +15,16 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Self
 
-from memshard.internal.v1 import shard_pb2
-
 _CHUNK_BYTES = 65536
 # Chunks on their way in one direction. More, and whoever sends has to wait.
 _MOST_ON_THE_WAY = 1024
 _DRIP_S = 0.02
 # Sockets that are closed with this answer with RST, and what was still to be sent is gone.
 _NO_LINGER = struct.pack("ii", 1, 0)
-# HTTP/2 (RFC 9113): the client's preface, a frame's header, types of frames, and flags of DATA.
+# HTTP/2 (RFC 9113): the client's preface, a frame's header, and the type of DATA.
 _PREFACE_BYTES = 24
 _FRAME_HEADER_BYTES = 9
-_DATA, _RST_STREAM = 0, 3
-_END_STREAM, _PADDED = 0x1, 0x8
-_PREFIX_BYTES = 5
+_DATA = 0
 # A message in gRPC has five bytes before it: up to this many have next to nothing in them, like a look at health.
 _LONGEST_LOOK_BYTES = 16
 
@@ -112,6 +108,10 @@ class Proxy:
         assert self._server is not None
         host, port = self._server.sockets[0].getsockname()[:2]
         return f"{host}:{port}"
+
+    def lead_to(self, host: str, port: int) -> None:
+        """Forwards new connections there. Those that are open stay where they are, as those of a Service do."""
+        self._target = (host, port)
 
     def inflict(self, fault: Fault, amount: float = 0.0) -> None:
         """From now on, and until `heal`."""
@@ -272,75 +272,35 @@ class Proxy:
 class RequestCounter:
     """Counts the gRPC requests in what a client sends over one HTTP/2 connection.
 
-    A request is the one message of a stream, if it holds more than a look at health does, which asks for next to
-    nothing. A stream with more than one carries many calls: its first message is empty, the others hold requests.
+    A request is a stream whose first DATA frame holds more than a look at health does, which asks for next to nothing.
     """
 
     def __init__(self) -> None:
         # Bytes that are to be passed over before the next frame's header.
         self._skip = _PREFACE_BYTES
         self._header = b""
-        self._stream = 0
-        self._data_left = 0
-        self._ends = False
-        self._messages: dict[int, _Messages] = {}
+        self._newest = 0
 
     def feed(self, data: bytes) -> int:
-        """How many requests came to their end in the next bytes."""
+        """How many requests began in the next bytes."""
         found = at = 0
         while at < len(data):
             if self._skip:
                 step = min(self._skip, len(data) - at)
                 self._skip -= step
                 at += step
-            elif self._data_left:
-                part = data[at : at + self._data_left]
-                self._data_left -= len(part)
-                at += len(part)
-                found += self._messages.setdefault(self._stream, _Messages()).feed(part)
-                if self._ends and not self._data_left:
-                    del self._messages[self._stream]
-            else:
-                part = data[at : at + _FRAME_HEADER_BYTES - len(self._header)]
-                self._header += part
-                at += len(part)
-                if len(self._header) == _FRAME_HEADER_BYTES:
-                    self._begin_frame()
-        return found
-
-    def _begin_frame(self) -> None:
-        length, kind, flags = int.from_bytes(self._header[:3]), self._header[3], self._header[4]
-        self._stream = int.from_bytes(self._header[5:]) & 0x7FFF_FFFF
-        self._header = b""
-        if kind == _DATA and not flags & _PADDED:
-            self._data_left, self._ends = length, bool(flags & _END_STREAM)
-        else:
-            self._skip = length
-        if kind == _RST_STREAM:
-            self._messages.pop(self._stream, None)
-
-
-class _Messages:
-    """The gRPC messages of one stream: five bytes before each, of which the last four are its length."""
-
-    def __init__(self) -> None:
-        self._bytes = b""
-        self._number = 0
-
-    def feed(self, data: bytes) -> int:
-        """How many requests came to their end."""
-        self._bytes += data
-        found = 0
-        while len(self._bytes) >= _PREFIX_BYTES:
-            end = _PREFIX_BYTES + int.from_bytes(self._bytes[1:_PREFIX_BYTES])
-            if len(self._bytes) < end:
-                break
-            message, self._bytes = self._bytes[_PREFIX_BYTES:end], self._bytes[end:]
-            self._number += 1
-            if self._number == 1:
-                found += end > _LONGEST_LOOK_BYTES
-            else:
-                found += len(shard_pb2.MultiplexRequest.FromString(message).asks)
+                continue
+            part = data[at : at + _FRAME_HEADER_BYTES - len(self._header)]
+            self._header += part
+            at += len(part)
+            if len(self._header) == _FRAME_HEADER_BYTES:
+                length, kind = int.from_bytes(self._header[:3]), self._header[3]
+                stream = int.from_bytes(self._header[5:]) & 0x7FFF_FFFF
+                self._header, self._skip = b"", length
+                # A client numbers its streams upwards, and 5 bytes are no message yet when more of it follows.
+                if kind == _DATA and stream > self._newest and length > 0:
+                    self._newest = stream
+                    found += length > _LONGEST_LOOK_BYTES
         return found
 
 

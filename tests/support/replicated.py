@@ -22,13 +22,14 @@ import psutil
 import yaml
 
 from common import catalog
+from common.roles import APP, CATALOG_DATABASE, OWNER, SHARD_DATABASE
 from common.sync_set import SyncSet
 from common.topology import Shard, Topology
 from local import bootstrap, postgres
 from local.account import Account, make_traversable, postgres_account, run_as
 from local.binaries import postgres_bin
 from local.layout import Layout
-from local.postgres import APP, CATALOG_DATABASE, OWNER, SHARD_DATABASE, SUPERUSER, Server
+from local.postgres import SUPERUSER, Server
 from local.record import Secrets
 from memshard.internal.v1 import shard_pb2
 from tests.support.cluster import free_port

@@ -10,11 +10,12 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from common import catalog
-from common.postgres import Connection, Pool
+from common.postgres import Pool
 from common.slots import slot_of
 from common.topology import Shard, Topology
 from memshard.internal.v1 import shard_pb2, shard_pb2_grpc
 from memshard.v1 import memory_pb2, memory_pb2_grpc
+from shard.database import settle
 from shard.timed_connection import LONGEST_S, TimedConnection
 
 if TYPE_CHECKING:
@@ -54,14 +55,10 @@ async def pool_of_one(dsn: str) -> AsyncIterator[Pool]:
         min_size=1,
         max_size=1,
         connection_class=TimedConnection,
-        reset=_keep,
+        reset=settle,
         server_settings={"statement_timeout": f"{LONGEST_S}s"},
     ) as pool:
         yield pool
-
-
-async def _keep(_: Connection) -> None:
-    """As the shard does; what asyncpg does instead would forget the timeout."""
 
 
 async def topology_of(catalog_dsn: str) -> Topology:

@@ -32,6 +32,34 @@ def test_impossible_options_touch_nothing(tmp_path: Path, arguments: list[str], 
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["shards", "drain", "shard-1", "--max-rate", "-5"], "--max-rate"),
+        (["shards", "set", "shard-1"], "say --status or --weight"),
+        (["shards", "set", "shard-1", "--status", "asleep"], "maintenance"),
+        (["shards", "set", "shard-1", "--weight", "0"], "--weight"),
+        (["shards", "set", "shard-1", "--weight", "10001"], "--weight"),
+        (["shards", "add", "--weight", "99999999999"], "--weight"),
+        (["shards", "pin", "--user", "", "--shard", "shard-0"], "--user"),
+        (["moves", "rollback", "0"], "MOVE"),
+        (["moves", "rollback", "99999999999999999999"], "MOVE"),
+        (["rebalance", "--max-rate", "-1"], "--max-rate"),
+        (["rebalance", "--max-rate", "fast"], "--max-rate"),
+        (["rebalance", "--max-rate", "99999999999999999999"], "--max-rate"),
+        (["rebalance", "--rollback-window", "-1"], "--rollback-window"),
+        (["rebalance", "--rollback-window", "nan"], "--rollback-window"),
+        (["rebalance", "--rollback-window", "604801"], "--rollback-window"),
+    ],
+)
+def test_what_no_shard_or_move_can_be_is_refused_before_anybody_is_asked(
+    tmp_path: Path, arguments: list[str], named: str
+) -> None:
+    result = RUNNER.invoke(app, [*arguments, "--data-dir", str(tmp_path / "none")])
+    assert result.exit_code == 2
+    assert named in result.output
+
+
 def test_a_failover_where_nothing_is_says_so(tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["failover", "shard-0", "--data-dir", str(tmp_path / "none")])
     assert result.exit_code == 1

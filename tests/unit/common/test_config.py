@@ -7,21 +7,31 @@ import pytest
 import yaml
 
 from common import config
-from common.config import ConfigError, ReplicaSettings, RouterSettings, ServiceSettings, ShardSettings, generate, load
+from common.config import (
+    ConfigError,
+    MoverSettings,
+    ProcessSettings,
+    ReplicaSettings,
+    RouterSettings,
+    ShardSettings,
+    generate,
+    load,
+)
 
 _SECRET = "hunter2"
 _DSN = f"postgresql://agent:{_SECRET}@db:5432/memshard"
-_REQUIRED: dict[type[ServiceSettings], dict[str, Any]] = {
+_REQUIRED: dict[type[ProcessSettings], dict[str, Any]] = {
     RouterSettings: {"catalog_dsn": _DSN},
     ShardSettings: {"catalog_dsn": _DSN, "shard_id": "shard-1", "database_dsn": _DSN},
     ReplicaSettings: {"catalog_dsn": _DSN, "shard_id": "shard-1", "database_dsn": _DSN},
+    MoverSettings: {"catalog_dsn": _DSN},
 }
 
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MEMSHARD_ROUTER_", "MEMSHARD_SHARD_", "MEMSHARD_REPLICA_"):
-        for field in (*RouterSettings.model_fields, *ShardSettings.model_fields, *ReplicaSettings.model_fields):
+    for name in ("MEMSHARD_ROUTER_", "MEMSHARD_SHARD_", "MEMSHARD_REPLICA_", "MEMSHARD_MOVER_"):
+        for field in {field for service in _REQUIRED for field in service.model_fields}:
             monkeypatch.delenv(name + field.upper(), raising=False)
 
 
@@ -31,7 +41,7 @@ def _written(tmp_path: Path, settings: dict[Any, Any] | str) -> Path:
     return file
 
 
-def _complaint(service: type[ServiceSettings], file: Path | None) -> str:
+def _complaint(service: type[ProcessSettings], file: Path | None) -> str:
     with pytest.raises(ConfigError) as caught:
         load(service, file)
     assert _SECRET not in str(caught.value)
@@ -117,7 +127,7 @@ def test_two_services_in_one_process_keep_their_own_files(tmp_path: Path) -> Non
     ],
 )
 def test_bad_setting_is_named(
-    tmp_path: Path, service: type[ServiceSettings], change: dict[Any, Any], complaint: str
+    tmp_path: Path, service: type[ProcessSettings], change: dict[Any, Any], complaint: str
 ) -> None:
     file = _written(tmp_path, {**_REQUIRED[service], **change})
     assert complaint in (found := _complaint(service, file))
@@ -186,7 +196,7 @@ def test_empty_file_sets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("service", list(config.SETTINGS.values()))
 def test_generated_file_is_valid_once_the_required_settings_are_filled_in(
-    tmp_path: Path, service: type[ServiceSettings]
+    tmp_path: Path, service: type[ProcessSettings]
 ) -> None:
     required = _REQUIRED[service]
     lines = []
@@ -200,7 +210,7 @@ def test_generated_file_is_valid_once_the_required_settings_are_filled_in(
 
 
 @pytest.mark.parametrize("service", list(config.SETTINGS.values()))
-def test_defaults_in_the_generated_file_are_the_defaults(tmp_path: Path, service: type[ServiceSettings]) -> None:
+def test_defaults_in_the_generated_file_are_the_defaults(tmp_path: Path, service: type[ProcessSettings]) -> None:
     offered: dict[str, Any] = {}
     for line in generate(service).splitlines():
         name, _, value = line.removeprefix("# ").partition(": ")
@@ -213,7 +223,7 @@ def test_defaults_in_the_generated_file_are_the_defaults(tmp_path: Path, service
 
 
 @pytest.mark.parametrize("service", list(config.SETTINGS.values()))
-def test_every_setting_says_what_it_is(service: type[ServiceSettings]) -> None:
+def test_every_setting_says_what_it_is(service: type[ProcessSettings]) -> None:
     assert [name for name, field in service.model_fields.items() if not field.description] == []
 
 
@@ -225,3 +235,33 @@ def test_settings_show_no_secret_and_do_not_change(tmp_path: Path) -> None:
     assert _SECRET not in str(settings)
     with pytest.raises(ValueError, match="frozen"):
         settings.port = 1
+
+
+def test_a_shards_database_is_found_by_name_or_by_template(tmp_path: Path) -> None:
+    template = "postgresql://mover:secret@{shard_id}-rw:5432/memshard"
+    given = {"catalog_dsn": _DSN, "shard_dsns": {"shard-0": _DSN}, "shard_dsn_template": template}
+    settings = load(MoverSettings, _written(tmp_path, given))
+    assert settings.shard_dsn("shard-0") == _DSN
+    assert settings.shard_dsn("shard-7") == "postgresql://mover:secret@shard-7-rw:5432/memshard"
+    with pytest.raises(ConfigError, match="shard-7"):
+        load(MoverSettings, _written(tmp_path, {"catalog_dsn": _DSN})).shard_dsn("shard-7")
+    assert "shard_id" in _complaint(
+        MoverSettings, _written(tmp_path, {"catalog_dsn": _DSN, "shard_dsn_template": _DSN})
+    )
+
+
+def test_opentelemetrys_own_variables_are_heard_before_the_file_and_after_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "router.yaml"
+    file.write_text("catalog_dsn: postgresql://u@h/d\ntraces_exporter: console\ntraces_sample_ratio: 0.5\n")
+    assert config.load(RouterSettings, file).traces_exporter == "console"
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.25")
+    heard = config.load(RouterSettings, file)
+    assert (heard.traces_exporter, heard.traces_sample_ratio) == ("otlp", 0.25)
+    monkeypatch.setenv("MEMSHARD_ROUTER_TRACES_EXPORTER", "none")
+    assert config.load(RouterSettings, file).traces_exporter == "none"
+    monkeypatch.setenv("MEMSHARD_ROUTER_TRACES_EXPORTER", "zipkin")
+    with pytest.raises(ConfigError, match="traces_exporter"):
+        config.load(RouterSettings, file)

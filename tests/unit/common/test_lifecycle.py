@@ -209,3 +209,42 @@ async def test_reflection_lists_the_services_and_has_their_contract(tmp_path: Pa
             "grpc.reflection.v1alpha.ServerReflection",
         }
         assert pb.DESCRIPTOR.serialized_pb in described.file_descriptor_response.file_descriptor_proto
+
+
+async def test_an_aged_connection_ends_in_order_and_its_calls_are_finished(tmp_path: Path) -> None:
+    async with _started(tmp_path, max_connection_age_s=0.5) as service:
+        await service.channel.channel_ready()
+        in_flight = asyncio.ensure_future(service.memories.GetMemory(pb.GetMemoryRequest(id="kept")))
+        await eventually((tmp_path / "entered").exists)
+        async with asyncio.timeout(10):
+            await service.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        assert not in_flight.done()
+        (tmp_path / "release").touch()
+        assert (await in_flight).memory.id == "kept"
+        # The next call makes a connection of its own.
+        await service.memories.DeleteMemory(pb.DeleteMemoryRequest())
+
+
+async def test_a_successor_takes_the_port_over_while_its_predecessor_finishes(tmp_path: Path) -> None:
+    old, new, file = tmp_path / "old", tmp_path / "new", tmp_path / "handover"
+    old.mkdir()
+    new.mkdir()
+    async with (
+        _serving(old) as predecessor,
+        _started(new, port=predecessor.port, handover_file=file) as successor,
+    ):
+        in_flight = asyncio.ensure_future(predecessor.memories.GetMemory(pb.GetMemoryRequest(id="kept")))
+        await eventually((old / "entered").exists)
+        await eventually(file.exists, within_s=20)
+        predecessor.process.send_signal(signal.SIGTERM)
+        # A new connection is the successor's.
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{successor.port}") as channel:
+            stub: MemoryServiceAsyncStub = memory_pb2_grpc.MemoryServiceStub(channel)
+            taken = asyncio.ensure_future(stub.GetMemory(pb.GetMemoryRequest(id="taken"), wait_for_ready=True))
+            await eventually((new / "entered").exists)
+            assert not in_flight.done()
+            (new / "release").touch()
+            assert (await taken).memory.id == "taken"
+        (old / "release").touch()
+        assert (await in_flight).memory.id == "kept"
+        assert await predecessor.process.wait() == 0

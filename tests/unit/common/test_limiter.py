@@ -61,6 +61,14 @@ def test_a_place_is_given_back_once() -> None:
     assert limiter.in_flight == 1
 
 
+def test_degradation_leaves_batches_the_room_that_does_not_queue() -> None:
+    limiter = Limiter(Clock(), LimiterSettings(initial=20, least=20))
+    limiter.batch_share *= 0.25
+    for _ in range(14):
+        limiter.admit(priority=_BATCH)
+    _refusal(limiter, _BATCH)
+
+
 def test_degradation_leaves_less_room_for_batches() -> None:
     limiter = Limiter(Clock(), LimiterSettings(initial=40))
     limiter.batch_share *= 0.25
@@ -355,13 +363,17 @@ class LimiterMachine(RuleBasedStateMachine):
             try:
                 self.places.append(self.limiter.admit(kind, priority))
             except errors.ResourceExhausted:
-                room = self.limiter.limit * (self.limiter.batch_share if priority is _BATCH else 1.0)
-                assert before >= room
+                assert before >= (self.of_batches() if priority is _BATCH else self.limiter.limit)
                 _refusal(self.limiter, _BATCH)  # Whatever is refused, a batch is.
                 return
             assert before < self.settings.most
             if priority is _BATCH:
-                assert before < self.limiter.limit * self.limiter.batch_share
+                assert before < self.of_batches()
+
+    def of_batches(self) -> float:
+        """Places that batches may have."""
+        least = self.settings.least * self.settings.batch_share
+        return max(self.limiter.limit * self.limiter.batch_share, least)
 
     @precondition(lambda self: self.places)
     @rule(

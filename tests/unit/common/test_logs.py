@@ -66,3 +66,22 @@ def test_json_lines_say_who_when_and_how_bad() -> None:
     assert ours.pop("timestamp").endswith("Z")
     assert ours == {"service": "router", "level": "info", "event": "seen", "count": 3}
     assert (library["event"], library["level"], library["service"]) == ("from a library", "warning", "router")
+
+
+def test_lines_about_a_call_have_its_trace() -> None:
+    """Also those of libraries, and also while no trace is recorded."""
+    program = (
+        "import logging\n"
+        "from common import logs, tracing\n"
+        "logs.configure('router', 'json', 'info')\n"
+        "log = logs.get_logger('part')\n"
+        "parent = '00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00'\n"
+        "with tracing.received('Service/Rpc', [('traceparent', parent)], begins=True):\n"
+        "    log.info('within')\n"
+        "    logging.getLogger('library').warning('within')\n"
+        "log.info('outside')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
+    ours, library, outside = map(json.loads, done.stdout.splitlines())
+    assert ours["trace_id"] == library["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
+    assert "trace_id" not in outside

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from common import errors
 from common.deadline import Deadline
-from common.rpc import generic_handler
+from common.rpc import methods_of
 from memshard.v1 import memory_pb2 as pb
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"]
@@ -35,7 +35,7 @@ async def _serving(handler: Handler, *, default_deadline_s: float = 60.0) -> Asy
     """A server whose GetMemory is `handler`, and a function that calls one of its rpcs with bytes."""
     server = grpc.aio.server()
     servicer = _Servicer(handler)
-    server.add_generic_rpc_handlers([generic_handler(_SERVICE, servicer, default_deadline_s=default_deadline_s)])
+    methods_of(_SERVICE, servicer, default_deadline_s=default_deadline_s).add_to(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

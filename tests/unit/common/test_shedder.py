@@ -25,7 +25,7 @@ class Process:
         done, longest = 0, 0.0
         looks = int(seconds * 10)
         for look in range(looks):
-            self.shedder.at_work = 64
+            self.shedder.at_work = 256
             for _ in range(int(offered / 10)):
                 let_in = self.shedder.admits()
                 self.queue_s += (1 if let_in else 0.1) / self.capacity

@@ -56,18 +56,41 @@ async def test_who_waits_for_too_long_hears_it_in_a_tenth_of_a_second_and_holds_
     await asyncio.wait_for(place.enter(), 0.01)
 
 
-async def test_where_the_queue_stands_nobody_waits_for_long() -> None:
+async def test_once_one_has_waited_in_vain_nobody_waits_until_all_found_room_for_a_second() -> None:
+    later_s = 0.0
+    limiter = Limiter(time.monotonic, LimiterSettings(initial=4, least=4, most=4))
+    queue = WaitingRoom(limiter, lambda: time.monotonic() + later_s)
+    held = [limiter.admit() for _ in range(4)]
+
+    async def waits() -> bool:
+        """Whether one more waits, who finds no room in the end."""
+        began = time.monotonic()
+        with pytest.raises(ResourceExhausted):
+            await queue.room(Priority.INTERACTIVE)
+        return time.monotonic() - began > 0.05
+
+    assert await waits()
+    assert [await waits() for _ in range(20)] == [False] * 20
+    later_s = 0.9  # Each refusal begins the second anew.
+    assert not await waits()
+    later_s = 1.8
+    assert not await waits()
+    held[0].release(0.001)
+    await asyncio.wait_for(queue.room(Priority.INTERACTIVE), 0.01)
+    limiter.admit()
+    later_s = 3.0
+    assert await waits()
+
+
+async def test_a_batch_that_was_refused_leaves_others_their_burst() -> None:
     place = Place()
-    for _ in range(4):
-        await place.enter()
-    waiting = [asyncio.create_task(place.enter()) for _ in range(20)]
-    await asyncio.sleep(0.08)  # Some of the first are about to give up; the queue has not been empty since.
-    waiting += [asyncio.create_task(place.enter())]
-    await asyncio.sleep(0.03)
-    began = time.monotonic()
-    outcomes = await asyncio.gather(*waiting, place.enter(), return_exceptions=True)
-    assert all(isinstance(outcome, ResourceExhausted) for outcome in outcomes)
-    assert time.monotonic() - began < 0.2
+    held = [await place.enter() for _ in range(4)]
+    with pytest.raises(ResourceExhausted):
+        await place.enter(Priority.BATCH)
+    turn = asyncio.create_task(place.enter())
+    await asyncio.sleep(0)
+    held[0].release(0.001)
+    assert await asyncio.wait_for(turn, 1)
 
 
 async def test_one_who_leaves_makes_way() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from common import config, lifecycle
 from common.config import RouterSettings
 from common.deadline import Deadline
-from common.rpc import generic_handler
+from common.rpc import methods_of
 from memshard.v1 import memory_pb2 as pb
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"]
@@ -34,8 +34,8 @@ class _Servicer:
 
 
 async def main(settings: RouterSettings) -> None:
-    handler = generic_handler(_SERVICE, _Servicer(Path(sys.argv[1])), default_deadline_s=60.0)
-    server = lifecycle.Server(settings, [handler], [_SERVICE.full_name])
+    methods = methods_of(_SERVICE, _Servicer(Path(sys.argv[1])), default_deadline_s=60.0)
+    server = lifecycle.Server(settings, [methods])
     await server.start()
     await server.set_serving(True)
     await server.run_until_stopped([_break_when_told])

@@ -16,6 +16,16 @@ KEPT = Record(
 HTTP = Record(shards=2, embedder="http", embedder_model="m", embedder_url="http://a/v1", dimensions=1536)
 
 
+def test_a_cluster_to_which_shards_have_come_is_never_taken_for_unfinished(tmp_path: Path) -> None:
+    layout = Layout.of(tmp_path / "d")
+    layout.claim()
+    KEPT.save(layout)
+    assert not load_record(layout).complete
+    grown, _ = KEPT.with_new_shard()
+    grown.save(layout)
+    assert load_record(layout).complete
+
+
 def test_defaults_of_a_new_cluster() -> None:
     made = settle(Options(), None)
     assert (made.shards, made.replicas, made.embedder, made.dimensions) == (2, 1, "local", 256)

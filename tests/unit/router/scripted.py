@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import MemshardError, OutcomeUnknown, Unavailable
-from common.rpc import generic_handler
+from common.rpc import methods_of
 from common.topology import Replica, Shard, SlotRange, Topology
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
@@ -82,12 +82,8 @@ class Server:
     async def start(self) -> None:
         """Listens, where it listened before."""
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-        self._server.add_generic_rpc_handlers(
-            [
-                generic_handler(_SERVICE, self, default_deadline_s=60),
-                generic_handler(_HEALTH, self, default_deadline_s=60),
-            ]
-        )
+        for service in (_SERVICE, _HEALTH):
+            methods_of(service, self, default_deadline_s=60).add_to(self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()
 

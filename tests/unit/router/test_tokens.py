@@ -144,15 +144,15 @@ def test_of_each_shard_the_latest_timeline_and_then_the_latest_position_counts(
     expected: dict[str, tuple[int, int]] = {}
     for shard_id, commit in (commit for commits in writes for commit in commits):
         expected[shard_id] = max(expected.get(shard_id, (0, 0)), (commit.timeline, commit.lsn))
-    positions = _TOKENS.positions(options)
-    assert positions == expected
+    said = _TOKENS.said(options)
+    assert said.positions == expected
     # One token stands for all of them, and is offered where there is more than one.
-    trailers = dict(_TOKENS.read_trailers(options, positions))
+    trailers = dict(_TOKENS.read_trailers(options, said))
     assert trailers.pop("memshard-covers", "") == ",".join(sorted(expected))
     assert (list(trailers) == ["memshard-session-bin"]) == (len(writes) > 1)
     for token in trailers.values():
         assert isinstance(token, bytes)
-        assert _TOKENS.positions(_session(token)) == expected
+        assert _TOKENS.said(_session(token)).positions == expected
 
 
 def test_receipt_says_which_shards_it_covers() -> None:
@@ -166,13 +166,13 @@ def test_what_does_not_fit_into_a_trailer_is_left_out() -> None:
     receipt = _TOKENS.receipt(*((f"{number:060}", commit) for number in range(100)))
     options = _session(receipt.consistency_token, receipt.consistency_token)
     assert list(_TOKENS.write_trailers(receipt)) == []
-    assert list(_TOKENS.read_trailers(options, _TOKENS.positions(options))) == []
+    assert list(_TOKENS.read_trailers(options, _TOKENS.said(options))) == []
 
 
 def test_consistency_tokens_of_this_cluster_are_taken() -> None:
     token = _TOKENS.receipt(("shard-1", shard_pb2.Commit(timeline=1, lsn=1))).consistency_token
-    _TOKENS.positions(pb.ReadOptions())
-    _TOKENS.positions(pb.ReadOptions(consistency_tokens=[token] * 64))
+    _TOKENS.said(pb.ReadOptions())
+    _TOKENS.said(pb.ReadOptions(consistency_tokens=[token] * 64))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +203,14 @@ def test_other_consistency_tokens_are_refused_at_every_level(
     level: pb.ReadLevel.ValueType, tokens: list[bytes], reason: str
 ) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        _TOKENS.positions(pb.ReadOptions(level=level, consistency_tokens=tokens))
+        _TOKENS.said(pb.ReadOptions(level=level, consistency_tokens=tokens))
     assert caught.value.reason == reason
     assert [violation.field for violation in caught.value.violations] == ["read.consistency_tokens"]
+
+
+def test_the_newest_topology_that_was_written_by_goes_with_the_tokens() -> None:
+    commit = shard_pb2.Commit(timeline=1, lsn=1)
+    older = Tokens(_KEY, epoch=lambda: 3).receipt(("a", commit))
+    newer = Tokens(_KEY, epoch=lambda: 8).receipt(("a", commit))
+    both = pb.ReadOptions(consistency_tokens=[newer.consistency_token, older.consistency_token])
+    assert _TOKENS.said(both).epoch == 8

@@ -10,7 +10,7 @@ import pytest
 
 from common import errors
 from common.deadline import Deadline
-from common.rpc import generic_handler
+from common.rpc import methods_of
 from common.status import pushback_ms
 from memshard import AsyncMemoryClient, MemoryClient, OutcomeUnknown, Unavailable
 from memshard.v1 import memory_pb2 as pb
@@ -35,7 +35,7 @@ class _FailsFirst:
 @asynccontextmanager
 async def _serving(service: object) -> AsyncIterator[str]:
     server = grpc.aio.server()
-    server.add_generic_rpc_handlers([generic_handler(_SERVICE, service, default_deadline_s=60)])
+    methods_of(_SERVICE, service, default_deadline_s=60).add_to(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:

@@ -9,10 +9,6 @@ from typing import Any, ClassVar
 import grpc
 import pytest
 
-from common.deadline import Deadline
-from common.rpc import generic_handler
-from memshard.internal.v1 import shard_pb2
-from router.line import Line
 from tests.support.proxies import Proxies
 from tests.support.proxy import Fault, Proxy
 
@@ -143,25 +139,4 @@ async def test_requests_are_counted_and_those_with_next_to_nothing_in_them_are_n
                 assert len(await call(b"x" * size)) == size
             await asyncio.gather(*(call(b"12345" * 4) for _ in range(50)), *(call(b"") for _ in range(50)))
         assert await proxies.requests() == {"it": 54}
-    await server.stop(None)
-
-
-async def test_requests_that_share_a_stream_are_counted_one_by_one() -> None:
-    class Servicer:
-        async def Get(self, request: shard_pb2.GetRequest, deadline: Deadline) -> shard_pb2.GetResponse:  # noqa: N802
-            return shard_pb2.GetResponse()
-
-    server = grpc.aio.server()
-    port = server.add_insecure_port("127.0.0.1:0")
-    service = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
-    server.add_generic_rpc_handlers([generic_handler(service, Servicer(), default_deadline_s=5)])
-    await server.start()
-    async with Proxies({"it": f"127.0.0.1:{port}"}) as proxies:
-        async with grpc.aio.insecure_channel(proxies.addresses["it"]) as channel:
-            line = Line(channel)
-            for size in (0, 10, 1000, 100_000):
-                request = shard_pb2.GetRequest(user_id="x" * size).SerializeToString()
-                await asyncio.gather(*(line.ask("Get", request, 5) for _ in range(10)))
-            await line.close()
-        assert await proxies.requests() == {"it": 40}
     await server.stop(None)

@@ -190,6 +190,59 @@ class FailoverProgress(_message.Message):
 Global___FailoverProgress: _TypeAlias = FailoverProgress  # noqa: Y015
 
 @_typing.final
+class RestartRequest(_message.Message):
+    """What to restart."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of processes, in this order. Empty: all, in the order in which it costs least."""
+
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartRequest: _TypeAlias = RestartRequest  # noqa: Y015
+
+@_typing.final
+class RestartProgress(_message.Message):
+    """A process that has been restarted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    message: _builtins.str
+    """For people."""
+    seconds: _builtins.float
+    """Until it was well again."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        message: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "name", b"name", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartProgress: _TypeAlias = RestartProgress  # noqa: Y015
+
+@_typing.final
 class SetDegradationRequest(_message.Message):
     """Whose level, and which."""
 
@@ -236,6 +289,590 @@ class SetDegradationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetDegradationResponse: _TypeAlias = SetDegradationResponse  # noqa: Y015
+
+@_typing.final
+class ListShardsRequest(_message.Message):
+    """There is nothing to say about what is wanted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListShardsRequest: _TypeAlias = ListShardsRequest  # noqa: Y015
+
+@_typing.final
+class ListShardsResponse(_message.Message):
+    """All of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardInfo]: ...
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        shards: _abc.Iterable[Global___ShardInfo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListShardsResponse: _TypeAlias = ListShardsResponse  # noqa: Y015
+
+@_typing.final
+class ShardInfo(_message.Message):
+    """One shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    status: _builtins.str
+    """active, readonly, draining, maintenance."""
+    weight: _builtins.int
+    slots: _builtins.int
+    address: _builtins.str
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        status: _builtins.str = ...,
+        weight: _builtins.int = ...,
+        slots: _builtins.int = ...,
+        address: _builtins.str = ...,
+        replicas: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "replicas", b"replicas", "shard_id", b"shard_id", "slots", b"slots", "status", b"status", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardInfo: _TypeAlias = ShardInfo  # noqa: Y015
+
+@_typing.final
+class AddShardRequest(_message.Message):
+    """What the new shard is to be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    weight: _builtins.int
+    """Its share of the slots beside the others'. 0: 1."""
+    def __init__(
+        self,
+        *,
+        weight: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddShardRequest: _TypeAlias = AddShardRequest  # noqa: Y015
+
+@_typing.final
+class RemoveShardRequest(_message.Message):
+    """Which shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_id", b"shard_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveShardRequest: _TypeAlias = RemoveShardRequest  # noqa: Y015
+
+@_typing.final
+class ShardProgress(_message.Message):
+    """Something that is done for a shard that comes or leaves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    message: _builtins.str
+    """For people."""
+    done: _builtins.bool
+    """It was the last."""
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        message: _builtins.str = ...,
+        done: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "message", b"message", "shard_id", b"shard_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardProgress: _TypeAlias = ShardProgress  # noqa: Y015
+
+@_typing.final
+class SetShardRequest(_message.Message):
+    """What is to be changed of a shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    status: _builtins.str
+    """active, readonly, draining, maintenance. Empty: as it is."""
+    weight: _builtins.int
+    """0: as it is."""
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        status: _builtins.str = ...,
+        weight: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_id", b"shard_id", "status", b"status", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetShardRequest: _TypeAlias = SetShardRequest  # noqa: Y015
+
+@_typing.final
+class SetShardResponse(_message.Message):
+    """It is in the catalog, and routers are told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetShardResponse: _TypeAlias = SetShardResponse  # noqa: Y015
+
+@_typing.final
+class RebalanceRequest(_message.Message):
+    """How to move."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_ONLY_FIELD_NUMBER: _builtins.int
+    MAX_RATE_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_FIELD_NUMBER: _builtins.int
+    ROLLBACK_WINDOW_S_FIELD_NUMBER: _builtins.int
+    plan_only: _builtins.bool
+    """Say what would be moved, and move nothing."""
+    max_rate: _builtins.int
+    """Most rows a second on average. 0: as many as the servers can."""
+    concurrency: _builtins.int
+    """Most moves at once. 0: two."""
+    rollback_window_s: _builtins.float
+    """Seconds that each range can be brought back after it has moved. Absent: 30."""
+    def __init__(
+        self,
+        *,
+        plan_only: _builtins.bool = ...,
+        max_rate: _builtins.int = ...,
+        concurrency: _builtins.int = ...,
+        rollback_window_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "rollback_window_s", b"rollback_window_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "concurrency", b"concurrency", "max_rate", b"max_rate", "plan_only", b"plan_only", "rollback_window_s", b"rollback_window_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__rollback_window_s: _TypeAlias = _typing.Literal["rollback_window_s"]  # noqa: Y015
+    _WhichOneofArgType__rollback_window_s: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rollback_window_s) -> _WhichOneofReturnType__rollback_window_s | None: ...
+
+Global___RebalanceRequest: _TypeAlias = RebalanceRequest  # noqa: Y015
+
+@_typing.final
+class DrainShardRequest(_message.Message):
+    """Which shard, and how to move."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    MAX_RATE_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_FIELD_NUMBER: _builtins.int
+    ROLLBACK_WINDOW_S_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    max_rate: _builtins.int
+    """As in RebalanceRequest, like the other two."""
+    concurrency: _builtins.int
+    rollback_window_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        max_rate: _builtins.int = ...,
+        concurrency: _builtins.int = ...,
+        rollback_window_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "rollback_window_s", b"rollback_window_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "concurrency", b"concurrency", "max_rate", b"max_rate", "rollback_window_s", b"rollback_window_s", "shard_id", b"shard_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__rollback_window_s: _TypeAlias = _typing.Literal["rollback_window_s"]  # noqa: Y015
+    _WhichOneofArgType__rollback_window_s: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rollback_window_s) -> _WhichOneofReturnType__rollback_window_s | None: ...
+
+Global___DrainShardRequest: _TypeAlias = DrainShardRequest  # noqa: Y015
+
+@_typing.final
+class ListMovesRequest(_message.Message):
+    """There is nothing to say about what is wanted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMovesRequest: _TypeAlias = ListMovesRequest  # noqa: Y015
+
+@_typing.final
+class ListMovesResponse(_message.Message):
+    """All of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Move]: ...
+    def __init__(
+        self,
+        *,
+        moves: _abc.Iterable[Global___Move] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moves", b"moves"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMovesResponse: _TypeAlias = ListMovesResponse  # noqa: Y015
+
+@_typing.final
+class ResumeMoveRequest(_message.Message):
+    """Which move."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_ID_FIELD_NUMBER: _builtins.int
+    move_id: _builtins.int
+    """0: all that are open."""
+    def __init__(
+        self,
+        *,
+        move_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["move_id", b"move_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeMoveRequest: _TypeAlias = ResumeMoveRequest  # noqa: Y015
+
+@_typing.final
+class RollbackMoveRequest(_message.Message):
+    """Which move."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_ID_FIELD_NUMBER: _builtins.int
+    move_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        move_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["move_id", b"move_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackMoveRequest: _TypeAlias = RollbackMoveRequest  # noqa: Y015
+
+@_typing.final
+class MoveProgress(_message.Message):
+    """What happens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def plan(self) -> Global___MovePlan:
+        """What is about to be moved."""
+
+    @_builtins.property
+    def state(self) -> Global___MoveState: ...
+    @_builtins.property
+    def wait(self) -> Global___MoveWait: ...
+    def __init__(
+        self,
+        *,
+        plan: Global___MovePlan | None = ...,
+        state: Global___MoveState | None = ...,
+        wait: Global___MoveWait | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "plan", b"plan", "state", b"state", "wait", b"wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "plan", b"plan", "state", b"state", "wait", b"wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["plan", "state", "wait"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___MoveProgress: _TypeAlias = MoveProgress  # noqa: Y015
+
+@_typing.final
+class MovePlan(_message.Message):
+    """The moves that are to be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOTS_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    slots: _builtins.int
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Move]:
+        """Without ids: those come when each is begun."""
+
+    def __init__(
+        self,
+        *,
+        slots: _builtins.int = ...,
+        moves: _abc.Iterable[Global___Move] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moves", b"moves", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MovePlan: _TypeAlias = MovePlan  # noqa: Y015
+
+@_typing.final
+class MoveState(_message.Message):
+    """Where a move is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    TOTAL_ROWS_FIELD_NUMBER: _builtins.int
+    ROWS_PER_S_FIELD_NUMBER: _builtins.int
+    LAG_MS_FIELD_NUMBER: _builtins.int
+    PAUSE_MS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Copied, or compared."""
+    total_rows: _builtins.int
+    """Of those to be copied; 0: nothing is being copied."""
+    rows_per_s: _builtins.float
+    lag_ms: _builtins.float
+    """How long the new owner took to have all there was."""
+    pause_ms: _builtins.float
+    """How long nobody could write to the slots. Once, when they have been handed over."""
+    @_builtins.property
+    def move(self) -> Global___Move: ...
+    def __init__(
+        self,
+        *,
+        move: Global___Move | None = ...,
+        rows: _builtins.int = ...,
+        total_rows: _builtins.int = ...,
+        rows_per_s: _builtins.float = ...,
+        lag_ms: _builtins.float | None = ...,
+        pause_ms: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lag_ms", b"_lag_ms", "_pause_ms", b"_pause_ms", "lag_ms", b"lag_ms", "move", b"move", "pause_ms", b"pause_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lag_ms", b"_lag_ms", "_pause_ms", b"_pause_ms", "lag_ms", b"lag_ms", "move", b"move", "pause_ms", b"pause_ms", "rows", b"rows", "rows_per_s", b"rows_per_s", "total_rows", b"total_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lag_ms: _TypeAlias = _typing.Literal["lag_ms"]  # noqa: Y015
+    _WhichOneofArgType__lag_ms: _TypeAlias = _typing.Literal["_lag_ms", b"_lag_ms"]  # noqa: Y015
+    _WhichOneofReturnType__pause_ms: _TypeAlias = _typing.Literal["pause_ms"]  # noqa: Y015
+    _WhichOneofArgType__pause_ms: _TypeAlias = _typing.Literal["_pause_ms", b"_pause_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lag_ms) -> _WhichOneofReturnType__lag_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pause_ms) -> _WhichOneofReturnType__pause_ms | None: ...
+
+Global___MoveState: _TypeAlias = MoveState  # noqa: Y015
+
+@_typing.final
+class MoveWait(_message.Message):
+    """The next range waits for servers that have too much to do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shard_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        shard_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_ids", b"shard_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveWait: _TypeAlias = MoveWait  # noqa: Y015
+
+@_typing.final
+class Move(_message.Message):
+    """A range of slots that goes from shard to shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_ID_FIELD_NUMBER: _builtins.int
+    FIRST_SLOT_FIELD_NUMBER: _builtins.int
+    LAST_SLOT_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    CUTOVER_TIME_FIELD_NUMBER: _builtins.int
+    move_id: _builtins.int
+    first_slot: _builtins.int
+    """Both included."""
+    last_slot: _builtins.int
+    source: _builtins.str
+    target: _builtins.str
+    step: _builtins.str
+    """planned, copying, verifying, reversing, fenced, cut_over, active, cleaning, done; returning, returned, rolling_back,
+    rolled_back. docs/moves.md says what each means.
+    """
+    attempts: _builtins.int
+    rows: _builtins.int
+    error: _builtins.str
+    """Why it stopped, or was begun again, last."""
+    @_builtins.property
+    def cutover_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        move_id: _builtins.int = ...,
+        first_slot: _builtins.int = ...,
+        last_slot: _builtins.int = ...,
+        source: _builtins.str = ...,
+        target: _builtins.str = ...,
+        step: _builtins.str = ...,
+        attempts: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        error: _builtins.str = ...,
+        cutover_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cutover_time", b"cutover_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cutover_time", b"cutover_time", "error", b"error", "first_slot", b"first_slot", "last_slot", b"last_slot", "move_id", b"move_id", "rows", b"rows", "source", b"source", "step", b"step", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Move: _TypeAlias = Move  # noqa: Y015
+
+@_typing.final
+class PinUserRequest(_message.Message):
+    """Whose slot, and where."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    shard_id: _builtins.str
+    """Empty: wherever the weights say."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        shard_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_id", b"shard_id", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinUserRequest: _TypeAlias = PinUserRequest  # noqa: Y015
+
+@_typing.final
+class PinUserResponse(_message.Message):
+    """It is kept in the catalog."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinUserResponse: _TypeAlias = PinUserResponse  # noqa: Y015
 
 @_typing.final
 class GetHealthRequest(_message.Message):
@@ -386,9 +1023,19 @@ class GetStatsResponse(_message.Message):
     LEVELS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     RECOVERIES_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    SERVERS_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_S_FIELD_NUMBER: _builtins.int
+    ENTRANCE_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    MOVES_AGE_S_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Of the topology that it routes by."""
     uptime_s: _builtins.float
+    requests_per_s: _builtins.float
+    """That came to this router, over the last ten seconds."""
+    moves_age_s: _builtins.float
+    """Since it did. Absent: it never has, or its role may not read them."""
     @_builtins.property
     def breakers(self) -> _containers.RepeatedCompositeFieldContainer[Global___BreakerStats]: ...
     @_builtins.property
@@ -405,6 +1052,16 @@ class GetStatsResponse(_message.Message):
     def recoveries(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecoveryAttempt]:
         """The last of them, oldest first."""
 
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardStats]: ...
+    @_builtins.property
+    def servers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServerStats]: ...
+    @_builtins.property
+    def entrance(self) -> Global___EntranceStats: ...
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveStats]:
+        """Those that are not over, oldest first, as the catalog told them last."""
+
     def __init__(
         self,
         *,
@@ -417,14 +1074,103 @@ class GetStatsResponse(_message.Message):
         levels: _abc.Iterable[Global___LevelStats] | None = ...,
         cache: Global___CacheStats | None = ...,
         recoveries: _abc.Iterable[Global___RecoveryAttempt] | None = ...,
+        shards: _abc.Iterable[Global___ShardStats] | None = ...,
+        servers: _abc.Iterable[Global___ServerStats] | None = ...,
+        requests_per_s: _builtins.float = ...,
+        entrance: Global___EntranceStats | None = ...,
+        moves: _abc.Iterable[Global___MoveStats] | None = ...,
+        moves_age_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "hedges", b"hedges", "retries", b"retries"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_moves_age_s", b"_moves_age_s", "cache", b"cache", "entrance", b"entrance", "hedges", b"hedges", "moves_age_s", b"moves_age_s", "retries", b"retries"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["breakers", b"breakers", "cache", b"cache", "epoch", b"epoch", "hedges", b"hedges", "levels", b"levels", "limits", b"limits", "recoveries", b"recoveries", "retries", b"retries", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_moves_age_s", b"_moves_age_s", "breakers", b"breakers", "cache", b"cache", "entrance", b"entrance", "epoch", b"epoch", "hedges", b"hedges", "levels", b"levels", "limits", b"limits", "moves", b"moves", "moves_age_s", b"moves_age_s", "recoveries", b"recoveries", "requests_per_s", b"requests_per_s", "retries", b"retries", "servers", b"servers", "shards", b"shards", "uptime_s", b"uptime_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__moves_age_s: _TypeAlias = _typing.Literal["moves_age_s"]  # noqa: Y015
+    _WhichOneofArgType__moves_age_s: _TypeAlias = _typing.Literal["_moves_age_s", b"_moves_age_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__moves_age_s) -> _WhichOneofReturnType__moves_age_s | None: ...
+
+Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015
+
+@_typing.final
+class ShardStats(_message.Message):
+    """A shard, by the topology."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    status: _builtins.str
+    """active, readonly, draining, maintenance."""
+    slots: _builtins.int
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        status: _builtins.str = ...,
+        slots: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_id", b"shard_id", "slots", b"slots", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015
+Global___ShardStats: _TypeAlias = ShardStats  # noqa: Y015
+
+@_typing.final
+class ServerStats(_message.Message):
+    """A server of a shard, as this router has seen it over the last ten seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_FIELD_NUMBER: _builtins.int
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
+    LAG_MS_FIELD_NUMBER: _builtins.int
+    CALLS_PER_S_FIELD_NUMBER: _builtins.int
+    ERRORS_PER_S_FIELD_NUMBER: _builtins.int
+    P50_MS_FIELD_NUMBER: _builtins.int
+    P99_MS_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    server: _builtins.str
+    """The shard's name for its primary, and the replica's after it for that."""
+    shard_id: _builtins.str
+    replica_id: _builtins.str
+    """Empty: the primary."""
+    serving: _builtins.bool
+    """Of a primary: calls are not turned away by its breakers."""
+    lag_ms: _builtins.float
+    """How old a replica's data was when it last said so."""
+    calls_per_s: _builtins.float
+    errors_per_s: _builtins.float
+    p50_ms: _builtins.float
+    """Of calls that were answered, batches aside."""
+    p99_ms: _builtins.float
+    in_flight: _builtins.int
+    def __init__(
+        self,
+        *,
+        server: _builtins.str = ...,
+        shard_id: _builtins.str = ...,
+        replica_id: _builtins.str = ...,
+        serving: _builtins.bool = ...,
+        lag_ms: _builtins.float = ...,
+        calls_per_s: _builtins.float = ...,
+        errors_per_s: _builtins.float = ...,
+        p50_ms: _builtins.float = ...,
+        p99_ms: _builtins.float = ...,
+        in_flight: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_per_s", b"calls_per_s", "errors_per_s", b"errors_per_s", "in_flight", b"in_flight", "lag_ms", b"lag_ms", "p50_ms", b"p50_ms", "p99_ms", b"p99_ms", "replica_id", b"replica_id", "server", b"server", "serving", b"serving", "shard_id", b"shard_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerStats: _TypeAlias = ServerStats  # noqa: Y015
 
 @_typing.final
 class BreakerStats(_message.Message):
@@ -526,6 +1272,54 @@ class LimitStats(_message.Message):
 Global___LimitStats: _TypeAlias = LimitStats  # noqa: Y015
 
 @_typing.final
+class EntranceStats(_message.Message):
+    """The way into the router: what it refuses because it has too much to do itself, and not a shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHED_FIELD_NUMBER: _builtins.int
+    shed: _builtins.int
+    """Requests that were refused since the router's start."""
+    def __init__(
+        self,
+        *,
+        shed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shed", b"shed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EntranceStats: _TypeAlias = EntranceStats  # noqa: Y015
+
+@_typing.final
+class MoveStats(_message.Message):
+    """A move of slots that is not over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_FIELD_NUMBER: _builtins.int
+    STOPPED_FIELD_NUMBER: _builtins.int
+    stopped: _builtins.bool
+    """Nobody is at work on it: it stays as it is until it is resumed or rolled back."""
+    @_builtins.property
+    def move(self) -> Global___Move: ...
+    def __init__(
+        self,
+        *,
+        move: Global___Move | None = ...,
+        stopped: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["move", b"move"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["move", b"move", "stopped", b"stopped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveStats: _TypeAlias = MoveStats  # noqa: Y015
+
+@_typing.final
 class LevelStats(_message.Message):
     """The level of a shard, or of the cluster, and what it is decided from."""
 
@@ -605,6 +1399,101 @@ class CacheStats(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CacheStats: _TypeAlias = CacheStats  # noqa: Y015
+
+@_typing.final
+class GetHotUsersRequest(_message.Message):
+    """How many, and whether with their names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOST_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    most: _builtins.int
+    """At most 100; 0: ten."""
+    names: _builtins.bool
+    """With the users' ids. Without: with hashes of them, which are the same as in traces."""
+    def __init__(
+        self,
+        *,
+        most: _builtins.int = ...,
+        names: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["most", b"most", "names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHotUsersRequest: _TypeAlias = GetHotUsersRequest  # noqa: Y015
+
+@_typing.final
+class GetHotUsersResponse(_message.Message):
+    """Who is asked about most."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USERS_FIELD_NUMBER: _builtins.int
+    HALF_LIFE_S_FIELD_NUMBER: _builtins.int
+    half_life_s: _builtins.float
+    """A call counts half after so long."""
+    @_builtins.property
+    def users(self) -> _containers.RepeatedCompositeFieldContainer[Global___HotUser]:
+        """Most first."""
+
+    def __init__(
+        self,
+        *,
+        users: _abc.Iterable[Global___HotUser] | None = ...,
+        half_life_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["half_life_s", b"half_life_s", "users", b"users"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHotUsersResponse: _TypeAlias = GetHotUsersResponse  # noqa: Y015
+
+@_typing.final
+class HotUser(_message.Message):
+    """One user and one operation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    TOO_MANY_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    user: _builtins.str
+    """Its id, or the hash of it."""
+    operation: _builtins.str
+    calls: _builtins.float
+    """Weighted by age."""
+    too_many: _builtins.float
+    """By how much that may be too high; never too low."""
+    share: _builtins.float
+    """Of all calls that name a user."""
+    shard_id: _builtins.str
+    """Whose the user is; empty when it is many shards'."""
+    def __init__(
+        self,
+        *,
+        user: _builtins.str = ...,
+        operation: _builtins.str = ...,
+        calls: _builtins.float = ...,
+        too_many: _builtins.float = ...,
+        share: _builtins.float = ...,
+        shard_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "operation", b"operation", "shard_id", b"shard_id", "share", b"share", "too_many", b"too_many", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HotUser: _TypeAlias = HotUser  # noqa: Y015
 
 @_typing.final
 class RecoverRequest(_message.Message):

@@ -40,10 +40,65 @@ class ClusterServiceStub:
                 request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverRequest.SerializeToString,
                 response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverProgress.FromString,
                 _registered_method=True)
+        self.Restart = channel.unary_stream(
+                '/memshard.admin.v1.ClusterService/Restart',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RestartRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RestartProgress.FromString,
+                _registered_method=True)
         self.SetDegradation = channel.unary_unary(
                 '/memshard.admin.v1.ClusterService/SetDegradation',
                 request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationRequest.SerializeToString,
                 response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationResponse.FromString,
+                _registered_method=True)
+        self.ListShards = channel.unary_unary(
+                '/memshard.admin.v1.ClusterService/ListShards',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ListShardsRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ListShardsResponse.FromString,
+                _registered_method=True)
+        self.AddShard = channel.unary_stream(
+                '/memshard.admin.v1.ClusterService/AddShard',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.AddShardRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ShardProgress.FromString,
+                _registered_method=True)
+        self.RemoveShard = channel.unary_stream(
+                '/memshard.admin.v1.ClusterService/RemoveShard',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RemoveShardRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ShardProgress.FromString,
+                _registered_method=True)
+        self.SetShard = channel.unary_unary(
+                '/memshard.admin.v1.ClusterService/SetShard',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetShardRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetShardResponse.FromString,
+                _registered_method=True)
+        self.Rebalance = channel.unary_stream(
+                '/memshard.admin.v1.ClusterService/Rebalance',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.MoveProgress.FromString,
+                _registered_method=True)
+        self.DrainShard = channel.unary_stream(
+                '/memshard.admin.v1.ClusterService/DrainShard',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.DrainShardRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.MoveProgress.FromString,
+                _registered_method=True)
+        self.ListMoves = channel.unary_unary(
+                '/memshard.admin.v1.ClusterService/ListMoves',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ListMovesRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ListMovesResponse.FromString,
+                _registered_method=True)
+        self.ResumeMove = channel.unary_stream(
+                '/memshard.admin.v1.ClusterService/ResumeMove',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ResumeMoveRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.MoveProgress.FromString,
+                _registered_method=True)
+        self.RollbackMove = channel.unary_stream(
+                '/memshard.admin.v1.ClusterService/RollbackMove',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RollbackMoveRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.MoveProgress.FromString,
+                _registered_method=True)
+        self.PinUser = channel.unary_unary(
+                '/memshard.admin.v1.ClusterService/PinUser',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.PinUserRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.PinUserResponse.FromString,
                 _registered_method=True)
         self.GetHealth = channel.unary_unary(
                 '/memshard.admin.v1.ClusterService/GetHealth',
@@ -54,6 +109,11 @@ class ClusterServiceStub:
                 '/memshard.admin.v1.ClusterService/GetStats',
                 request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsResponse.FromString,
+                _registered_method=True)
+        self.GetHotUsers = channel.unary_unary(
+                '/memshard.admin.v1.ClusterService/GetHotUsers',
+                request_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHotUsersRequest.SerializeToString,
+                response_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHotUsersResponse.FromString,
                 _registered_method=True)
         self.Recover = channel.unary_unary(
                 '/memshard.admin.v1.ClusterService/Recover',
@@ -75,9 +135,93 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Restart(self, request, context):
+        """Restarts processes one after the other, each when the one before is well again. Services start before they end:
+        calls under way are finished, and new ones are taken by the successor. FAILED_PRECONDITION / NOT_POSSIBLE: a
+        successor did not start, and the old process goes on. By the supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetDegradation(self, request, context):
         """Sets the degradation level of a shard or of the cluster, whatever the routers see, or leaves it to them again. Kept
         in the catalog, so that it holds for every router and after a restart. By the supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListShards(self, request, context):
+        """The shards, with what each has and may be used for. By the supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddShard(self, request, context):
+        """Starts a new shard with its standbys, and registers it without slots; Rebalance gives it some. By the supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveShard(self, request, context):
+        """Ends a shard that has no slots any more, and removes its data. FAILED_PRECONDITION / NOT_POSSIBLE: it has some. By
+        the supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetShard(self, request, context):
+        """Says what a shard may be used for, and what its share of the slots is; Rebalance moves slots accordingly. By the
+        supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rebalance(self, request, context):
+        """Moves slots, while they are served, until each shard has its share by weight; finishes first what is open. A caller
+        who leaves ends it where it can be resumed. By the supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainShard(self, request, context):
+        """Moves all slots off a shard, which gets none from then on. By the supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListMoves(self, request, context):
+        """The moves of slots that there were, oldest first. By the supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeMove(self, request, context):
+        """Brings moves that are open to their end. By the supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackMove(self, request, context):
+        """Brings the slots of a move back to where they were, with all that was written to them since. FAILED_PRECONDITION /
+        NOT_POSSIBLE: its way back is closed. By the supervisor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinUser(self, request, context):
+        """Has a user's slot stay on a shard, from the next Rebalance on, or leaves it to the weights again. By the
+        supervisor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +236,14 @@ class ClusterServiceServicer:
 
     def GetStats(self, request, context):
         """What a router keeps count of. By a router.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetHotUsers(self, request, context):
+        """Who is asked about most, of the last minutes. A bounded list; whoever makes a large share of the calls is on it. By a
+        router.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,10 +264,65 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverRequest.FromString,
                     response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.FailoverProgress.SerializeToString,
             ),
+            'Restart': grpc.unary_stream_rpc_method_handler(
+                    servicer.Restart,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RestartRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RestartProgress.SerializeToString,
+            ),
             'SetDegradation': grpc.unary_unary_rpc_method_handler(
                     servicer.SetDegradation,
                     request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationRequest.FromString,
                     response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationResponse.SerializeToString,
+            ),
+            'ListShards': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListShards,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ListShardsRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ListShardsResponse.SerializeToString,
+            ),
+            'AddShard': grpc.unary_stream_rpc_method_handler(
+                    servicer.AddShard,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.AddShardRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ShardProgress.SerializeToString,
+            ),
+            'RemoveShard': grpc.unary_stream_rpc_method_handler(
+                    servicer.RemoveShard,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RemoveShardRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ShardProgress.SerializeToString,
+            ),
+            'SetShard': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetShard,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetShardRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.SetShardResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_stream_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RebalanceRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.MoveProgress.SerializeToString,
+            ),
+            'DrainShard': grpc.unary_stream_rpc_method_handler(
+                    servicer.DrainShard,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.DrainShardRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.MoveProgress.SerializeToString,
+            ),
+            'ListMoves': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMoves,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ListMovesRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ListMovesResponse.SerializeToString,
+            ),
+            'ResumeMove': grpc.unary_stream_rpc_method_handler(
+                    servicer.ResumeMove,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.ResumeMoveRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.MoveProgress.SerializeToString,
+            ),
+            'RollbackMove': grpc.unary_stream_rpc_method_handler(
+                    servicer.RollbackMove,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.RollbackMoveRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.MoveProgress.SerializeToString,
+            ),
+            'PinUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinUser,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.PinUserRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.PinUserResponse.SerializeToString,
             ),
             'GetHealth': grpc.unary_unary_rpc_method_handler(
                     servicer.GetHealth,
@@ -126,6 +333,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.GetStats,
                     request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsRequest.FromString,
                     response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'GetHotUsers': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHotUsers,
+                    request_deserializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHotUsersRequest.FromString,
+                    response_serializer=memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHotUsersResponse.SerializeToString,
             ),
             'Recover': grpc.unary_unary_rpc_method_handler(
                     servicer.Recover,
@@ -172,6 +384,33 @@ class ClusterService:
             _registered_method=True)
 
     @staticmethod
+    def Restart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/Restart',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.RestartRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.RestartProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def SetDegradation(request,
             target,
             options=(),
@@ -188,6 +427,276 @@ class ClusterService:
             '/memshard.admin.v1.ClusterService/SetDegradation',
             memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationRequest.SerializeToString,
             memshard_dot_admin_dot_v1_dot_cluster__pb2.SetDegradationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListShards(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/ListShards',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.ListShardsRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.ListShardsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddShard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/AddShard',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.AddShardRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.ShardProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveShard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/RemoveShard',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.RemoveShardRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.ShardProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetShard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/SetShard',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.SetShardRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.SetShardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/Rebalance',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.RebalanceRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.MoveProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainShard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/DrainShard',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.DrainShardRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.MoveProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListMoves(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/ListMoves',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.ListMovesRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.ListMovesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeMove(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/ResumeMove',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.ResumeMoveRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.MoveProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackMove(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/RollbackMove',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.RollbackMoveRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.MoveProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/PinUser',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.PinUserRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.PinUserResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -242,6 +751,33 @@ class ClusterService:
             '/memshard.admin.v1.ClusterService/GetStats',
             memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsRequest.SerializeToString,
             memshard_dot_admin_dot_v1_dot_cluster__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHotUsers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memshard.admin.v1.ClusterService/GetHotUsers',
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHotUsersRequest.SerializeToString,
+            memshard_dot_admin_dot_v1_dot_cluster__pb2.GetHotUsersResponse.FromString,
             options,
             channel_credentials,
             insecure,

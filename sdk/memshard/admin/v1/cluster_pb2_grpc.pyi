@@ -45,14 +45,53 @@ class ClusterServiceStub:
     follows the new one. FAILED_PRECONDITION / NOT_POSSIBLE: it could not be, and the old primary goes on. By the
     supervisor.
     """
+    Restart: _grpc.UnaryStreamMultiCallable[_cluster_pb2.RestartRequest, _cluster_pb2.RestartProgress]
+    """Restarts processes one after the other, each when the one before is well again. Services start before they end:
+    calls under way are finished, and new ones are taken by the successor. FAILED_PRECONDITION / NOT_POSSIBLE: a
+    successor did not start, and the old process goes on. By the supervisor.
+    """
     SetDegradation: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.SetDegradationRequest, _cluster_pb2.SetDegradationResponse]
     """Sets the degradation level of a shard or of the cluster, whatever the routers see, or leaves it to them again. Kept
     in the catalog, so that it holds for every router and after a restart. By the supervisor.
+    """
+    ListShards: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListShardsRequest, _cluster_pb2.ListShardsResponse]
+    """The shards, with what each has and may be used for. By the supervisor."""
+    AddShard: _grpc.UnaryStreamMultiCallable[_cluster_pb2.AddShardRequest, _cluster_pb2.ShardProgress]
+    """Starts a new shard with its standbys, and registers it without slots; Rebalance gives it some. By the supervisor."""
+    RemoveShard: _grpc.UnaryStreamMultiCallable[_cluster_pb2.RemoveShardRequest, _cluster_pb2.ShardProgress]
+    """Ends a shard that has no slots any more, and removes its data. FAILED_PRECONDITION / NOT_POSSIBLE: it has some. By
+    the supervisor.
+    """
+    SetShard: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.SetShardRequest, _cluster_pb2.SetShardResponse]
+    """Says what a shard may be used for, and what its share of the slots is; Rebalance moves slots accordingly. By the
+    supervisor.
+    """
+    Rebalance: _grpc.UnaryStreamMultiCallable[_cluster_pb2.RebalanceRequest, _cluster_pb2.MoveProgress]
+    """Moves slots, while they are served, until each shard has its share by weight; finishes first what is open. A caller
+    who leaves ends it where it can be resumed. By the supervisor.
+    """
+    DrainShard: _grpc.UnaryStreamMultiCallable[_cluster_pb2.DrainShardRequest, _cluster_pb2.MoveProgress]
+    """Moves all slots off a shard, which gets none from then on. By the supervisor."""
+    ListMoves: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListMovesRequest, _cluster_pb2.ListMovesResponse]
+    """The moves of slots that there were, oldest first. By the supervisor."""
+    ResumeMove: _grpc.UnaryStreamMultiCallable[_cluster_pb2.ResumeMoveRequest, _cluster_pb2.MoveProgress]
+    """Brings moves that are open to their end. By the supervisor."""
+    RollbackMove: _grpc.UnaryStreamMultiCallable[_cluster_pb2.RollbackMoveRequest, _cluster_pb2.MoveProgress]
+    """Brings the slots of a move back to where they were, with all that was written to them since. FAILED_PRECONDITION /
+    NOT_POSSIBLE: its way back is closed. By the supervisor.
+    """
+    PinUser: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.PinUserRequest, _cluster_pb2.PinUserResponse]
+    """Has a user's slot stay on a shard, from the next Rebalance on, or leaves it to the weights again. By the
+    supervisor.
     """
     GetHealth: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetHealthRequest, _cluster_pb2.GetHealthResponse]
     """How everything is that a router needs, each with its figure. By a router."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetStatsRequest, _cluster_pb2.GetStatsResponse]
     """What a router keeps count of. By a router."""
+    GetHotUsers: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetHotUsersRequest, _cluster_pb2.GetHotUsersResponse]
+    """Who is asked about most, of the last minutes. A bounded list; whoever makes a large share of the calls is on it. By a
+    router.
+    """
     Recover: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RecoverRequest, _cluster_pb2.RecoverResponse]
     """Tries what may help against what is found wrong, no action on the same thing more than once a minute. By a router."""
 
@@ -66,14 +105,53 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     follows the new one. FAILED_PRECONDITION / NOT_POSSIBLE: it could not be, and the old primary goes on. By the
     supervisor.
     """
+    Restart: _aio.UnaryStreamMultiCallable[_cluster_pb2.RestartRequest, _cluster_pb2.RestartProgress]  # type: ignore[assignment]
+    """Restarts processes one after the other, each when the one before is well again. Services start before they end:
+    calls under way are finished, and new ones are taken by the successor. FAILED_PRECONDITION / NOT_POSSIBLE: a
+    successor did not start, and the old process goes on. By the supervisor.
+    """
     SetDegradation: _aio.UnaryUnaryMultiCallable[_cluster_pb2.SetDegradationRequest, _cluster_pb2.SetDegradationResponse]  # type: ignore[assignment]
     """Sets the degradation level of a shard or of the cluster, whatever the routers see, or leaves it to them again. Kept
     in the catalog, so that it holds for every router and after a restart. By the supervisor.
+    """
+    ListShards: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListShardsRequest, _cluster_pb2.ListShardsResponse]  # type: ignore[assignment]
+    """The shards, with what each has and may be used for. By the supervisor."""
+    AddShard: _aio.UnaryStreamMultiCallable[_cluster_pb2.AddShardRequest, _cluster_pb2.ShardProgress]  # type: ignore[assignment]
+    """Starts a new shard with its standbys, and registers it without slots; Rebalance gives it some. By the supervisor."""
+    RemoveShard: _aio.UnaryStreamMultiCallable[_cluster_pb2.RemoveShardRequest, _cluster_pb2.ShardProgress]  # type: ignore[assignment]
+    """Ends a shard that has no slots any more, and removes its data. FAILED_PRECONDITION / NOT_POSSIBLE: it has some. By
+    the supervisor.
+    """
+    SetShard: _aio.UnaryUnaryMultiCallable[_cluster_pb2.SetShardRequest, _cluster_pb2.SetShardResponse]  # type: ignore[assignment]
+    """Says what a shard may be used for, and what its share of the slots is; Rebalance moves slots accordingly. By the
+    supervisor.
+    """
+    Rebalance: _aio.UnaryStreamMultiCallable[_cluster_pb2.RebalanceRequest, _cluster_pb2.MoveProgress]  # type: ignore[assignment]
+    """Moves slots, while they are served, until each shard has its share by weight; finishes first what is open. A caller
+    who leaves ends it where it can be resumed. By the supervisor.
+    """
+    DrainShard: _aio.UnaryStreamMultiCallable[_cluster_pb2.DrainShardRequest, _cluster_pb2.MoveProgress]  # type: ignore[assignment]
+    """Moves all slots off a shard, which gets none from then on. By the supervisor."""
+    ListMoves: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListMovesRequest, _cluster_pb2.ListMovesResponse]  # type: ignore[assignment]
+    """The moves of slots that there were, oldest first. By the supervisor."""
+    ResumeMove: _aio.UnaryStreamMultiCallable[_cluster_pb2.ResumeMoveRequest, _cluster_pb2.MoveProgress]  # type: ignore[assignment]
+    """Brings moves that are open to their end. By the supervisor."""
+    RollbackMove: _aio.UnaryStreamMultiCallable[_cluster_pb2.RollbackMoveRequest, _cluster_pb2.MoveProgress]  # type: ignore[assignment]
+    """Brings the slots of a move back to where they were, with all that was written to them since. FAILED_PRECONDITION /
+    NOT_POSSIBLE: its way back is closed. By the supervisor.
+    """
+    PinUser: _aio.UnaryUnaryMultiCallable[_cluster_pb2.PinUserRequest, _cluster_pb2.PinUserResponse]  # type: ignore[assignment]
+    """Has a user's slot stay on a shard, from the next Rebalance on, or leaves it to the weights again. By the
+    supervisor.
     """
     GetHealth: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetHealthRequest, _cluster_pb2.GetHealthResponse]  # type: ignore[assignment]
     """How everything is that a router needs, each with its figure. By a router."""
     GetStats: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetStatsRequest, _cluster_pb2.GetStatsResponse]  # type: ignore[assignment]
     """What a router keeps count of. By a router."""
+    GetHotUsers: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetHotUsersRequest, _cluster_pb2.GetHotUsersResponse]  # type: ignore[assignment]
+    """Who is asked about most, of the last minutes. A bounded list; whoever makes a large share of the calls is on it. By a
+    router.
+    """
     Recover: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RecoverRequest, _cluster_pb2.RecoverResponse]  # type: ignore[assignment]
     """Tries what may help against what is found wrong, no action on the same thing more than once a minute. By a router."""
 
@@ -92,6 +170,17 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def Restart(
+        self,
+        request: _cluster_pb2.RestartRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.RestartProgress], _abc.AsyncIterator[_cluster_pb2.RestartProgress]]:
+        """Restarts processes one after the other, each when the one before is well again. Services start before they end:
+        calls under way are finished, and new ones are taken by the successor. FAILED_PRECONDITION / NOT_POSSIBLE: a
+        successor did not start, and the old process goes on. By the supervisor.
+        """
+
+    @_abc_1.abstractmethod
     def SetDegradation(
         self,
         request: _cluster_pb2.SetDegradationRequest,
@@ -99,6 +188,96 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_cluster_pb2.SetDegradationResponse, _abc.Awaitable[_cluster_pb2.SetDegradationResponse]]:
         """Sets the degradation level of a shard or of the cluster, whatever the routers see, or leaves it to them again. Kept
         in the catalog, so that it holds for every router and after a restart. By the supervisor.
+        """
+
+    @_abc_1.abstractmethod
+    def ListShards(
+        self,
+        request: _cluster_pb2.ListShardsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ListShardsResponse, _abc.Awaitable[_cluster_pb2.ListShardsResponse]]:
+        """The shards, with what each has and may be used for. By the supervisor."""
+
+    @_abc_1.abstractmethod
+    def AddShard(
+        self,
+        request: _cluster_pb2.AddShardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.ShardProgress], _abc.AsyncIterator[_cluster_pb2.ShardProgress]]:
+        """Starts a new shard with its standbys, and registers it without slots; Rebalance gives it some. By the supervisor."""
+
+    @_abc_1.abstractmethod
+    def RemoveShard(
+        self,
+        request: _cluster_pb2.RemoveShardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.ShardProgress], _abc.AsyncIterator[_cluster_pb2.ShardProgress]]:
+        """Ends a shard that has no slots any more, and removes its data. FAILED_PRECONDITION / NOT_POSSIBLE: it has some. By
+        the supervisor.
+        """
+
+    @_abc_1.abstractmethod
+    def SetShard(
+        self,
+        request: _cluster_pb2.SetShardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.SetShardResponse, _abc.Awaitable[_cluster_pb2.SetShardResponse]]:
+        """Says what a shard may be used for, and what its share of the slots is; Rebalance moves slots accordingly. By the
+        supervisor.
+        """
+
+    @_abc_1.abstractmethod
+    def Rebalance(
+        self,
+        request: _cluster_pb2.RebalanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.MoveProgress], _abc.AsyncIterator[_cluster_pb2.MoveProgress]]:
+        """Moves slots, while they are served, until each shard has its share by weight; finishes first what is open. A caller
+        who leaves ends it where it can be resumed. By the supervisor.
+        """
+
+    @_abc_1.abstractmethod
+    def DrainShard(
+        self,
+        request: _cluster_pb2.DrainShardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.MoveProgress], _abc.AsyncIterator[_cluster_pb2.MoveProgress]]:
+        """Moves all slots off a shard, which gets none from then on. By the supervisor."""
+
+    @_abc_1.abstractmethod
+    def ListMoves(
+        self,
+        request: _cluster_pb2.ListMovesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ListMovesResponse, _abc.Awaitable[_cluster_pb2.ListMovesResponse]]:
+        """The moves of slots that there were, oldest first. By the supervisor."""
+
+    @_abc_1.abstractmethod
+    def ResumeMove(
+        self,
+        request: _cluster_pb2.ResumeMoveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.MoveProgress], _abc.AsyncIterator[_cluster_pb2.MoveProgress]]:
+        """Brings moves that are open to their end. By the supervisor."""
+
+    @_abc_1.abstractmethod
+    def RollbackMove(
+        self,
+        request: _cluster_pb2.RollbackMoveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.MoveProgress], _abc.AsyncIterator[_cluster_pb2.MoveProgress]]:
+        """Brings the slots of a move back to where they were, with all that was written to them since. FAILED_PRECONDITION /
+        NOT_POSSIBLE: its way back is closed. By the supervisor.
+        """
+
+    @_abc_1.abstractmethod
+    def PinUser(
+        self,
+        request: _cluster_pb2.PinUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.PinUserResponse, _abc.Awaitable[_cluster_pb2.PinUserResponse]]:
+        """Has a user's slot stay on a shard, from the next Rebalance on, or leaves it to the weights again. By the
+        supervisor.
         """
 
     @_abc_1.abstractmethod
@@ -116,6 +295,16 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.GetStatsResponse, _abc.Awaitable[_cluster_pb2.GetStatsResponse]]:
         """What a router keeps count of. By a router."""
+
+    @_abc_1.abstractmethod
+    def GetHotUsers(
+        self,
+        request: _cluster_pb2.GetHotUsersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.GetHotUsersResponse, _abc.Awaitable[_cluster_pb2.GetHotUsersResponse]]:
+        """Who is asked about most, of the last minutes. A bounded list; whoever makes a large share of the calls is on it. By a
+        router.
+        """
 
     @_abc_1.abstractmethod
     def Recover(

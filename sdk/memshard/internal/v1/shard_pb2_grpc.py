@@ -110,11 +110,6 @@ class ShardServiceStub:
                 request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.RecyclePoolRequest.SerializeToString,
                 response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.RecyclePoolResponse.FromString,
                 _registered_method=True)
-        self.Multiplex = channel.stream_stream(
-                '/memshard.internal.v1.ShardService/Multiplex',
-                request_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.MultiplexRequest.SerializeToString,
-                response_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.MultiplexResponse.FromString,
-                _registered_method=True)
 
 
 class ShardServiceServicer:
@@ -226,14 +221,6 @@ class ShardServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Multiplex(self, request_iterator, context):
-        """Calls of the rpcs above, many of them over one stream: what a call costs gRPC is paid once for all that are sent at
-        the same time. They are answered as they are done, in any order.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_ShardServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -311,11 +298,6 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.RecyclePool,
                     request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.RecyclePoolRequest.FromString,
                     response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.RecyclePoolResponse.SerializeToString,
-            ),
-            'Multiplex': grpc.stream_stream_rpc_method_handler(
-                    servicer.Multiplex,
-                    request_deserializer=memshard_dot_internal_dot_v1_dot_shard__pb2.MultiplexRequest.FromString,
-                    response_serializer=memshard_dot_internal_dot_v1_dot_shard__pb2.MultiplexResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -724,33 +706,6 @@ class ShardService:
             '/memshard.internal.v1.ShardService/RecyclePool',
             memshard_dot_internal_dot_v1_dot_shard__pb2.RecyclePoolRequest.SerializeToString,
             memshard_dot_internal_dot_v1_dot_shard__pb2.RecyclePoolResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Multiplex(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/memshard.internal.v1.ShardService/Multiplex',
-            memshard_dot_internal_dot_v1_dot_shard__pb2.MultiplexRequest.SerializeToString,
-            memshard_dot_internal_dot_v1_dot_shard__pb2.MultiplexResponse.FromString,
             options,
             channel_credentials,
             insecure,

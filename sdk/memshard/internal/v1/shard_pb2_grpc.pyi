@@ -68,10 +68,6 @@ class ShardServiceStub:
     """Who this server is, what it owns and how far it has come."""
     RecyclePool: _grpc.UnaryUnaryMultiCallable[_shard_pb2.RecyclePoolRequest, _shard_pb2.RecyclePoolResponse]
     """Replaces every connection to the database; those in use once they are given back."""
-    Multiplex: _grpc.StreamStreamMultiCallable[_shard_pb2.MultiplexRequest, _shard_pb2.MultiplexResponse]
-    """Calls of the rpcs above, many of them over one stream: what a call costs gRPC is paid once for all that are sent at
-    the same time. They are answered as they are done, in any order.
-    """
 
 @_typing.type_check_only
 class ShardServiceAsyncStub(ShardServiceStub):
@@ -108,10 +104,6 @@ class ShardServiceAsyncStub(ShardServiceStub):
     """Who this server is, what it owns and how far it has come."""
     RecyclePool: _aio.UnaryUnaryMultiCallable[_shard_pb2.RecyclePoolRequest, _shard_pb2.RecyclePoolResponse]  # type: ignore[assignment]
     """Replaces every connection to the database; those in use once they are given back."""
-    Multiplex: _aio.StreamStreamMultiCallable[_shard_pb2.MultiplexRequest, _shard_pb2.MultiplexResponse]  # type: ignore[assignment]
-    """Calls of the rpcs above, many of them over one stream: what a call costs gRPC is paid once for all that are sent at
-    the same time. They are answered as they are done, in any order.
-    """
 
 class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
     """One shard's rows, for the routers of its cluster."""
@@ -235,15 +227,5 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_shard_pb2.RecyclePoolResponse, _abc.Awaitable[_shard_pb2.RecyclePoolResponse]]:
         """Replaces every connection to the database; those in use once they are given back."""
-
-    @_abc_1.abstractmethod
-    def Multiplex(
-        self,
-        request_iterator: _MaybeAsyncIterator[_shard_pb2.MultiplexRequest],
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_shard_pb2.MultiplexResponse], _abc.AsyncIterator[_shard_pb2.MultiplexResponse]]:
-        """Calls of the rpcs above, many of them over one stream: what a call costs gRPC is paid once for all that are sent at
-        the same time. They are answered as they are done, in any order.
-        """
 
 def add_ShardServiceServicer_to_server(servicer: ShardServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

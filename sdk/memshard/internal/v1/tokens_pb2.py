@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from memshard.internal.v1 import shard_pb2 as memshard_dot_internal_dot_v1_dot_shard__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!memshard/internal/v1/tokens.proto\x12\x14memshard.internal.v1\x1a memshard/internal/v1/shard.proto\"J\n\x10\x43onsistencyToken\x12\x36\n\tpositions\x18\x01 \x03(\x0b\x32#.memshard.internal.v1.ShardPosition\"V\n\tPageToken\x12\x31\n\x05\x61\x66ter\x18\x01 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\x12\x16\n\x0e\x62\x65\x66ore_version\x18\x02 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!memshard/internal/v1/tokens.proto\x12\x14memshard.internal.v1\x1a memshard/internal/v1/shard.proto\"Y\n\x10\x43onsistencyToken\x12\x36\n\tpositions\x18\x01 \x03(\x0b\x32#.memshard.internal.v1.ShardPosition\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"V\n\tPageToken\x12\x31\n\x05\x61\x66ter\x18\x01 \x01(\x0b\x32\".memshard.internal.v1.ListPosition\x12\x16\n\x0e\x62\x65\x66ore_version\x18\x02 \x01(\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,7 +33,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'memshard.internal.v1.tokens
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONSISTENCYTOKEN']._serialized_start=93
-  _globals['_CONSISTENCYTOKEN']._serialized_end=167
-  _globals['_PAGETOKEN']._serialized_start=169
-  _globals['_PAGETOKEN']._serialized_end=255
+  _globals['_CONSISTENCYTOKEN']._serialized_end=182
+  _globals['_PAGETOKEN']._serialized_start=184
+  _globals['_PAGETOKEN']._serialized_end=270
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,112 @@
+"""A move of slots from one shard to another: its steps, and what the catalog records of it.
+
+| step | what is being done, or was | who has the slots | how it ends otherwise |
+|---|---|---|---|
+| planned | nothing yet | source | rolling_back |
+| copying | the rows are copied, and followed by logical replication | source | rolling_back |
+| verifying | both sides are compared while writes go on | source | rolling_back |
+| reversing | the way back is made: a slot on the target, a subscription on the source | source | rolling_back |
+| fenced | nobody writes to the slots; the last rows go over and are compared | source | verifying, or rolling_back |
+| cut_over | the catalog names the target: the point of no return. Both shards are told | target | goes on |
+| active | the target serves; what is written there goes back to the source | target | returning |
+| cleaning | the way back is closed, the source's rows are removed | target | goes on |
+| done | | target | |
+| returning | the slots are fenced on the target, the last rows go back | target | active again |
+| returned | the catalog names the source again. Both shards are told | source | goes on |
+| rolling_back | everything that was made is removed, and the target's rows | source | goes on |
+| rolled_back | | source | |
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+
+class Step(StrEnum):
+    """What is being done. It is recorded before it is begun, so that whoever comes next knows what there may be."""
+
+    PLANNED = "planned"
+    COPYING = "copying"
+    VERIFYING = "verifying"
+    REVERSING = "reversing"
+    FENCED = "fenced"
+    CUT_OVER = "cut_over"
+    ACTIVE = "active"
+    CLEANING = "cleaning"
+    DONE = "done"
+    RETURNING = "returning"
+    RETURNED = "returned"
+    ROLLING_BACK = "rolling_back"
+    ROLLED_BACK = "rolled_back"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing is left to be done."""
+        return self in (Step.DONE, Step.ROLLED_BACK)
+
+    @property
+    def is_before_cutover(self) -> bool:
+        """Whether the source has the slots, and the move can simply be undone."""
+        return self in (Step.PLANNED, Step.COPYING, Step.VERIFYING, Step.REVERSING, Step.FENCED)
+
+
+FENCED = frozenset({Step.FENCED, Step.CUT_OVER, Step.RETURNING, Step.RETURNED})
+"""The steps in which there may be nobody who takes writes to the slots."""
+
+
+UNFENCED = "the mover died while it fenced"
+"""The error of a move whose fence was taken away. One that returns is still to return then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A move as the catalog has it. Slots `first` to `last` are both included."""
+
+    move_id: int
+    first: int
+    last: int
+    source: str
+    target: str
+    step: Step
+    version: int = 1
+    attempts: int = 1
+    source_timeline: int = 0
+    target_timeline: int = 0
+    rows: int = 0
+    """Rows that were compared, of all tables."""
+    fenced_at: datetime | None = None
+    cutover_at: datetime | None = None
+    cutover_epoch: int = 0
+    error: str = ""
+    """Why it stopped last, for people."""
+
+    @property
+    def slots(self) -> int:
+        """How many slots it moves."""
+        return self.last - self.first + 1
+
+
+@dataclass(frozen=True, slots=True)
+class OpenMove:
+    """A move that is not over."""
+
+    move: Move
+    is_driven: bool
+    """Somebody has its lease, and so is at work on it."""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it stays as it is until somebody resumes it or rolls it back. One that is active waits without a
+        lease until its time to be brought back is over."""
+        return not self.is_driven and self.move.step is not Step.ACTIVE
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the moves of a cluster are."""
+
+    open: tuple[OpenMove, ...] = ()
+    """Oldest first."""
+    ended: Mapping[Step, int] = field(default_factory=dict)
+    """How many were ever done, and rolled back."""

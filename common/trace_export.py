@@ -1,0 +1,145 @@
+"""Traces that are kept, as OpenTelemetry's: which those are, and where they go.
+
+Sampling is by the trace's id, so that all who begin none agree, and parent-based: who called has decided. Beyond that,
+a part of a trace in which something failed or that took long is kept, some of these each second: in an outage all are.
+"""
+
+# ruff: noqa: PLC0415  # Each exporter brings what the others do not need, and one of them may not be installed.
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from opentelemetry.attributes import BoundedAttributes
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, SpanKind, TraceFlags, TraceState
+from opentelemetry.trace.status import Status, StatusCode
+
+from common import logs, tracing
+from common.config import ServiceSettings
+from common.lifecycle import StartError
+from common.tracing import Kind, Span, Trace
+from common.window import SlidingCount
+
+_log = logs.get_logger("tracing")
+
+# Parts of traces that were not sampled, and are kept each second for what became of them.
+_MOST_KEPT_PER_S = 20
+_FLUSH_TIMEOUT_S = 2.0
+
+# The part of an id that decides: OpenTelemetry's TraceIdRatioBased takes the same.
+_LOW_BITS = 2**64
+
+_VERSION = version("memshard")
+_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+_UNSET = Status()
+_KINDS = {Kind.INTERNAL: SpanKind.INTERNAL, Kind.SERVER: SpanKind.SERVER, Kind.CLIENT: SpanKind.CLIENT}
+
+
+class Export:
+    """Keeps traces, by giving them to an exporter of OpenTelemetry's in batches, from a thread."""
+
+    def __init__(self, service: str, exporter: SpanExporter, *, sample_ratio: float, slow_s: float) -> None:
+        self._bound = round(sample_ratio * _LOW_BITS)
+        self._slow_ns = slow_s * 1e9
+        self._kept = SlidingCount(1.0, 1, time.monotonic)
+        self._resource = Resource.create({"service.name": f"memshard-{service}", "service.version": _VERSION})
+        self._scope = InstrumentationScope("memshard", _VERSION)
+        self._processor = BatchSpanProcessor(exporter)
+
+    def samples(self, trace_id: int) -> bool:
+        return trace_id % _LOW_BITS < self._bound
+
+    def keep(self, trace: Trace) -> bool:
+        if not trace.sampled and not self._is_telling(trace):
+            return False
+        for span in trace.spans:
+            self._processor.on_end(self._made(trace, span))
+        return True
+
+    async def close(self) -> None:
+        """Gives what is left to the exporter, which has two seconds for it."""
+        try:
+            async with asyncio.timeout(_FLUSH_TIMEOUT_S):
+                await asyncio.to_thread(self._processor.shutdown)
+        except TimeoutError:
+            _log.warning("the last traces are lost: the exporter takes too long")
+
+    def _is_telling(self, trace: Trace) -> bool:
+        """Whether it is worth keeping, though it was not sampled."""
+        root = trace.spans[0]
+        if root.ended_ns - root.started_ns < self._slow_ns and not trace.failed:
+            return False
+        if self._kept.total() >= _MOST_KEPT_PER_S:
+            return False
+        self._kept.add()
+        return True
+
+    def _made(self, trace: Trace, span: Span) -> ReadableSpan:
+        """A span as OpenTelemetry has it when it has ended. By way of its tracer this would take five times as long."""
+        state = TraceState.from_header([trace.state]) if trace.state else TraceState()
+        parent = None
+        if span.parent_id:
+            remote = span is trace.spans[0]
+            parent = SpanContext(trace.id, span.parent_id, is_remote=remote, trace_flags=_SAMPLED, trace_state=state)
+        return ReadableSpan(
+            span.name,
+            context=SpanContext(trace.id, span.span_id, is_remote=False, trace_flags=_SAMPLED, trace_state=state),
+            parent=parent,
+            resource=self._resource,
+            attributes=span.attributes,
+            # Jaeger's exporter asks these how many were dropped.
+            events=[Event(name, BoundedAttributes(attributes=values), at_ns) for name, at_ns, values in span.events],
+            kind=_KINDS[span.kind],
+            status=Status(StatusCode.ERROR, str(span.attributes.get("error.type", ""))) if span.failed else _UNSET,
+            start_time=span.started_ns,
+            end_time=span.ended_ns,
+            instrumentation_scope=self._scope,
+        )
+
+
+@asynccontextmanager
+async def exporting(service: str, settings: ServiceSettings) -> AsyncIterator[None]:
+    """Records traces as the settings say, until the end. Raises StartError."""
+    exporter = _exporter(settings)
+    if exporter is None:
+        yield
+        return
+    export = Export(service, exporter, sample_ratio=settings.traces_sample_ratio, slow_s=settings.traces_slow_s)
+    tracing.record(export)
+    _log.info("traces", exporter=settings.traces_exporter, sample_ratio=settings.traces_sample_ratio)
+    try:
+        yield
+    finally:
+        tracing.record(None)
+        await export.close()
+
+
+def _exporter(settings: ServiceSettings) -> SpanExporter | None:
+    match settings.traces_exporter:
+        case "none":
+            return None
+        case "console":
+            # A line each, as the log's.
+            return ConsoleSpanExporter(formatter=lambda span: span.to_json(indent=None) + "\n")
+        case "otlp":
+            try:
+                from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+            except ImportError as error:
+                raise StartError("the exporter otlp is not installed: pip install 'memshard-server[otlp]'") from error
+            return OTLPSpanExporter()
+        case "jaeger":
+            try:
+                from opentelemetry.exporter.jaeger.thrift import JaegerExporter
+            except ImportError as error:
+                raise StartError(
+                    "the exporter jaeger is not installed: pip install 'memshard-server[jaeger]'. Jaeger 1.35 and "
+                    "later take OTLP: use otlp"
+                ) from error
+            exporter: SpanExporter = JaegerExporter()
+            return exporter

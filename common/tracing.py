@@ -1,0 +1,270 @@
+"""One trace of a call, through all the processes that have a part in it (W3C Trace Context, OpenTelemetry's names).
+
+Each process has its part of a trace: the span of the call that it answers, and what it does for it. Whether that part
+is kept is known only when it has ended: a sampled one always, and any other when something in it failed, or it took
+long. So spans are noted cheaply here, and become OpenTelemetry's only when they are kept (`common.trace_export`).
+
+Spans have names, counts, times and reasons, as logs do: never content, embeddings, or whose they are.
+"""
+
+import random
+import re
+import time
+from collections.abc import Iterable
+from contextvars import ContextVar
+from enum import Enum
+from types import TracebackType
+from typing import Protocol, Self
+
+import grpc
+
+from common.errors import MemshardError
+
+TRACEPARENT = "traceparent"
+TRACESTATE = "tracestate"
+
+Value = str | int | float | bool
+Metadata = Iterable[tuple[str, str | bytes]]
+
+# The version, the trace, the span, and the flags (https://www.w3.org/TR/trace-context/#traceparent-header). Versions
+# to come may have more.
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_SAMPLED = 1
+_MOST_STATE = 512
+
+# Spans of one process's part of a trace: a search of 64 shards with all its retries has fewer.
+MOST_SPANS = 1000
+
+# The errors of a server, by OpenTelemetry's conventions for gRPC, and its refusals for being overloaded.
+_FAULTS = frozenset(
+    {
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
+
+
+class Kind(Enum):
+    """What a span is of."""
+
+    INTERNAL = "internal"
+    SERVER = "server"
+    CLIENT = "client"
+
+
+class Recorder(Protocol):
+    """Decides which traces to begin, and which to keep."""
+
+    def samples(self, trace_id: int) -> bool:
+        """Whether a trace that begins here is one of those that are kept whatever becomes of them."""
+        ...
+
+    def keep(self, trace: "Trace") -> bool:
+        """Takes this process's part of a trace that has ended, if it is to be kept; whether it is."""
+        ...
+
+
+class Trace:
+    """This process's part of a trace. Its first span is the one that ends it."""
+
+    __slots__ = ("ended", "id", "recorder", "sampled", "spans", "state")
+
+    def __init__(self, trace_id: int, state: str, recorder: Recorder | None, *, sampled: bool) -> None:
+        self.id = trace_id
+        self.state = state
+        self.sampled = sampled
+        self.recorder = recorder
+        self.spans: list[Span] = []
+        self.ended = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether something in it did, if only at the first attempt."""
+        return any(span.failed for span in self.spans)
+
+
+class Span:
+    """`with` it: a piece of work. What it is entered in, its children are children of."""
+
+    __slots__ = (
+        "_token", "attributes", "ended_ns", "events", "failed", "is_kept", "kind", "name", "parent_id", "span_id",
+        "started_ns", "trace",
+    )  # fmt: skip
+
+    def __init__(
+        self, trace: Trace | None, name: str, kind: Kind, parent_id: int, attributes: dict[str, Value]
+    ) -> None:
+        self.trace = trace
+        self.name = name
+        self.kind = kind
+        self.parent_id = parent_id
+        self.span_id = random.getrandbits(64) or 1
+        self.attributes = attributes
+        self.events: list[tuple[str, int, dict[str, Value]]] = []
+        self.failed = False
+        self.is_kept = False
+        self.started_ns = time.time_ns()
+        self.ended_ns = 0
+
+    @property
+    def trace_id(self) -> str:
+        """The trace's id in hexadecimal; nothing where there is no trace."""
+        return f"{self.trace.id:032x}" if self.trace is not None else ""
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether anybody may ever see it: what takes an effort to find out need not be said otherwise."""
+        return self.trace is not None and self.trace.recorder is not None
+
+    def set(self, name: str, value: Value) -> None:
+        """An attribute."""
+        if not self.ended_ns:
+            self.attributes[name] = value
+
+    def event(self, name: str, attributes: dict[str, Value]) -> None:
+        """Something that happened at this moment."""
+        if not self.ended_ns:
+            self.events.append((name, time.time_ns(), attributes))
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Ends it, once, with the error that it ended with."""
+        if self.ended_ns:
+            return
+        if error is not None:
+            self._fail(error)
+        self.ended_ns = time.time_ns()
+        trace = self.trace
+        if trace is not None and trace.recorder is not None and trace.spans[0] is self:
+            trace.ended = True
+            for span in trace.spans:
+                if not span.ended_ns:
+                    # Whoever still works on it, or has been cancelled and not noticed it yet, is waited for by nobody.
+                    span.attributes["memshard.abandoned"] = True
+                    span.ended_ns = self.ended_ns
+            self.is_kept = trace.recorder.keep(trace)
+
+    def __enter__(self) -> Self:
+        self._token = _current.set(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _current.reset(self._token)
+        self.end(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if isinstance(error, MemshardError):
+            self.attributes["error.type"] = error.reason
+            self.failed = error.code in _FAULTS
+        elif isinstance(error, Exception):
+            self.attributes["error.type"] = type(error).__qualname__
+            self.failed = True
+        else:
+            self.attributes["memshard.cancelled"] = True
+
+
+class _NoSpan(Span):
+    """Of what nobody records."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(None, "", Kind.INTERNAL, 0, {})
+
+    def set(self, name: str, value: Value) -> None:
+        """Nothing."""
+
+    def event(self, name: str, attributes: dict[str, Value]) -> None:
+        """Nothing."""
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+NO_SPAN = _NoSpan()
+
+_current: ContextVar[Span] = ContextVar("the span that is being worked on", default=NO_SPAN)
+_recorder: Recorder | None = None
+
+
+def record(recorder: Recorder | None) -> None:
+    """From now on traces are given to `recorder`; None: to nobody."""
+    global _recorder  # noqa: PLW0603  # One for the process, as its logs are.
+    _recorder = recorder
+
+
+def received(method: str, metadata: Metadata, *, begins: bool) -> Span:
+    """The span of a call that came in, to be entered. Without a trace around it, it `begins` one, or has none.
+
+    Also while nothing is recorded there is a trace, for its id: lines in the logs of several services that are about
+    one call say so, and whoever called may record it.
+    """
+    parent, state = "", ""
+    for key, value in metadata:
+        if key == TRACEPARENT:
+            parent = value if isinstance(value, str) else ""
+        elif key == TRACESTATE:
+            state = value if isinstance(value, str) and len(value) <= _MOST_STATE else ""
+    known = parse(parent)
+    if known is None and not begins:
+        return NO_SPAN
+    if known is not None:
+        trace_id, parent_id, sampled = known
+    else:
+        trace_id, parent_id, state = random.getrandbits(128) or 1, 0, ""
+        sampled = _recorder is not None and _recorder.samples(trace_id)
+    trace = Trace(trace_id, state, _recorder, sampled=sampled)
+    span = Span(trace, method, Kind.SERVER, parent_id, {})
+    trace.spans.append(span)
+    return span
+
+
+def span(name: str, attributes: dict[str, Value] | None = None, kind: Kind = Kind.INTERNAL) -> Span:
+    """A span within the current one, to be entered."""
+    parent = _current.get()
+    trace = parent.trace
+    if trace is None or trace.recorder is None or trace.ended or len(trace.spans) >= MOST_SPANS:
+        return NO_SPAN
+    made = Span(trace, name, kind, parent.span_id, attributes or {})
+    trace.spans.append(made)
+    return made
+
+
+def current() -> Span:
+    """The span that is being worked on; one that records nothing where there is none."""
+    return _current.get()
+
+
+def outgoing() -> tuple[tuple[str, str], ...] | None:
+    """What a call has to carry, so that whoever answers it is part of this trace; None outside of any."""
+    here = _current.get()
+    trace = here.trace
+    if trace is None:
+        return None
+    parent = (TRACEPARENT, f"00-{trace.id:032x}-{here.span_id:016x}-{'01' if trace.sampled else '00'}")
+    return (parent, (TRACESTATE, trace.state)) if trace.state else (parent,)
+
+
+def parse(traceparent: str) -> tuple[int, int, bool] | None:
+    """Trace, span, and whether it is sampled; None for what is no traceparent."""
+    match = _TRACEPARENT.fullmatch(traceparent)
+    if match is None:
+        return None
+    version, trace_id, span_id, flags, more = match.groups()
+    if version == "ff" or (version == "00" and more):
+        return None
+    ids = int(trace_id, 16), int(span_id, 16)
+    return (*ids, bool(int(flags, 16) & _SAMPLED)) if all(ids) else None

@@ -1,0 +1,161 @@
+"""What a router looks up for `/metrics`: the state of what guards it, of what it knows, and of what it remembers."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from common.breaker import State
+from common.level import Level
+from common.moves import Step
+from common.topology import CLUSTER
+from router.hedges import Hedges
+from router.location import LocationCache
+from router.observed import Observed
+from router.replicas import Replicas
+from router.retries import Retries
+from router.shards import Shards
+from router.topology_watch import TopologyWatch
+
+CLUSTER_NAME = "cluster"
+"""Stands for the whole where a metric names a shard."""
+
+_BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class RouterMetrics:
+    """Looks at a router's parts."""
+
+    watch: TopologyWatch
+    shards: Shards
+    replicas: Replicas
+    retries: Retries
+    hedges: Hedges
+    locations: LocationCache
+    observed: Observed
+
+    def look(self) -> Iterable[Metric]:
+        """All of it."""
+        yield from self._topology()
+        yield from self._guards()
+        yield from self._levels()
+        yield from self._replicas()
+        yield from self._cache()
+        yield from self._moves()
+        yield _gauge(
+            "memory_retry_budget_available", "Retries that there may be at once.", self.retries.budget.balance()
+        )
+        hedges = CounterMetricFamily("memory_hedges", "Reads that were asked of a second server.")
+        hedges.add_metric([], self.hedges.sent)
+        yield hedges
+        yield _gauge(
+            "agent_query_frequency", "Reads a second, over the last minute, of all agents.", self.observed.queries_per_s
+        )
+        yield _gauge(
+            "active_memory_connections", "Channels that are open to shards and replicas.", self.shards.channel_count
+        )
+
+    def _topology(self) -> Iterable[Metric]:
+        topology = self.watch.topology
+        yield _gauge("memory_topology_epoch", "Epoch of the topology that this router routes by.", topology.epoch)
+        slots = GaugeMetricFamily("memory_shard_slots", "Slots of a shard, by the topology.", labels=["shard"])
+        for shard in topology.shards:
+            slots.add_metric([shard.shard_id], topology.slot_count(shard.shard_id))
+        yield slots
+
+    def _moves(self) -> Iterable[Metric]:
+        moving = self.watch.moving
+        if moving.age_s is None:
+            return
+        progress = moving.progress
+        counts = Counter(progress.ended)
+        counts.update(seen.move.step for seen in progress.open)
+        moves = GaugeMetricFamily("memory_moves", "Moves of slots that the catalog knows, by step.", labels=["step"])
+        for step in Step:
+            moves.add_metric([step.value], counts[step])
+        yield moves
+        yield _gauge(
+            "memory_moves_unattended",
+            "Moves that have stopped before their end, and that nobody drives.",
+            sum(seen.is_stopped for seen in progress.open),
+        )
+        slots = GaugeMetricFamily(
+            "memory_moving_slots",
+            "Slots of moves that are not over, of the shard that they go from (out) and to (in).",
+            labels=["shard", "direction"],
+        )
+        for shard in self.watch.topology.shards:
+            out = sum(seen.move.slots for seen in progress.open if seen.move.source == shard.shard_id)
+            coming = sum(seen.move.slots for seen in progress.open if seen.move.target == shard.shard_id)
+            slots.add_metric([shard.shard_id, "out"], out)
+            slots.add_metric([shard.shard_id, "in"], coming)
+        yield slots
+
+    def _guards(self) -> Iterable[Metric]:
+        breakers = GaugeMetricFamily(
+            "circuit_breaker_state", "0: closed. 1: half-open. 2: open, calls are turned away.", labels=["name", "kind"]
+        )
+        limits = GaugeMetricFamily(
+            "memory_server_call_limit", "Calls that a server may have at once.", labels=["server"]
+        )
+        in_flight = GaugeMetricFamily("memory_server_calls_in_flight", "Calls that it has now.", labels=["server"])
+        for guards in self.shards.guards.by_shard().values():
+            for guard in guards.values():
+                for kind, breaker in guard.breakers.items():
+                    breakers.add_metric([guard.name, kind.value], _BREAKER_VALUES[breaker.state])
+                limits.add_metric([guard.name], guard.limiter.limit)
+                in_flight.add_metric([guard.name], guard.limiter.in_flight)
+        for breaker in self.shards.levels.dependencies:
+            breakers.add_metric([breaker.name, "all"], _BREAKER_VALUES[breaker.state])
+        return breakers, limits, in_flight
+
+    def _levels(self) -> Iterable[Metric]:
+        active = GaugeMetricFamily(
+            "degradation_mode_active", "1: this is the level of the shard, or of the cluster.", labels=["of", "level"]
+        )
+        pools = GaugeMetricFamily(
+            "memory_shard_pool_usage", "Share of a shard's connections in use, as it last told.", labels=["shard"]
+        )
+        levels = self.shards.levels
+        for name in (CLUSTER, *(shard.shard_id for shard in self.watch.topology.shards)):
+            in_force = levels.decider(name).level
+            for level in Level:
+                active.add_metric([name or CLUSTER_NAME, level.name.lower()], level is in_force)
+        for shard_id, share in levels.pool_use.items():
+            pools.add_metric([shard_id], share)
+        return active, pools
+
+    def _replicas(self) -> Iterable[Metric]:
+        serving = GaugeMetricFamily(
+            "memory_replica_serving", "1: the replica is asked for reads.", labels=["shard", "replica"]
+        )
+        lag = GaugeMetricFamily(
+            "replication_lag_seconds", "How old a replica's data was when it last said so.", labels=["shard", "replica"]
+        )
+        for shard_id, replica_id, standing in self.replicas.all():
+            serving.add_metric([shard_id, replica_id], standing is not None)
+            if standing is not None:
+                lag.add_metric([shard_id, replica_id], standing.lag_ms / 1000)
+        return serving, lag
+
+    def _cache(self) -> Iterable[Metric]:
+        entries, most = self.locations.size
+        yield _gauge("memory_cache_entries", "Locations that this router remembers.", entries)
+        yield _gauge("memory_cache_max_entries", "Locations that it may remember.", most)
+        yield _gauge("memory_cache_believed", "1: what it remembers is used.", self.locations.is_believed)
+        ratio = GaugeMetricFamily(
+            "memory_cache_hit_ratio",
+            "Share of looks into a layer of the location cache that found something, over the last five minutes.",
+            labels=["layer"],
+        )
+        for layer in self.locations.layers:
+            if (share := layer.hit_ratio) is not None:
+                ratio.add_metric([layer.name], share)
+        yield ratio
+
+
+def _gauge(name: str, documentation: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, documentation, value=value)

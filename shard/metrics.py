@@ -1,0 +1,66 @@
+"""What a shard looks up for `/metrics`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prometheus_client import Metric
+from prometheus_client.core import GaugeMetricFamily
+
+from shard.commits import Commits
+from shard.database import Database
+from shard.disk import Disk
+from shard.durability import Durability
+from shard.figures import FiguresWatch
+from shard.primary import Primary
+
+
+@dataclass(frozen=True, slots=True)
+class ShardMetrics:
+    """Looks at a shard's parts."""
+
+    shard_id: str
+    database: Database
+    commits: Commits
+    durability: Durability
+    primary: Primary
+    disk: Disk
+    figures: FiguresWatch
+
+    def look(self) -> Iterable[Metric]:
+        """All of it."""
+        yield from of_pool(self.shard_id, self.database)
+        yield self._of("memory_primary_available", "1: there is a server that takes writes.", self.primary.is_available)
+        yield self._of("memory_primary_timeline", "Timeline of the server that takes writes.", self.primary.timeline)
+        yield self._of("memory_commits_in_flight", "Writes that have begun and not ended.", self.commits.count)
+        yield self._of(
+            "memory_sync_set_members", "Standbys of which commits wait for a quorum.", len(self.durability.members)
+        )
+        if (figures := self.figures.figures) is not None:
+            yield self._of("memory_store_size_bytes", "Size of the shard's database.", figures.size_bytes)
+            yield self._of(
+                "memory_embedding_queue_length",
+                "Memories that wait for their embedding, 10,000 at most.",
+                figures.waiting_for_embedding,
+            )
+        if (room := self.disk.room).size_bytes:
+            yield self._of("memory_disk_size_bytes", "Size of the file system with the data.", room.size_bytes)
+            yield self._of("memory_disk_free_bytes", "What is free of it.", room.free_bytes)
+
+    def _of(self, name: str, documentation: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, documentation, labels=["shard"])
+        family.add_metric([self.shard_id], value)
+        return family
+
+
+def of_pool(shard_id: str, database: Database) -> Iterable[Metric]:
+    """How the connections to a database are used: of a shard, and of a replica."""
+    size, in_use = database.use()
+    usage = GaugeMetricFamily(
+        "connection_pool_usage", "Share of the connections to the database that is in use.", labels=["shard"]
+    )
+    usage.add_metric([shard_id], in_use / size)
+    open_now = GaugeMetricFamily(
+        "active_memory_connections", "Connections to the database that are open.", labels=["shard"]
+    )
+    open_now.add_metric([shard_id], database.open_connections)
+    return usage, open_now

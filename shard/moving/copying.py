@@ -1,0 +1,132 @@
+"""Copying a range and comparing it while it is written: the steps in which nothing is decided yet."""
+
+import asyncio
+import time
+
+from common.moves import Step
+from shard.moving import ownership
+from shard.moving.cleanup import remove_rows
+from shard.moving.moving import Comparison, MoveError, Moving
+from shard.moving.streams import Stream, StreamError
+from shard.moving.tables import MOVED
+from shard.moving.verify import Verifier, count, merged
+
+_POLL_S = 0.1
+_TELL_INTERVAL_S = 0.5
+# A copy that fails is begun again by PostgreSQL, for ever.
+_MAX_ERRORS = 5
+# What the taker may be behind, before it is compared with the giver.
+_CATCH_UP_TIMEOUT_S = 600.0
+# Writes are stopped when this little is left to be compared, and the taker this close.
+_FEW_SUSPECTS = 500
+_CLOSE_S = 0.5
+_ROUNDS = 50
+
+_COUNT = "SELECT count(*) FROM {table} WHERE slot >= $1 AND slot <= $2"
+
+
+async def plan(moving: Moving) -> None:
+    """Makes sure that nothing is left of an earlier attempt, and notes which servers this one is with."""
+    await undo(moving)
+    await moving.advance(
+        Step.COPYING, source_timeline=moving.source.timeline, target_timeline=moving.target.timeline, fenced_at=None
+    )
+
+
+async def undo(moving: Moving) -> None:
+    """Takes back whatever was done before the cutover: the source has the slots, and the target nothing of them.
+
+    First the target is closed, and only then the source opened: two must not answer for the same slots.
+    """
+    move = moving.move
+    await ownership.close_to_reads(moving.target, move.first, move.last)
+    await ownership.unfence(moving.source, move.first, move.last)
+    moving.comparison = moving.fenced_at = None
+    for stream in (moving.forward, moving.reverse):
+        await moving.changes(stream).remove()
+        await stream.remove()
+    await remove_rows(moving.target, move.first, move.last, moving.forward, moving.reverse)
+
+
+async def copy(moving: Moving) -> None:
+    """Copies all rows, and has the target follow the source from then on."""
+    forward = moving.forward
+    if not await forward.is_subscribed():
+        await forward.publish()
+        await forward.make_slot()
+        await forward.subscribe(enabled=True, copy=True)
+    total = await _count(moving)
+    began, told_at = time.monotonic(), float("-inf")
+    while True:
+        tables = await forward.tables()
+        copied = sum(total.get(name, 0) if state in "rsf" else rows for name, (state, rows) in tables.items())
+        done = bool(tables) and all(state == "r" for state, _ in tables.values())
+        if done or time.monotonic() - told_at >= _TELL_INTERVAL_S:
+            told_at = time.monotonic()
+            elapsed_s = max(told_at - began, 0.001)
+            moving.told(rows=copied, total=sum(total.values()), rate=round(copied / elapsed_s))
+        if done:
+            break
+        if await forward.errors() >= _MAX_ERRORS:
+            raise StreamError(f"the copy fails again and again; the log of {moving.target.shard_id}'s server says why")
+        await asyncio.sleep(_POLL_S)
+    await moving.advance(Step.VERIFYING)
+
+
+async def verify(moving: Moving) -> None:
+    """Compares everything, until what is left to be looked at again is little."""
+    move = moving.move
+    # What an attempt to fence has left, if this is not the first: its end is recorded by now.
+    await ownership.close_to_reads(moving.target, move.first, move.last)
+    await ownership.unfence(moving.source, move.first, move.last)
+    moving.fenced_at = None
+    comparison = await compared(moving, moving.forward)
+    await moving.advance(Step.REVERSING, rows=comparison.verifier.rows)
+
+
+async def reverse(moving: Moving) -> None:
+    """Makes the way back. Before the fence, since the slot waits for whatever transaction is open on the target."""
+    if moving.comparison is None:
+        # Whoever compared is gone, and with it what has to be looked at again.
+        await moving.advance(Step.VERIFYING)
+        return
+    way = moving.reverse
+    await way.publish()
+    await way.make_slot()
+    await way.subscribe(enabled=False, copy=False)
+    await _settle(moving, moving.forward, moving.comparison)
+    await moving.advance(Step.FENCED)
+
+
+async def compared(moving: Moving, stream: Stream) -> Comparison:
+    """Compares what the two sides of a stream have, and keeps what has to be looked at again."""
+    move = moving.move
+    changes = moving.changes(stream)
+    await changes.make()
+    comparison = Comparison(Verifier(stream.publisher, stream.subscriber, move.first, move.last), changes)
+    await stream.caught_up(_CATCH_UP_TIMEOUT_S)
+    comparison.suspects = await comparison.verifier.all()
+    await _settle(moving, stream, comparison)
+    moving.comparison = comparison
+    return comparison
+
+
+async def _settle(moving: Moving, stream: Stream, comparison: Comparison) -> None:
+    """Looks again at what differed or has changed since, until that is little and the subscriber is close."""
+    for _ in range(_ROUNDS):
+        await comparison.changes.shorten()
+        changed = await comparison.changes.take()
+        lag_s = await stream.caught_up(_CATCH_UP_TIMEOUT_S)
+        comparison.suspects = await comparison.verifier.some(merged(comparison.suspects, changed))
+        moving.told(rows=comparison.verifier.rows, lag_ms=round(lag_s * 1000), suspects=count(comparison.suspects))
+        if lag_s <= _CLOSE_S and count(changed) + count(comparison.suspects) <= _FEW_SUSPECTS:
+            return
+    raise MoveError(
+        f"{stream.subscriber.shard_id} does not keep up with what is written to {stream.publisher.shard_id}"
+    )
+
+
+async def _count(moving: Moving) -> dict[str, int]:
+    """How many rows each table has that are to be copied."""
+    move, connection = moving.move, moving.source.connection
+    return {table: await connection.fetchval(_COUNT.format(table=table), move.first, move.last) for table in MOVED}

@@ -1,0 +1,194 @@
+"""The hand-over of a range: from the moment that nobody may write to it to the moment that its new owner lets them.
+
+The way back (`returning`) is the same with the two sides exchanged.
+"""
+
+import asyncio
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from common import catalog, catalog_moves, logs
+from common.catalog import CatalogError
+from common.catalog_moves import MoveConflictError
+from common.moves import UNFENCED, Step
+from common.postgres import CONNECT_ERRORS
+from shard.moving import ownership
+from shard.moving.copying import compared
+from shard.moving.moving import MoveError, Moving
+from shard.moving.ownership import Departure, FenceError
+from shard.moving.side import Side, SideError
+from shard.moving.streams import Stream, StreamError
+from shard.moving.verify import count, merged
+from shard.position import Position
+
+_log = logs.get_logger("cutover")
+
+# Attempts to fence after which somebody has to look.
+MAX_ATTEMPTS = 8
+_PAUSE_S = 0.5
+_CATALOG_TIMEOUT_S = 2.0
+
+_FAILURES = (FenceError, StreamError, SideError, MoveError, CatalogError, *CONNECT_ERRORS)
+
+
+async def fence(moving: Moving) -> None:
+    """Stops the writes, brings the rest over, compares it, and has the catalog name the target.
+
+    What takes too long is given up, and tried again: a compare-and-set first, so that it is not done after all, and
+    then the source takes writes again (`copying.verify`).
+    """
+    if moving.comparison is None:
+        # The process that fenced is gone. Its fence may be old.
+        await moving.advance(Step.VERIFYING, attempts=moving.move.attempts + 1, error=UNFENCED)
+        return
+    try:
+        async with asyncio.timeout(moving.settings.fence_timeout_s):
+            position = await _brought_over(moving, moving.forward)
+            await moving.hand_over(Step.CUT_OVER, moving.source, moving.target, position.timeline, position.lsn)
+            moving.lap("recorded")
+    except MoveConflictError:
+        raise
+    except _FAILURES as error:
+        why = str(error) or f"it took longer than {moving.settings.fence_timeout_s:g} s"
+        if moving.source.connection.is_closed() or moving.target.connection.is_closed():
+            raise
+        await _given_up(moving, Step.VERIFYING, why)
+
+
+async def activate(moving: Moving) -> None:
+    """Tells both shards what the catalog says, and turns the streams round."""
+    pause_s = await _told_shards(moving, moving.source, moving.target)
+    await moving.changes(moving.forward).remove()
+    await moving.forward.remove()
+    if is_reversible(moving):
+        await moving.reverse.enable()
+    moving.comparison = moving.fenced_at = None
+    await moving.advance(Step.ACTIVE)
+    if pause_s:
+        moving.told(pause_ms=round(pause_s * 1000, 1))
+
+
+def is_reversible(moving: Moving) -> bool:
+    """Whether what is written to the target still goes back to the source. A failover of either ends that: the slot, or
+    what the subscriber had taken without waiting for its standbys, may be lost with the old primary.
+    """
+    move = moving.move
+    return (move.source_timeline, move.target_timeline) == (moving.source.timeline, moving.target.timeline)
+
+
+async def bring_back(moving: Moving) -> None:
+    """Returns the slots to the source, with all that was written to the target since."""
+    reverse = moving.reverse
+    # Whatever an earlier attempt has fenced. A compare-and-set first: nobody else is at it.
+    await moving.advance(Step.RETURNING, fenced_at=None)
+    await unfenced(moving, reverse)
+    if not is_reversible(moving):
+        await moving.advance(Step.ACTIVE, error="a failover has closed the way back")
+        raise MoveError("a failover has closed the way back; move the slots there anew")
+    await compared(moving, reverse)
+    try:
+        async with asyncio.timeout(moving.settings.fence_timeout_s):
+            position = await _brought_over(moving, reverse)
+            await moving.hand_over(Step.RETURNED, moving.target, moving.source, position.timeline, position.lsn)
+    except MoveConflictError:
+        raise
+    except _FAILURES as error:
+        why = str(error) or f"it took longer than {moving.settings.fence_timeout_s:g} s"
+        if moving.source.connection.is_closed() or moving.target.connection.is_closed():
+            raise
+        await _given_up(moving, Step.RETURNING, why)
+
+
+async def settle_return(moving: Moving) -> None:
+    """Tells both shards that the source has the slots again."""
+    pause_s = await _told_shards(moving, moving.target, moving.source)
+    await moving.changes(moving.reverse).remove()
+    await moving.advance(Step.ROLLING_BACK)
+    if pause_s:
+        moving.told(pause_ms=round(pause_s * 1000, 1))
+
+
+async def _brought_over(moving: Moving, stream: Stream) -> Position:
+    """From the fence to the commit on the taker; the place in its log at which it has everything."""
+    move, comparison = moving.move, moving.comparison
+    giver, taker = stream.publisher, stream.subscriber
+    assert comparison is not None
+    moving.fenced_at = time.monotonic()
+    moving.may_be_decided = False
+    moving.laps.clear()
+    moving.move = await catalog_moves.change_move(
+        moving.catalog, move, replace(move, fenced_at=datetime.now(UTC), attempts=move.attempts)
+    )
+    mark = time.time_ns()
+    await ownership.fence(
+        giver,
+        move.first,
+        move.last,
+        timeout_s=moving.settings.fence_timeout_s / 2,
+        move_id=move.move_id,
+        way=stream.way,
+        mark=mark,
+    )
+    moving.lap("fenced")
+    await stream.arrived(mark, moving.settings.fence_timeout_s)
+    moving.lap("arrived")
+    changed = await comparison.changes.take()
+    different = await comparison.verifier.some(merged(comparison.suspects, changed))
+    moving.lap("compared")
+    if different:
+        tables = ", ".join(sorted(different))
+        raise MoveError(f"{count(different)} rows differ between {giver.shard_id} and {taker.shard_id} ({tables})")
+    position = await ownership.open_to_reads(taker, move.first, move.last)
+    moving.lap("committed")
+    return position
+
+
+async def _given_up(moving: Moving, step: Step, why: str) -> None:
+    """The end of a fence that led to nothing: recorded first, then taken away.
+
+    With the catalog out of reach it is taken away all the same, unless the catalog was asked to hand the slots over.
+    """
+    stream = moving.forward if step is Step.VERIFYING else moving.reverse
+    try:
+        async with asyncio.timeout(_CATALOG_TIMEOUT_S):
+            await moving.advance(step, attempts=moving.move.attempts + 1, error=why, fenced_at=None)
+    except CONNECT_ERRORS:
+        # Nobody else can have handed over what is fenced here: for that the lock is needed which this session holds.
+        if not moving.may_be_decided:
+            await unfenced(moving, stream)
+        raise
+    await unfenced(moving, stream)
+    moving.told(aborted_after_ms=round(moving.since_fence_s() * 1000))
+    moving.comparison = moving.fenced_at = None
+    if moving.move.attempts > MAX_ATTEMPTS:
+        raise MoveError(f"given up after {MAX_ATTEMPTS} attempts: {why}")
+    await asyncio.sleep(_PAUSE_S)
+
+
+async def unfenced(moving: Moving, stream: Stream) -> None:
+    """Lets the publisher of a stream take writes again, once its subscriber answers no reads. To be recorded before."""
+    move = moving.move
+    await ownership.close_to_reads(stream.subscriber, move.first, move.last)
+    await ownership.unfence(stream.publisher, move.first, move.last)
+
+
+async def _told_shards(moving: Moving, giver: Side, taker: Side) -> float:
+    """Has the giver send callers away, and then the taker take writes; seconds since the fence, 0 when that is unknown.
+
+    Reads are answered all the while: by the giver at first, from then on by the taker, which has been open to them.
+    """
+    move = moving.move
+    topology = await catalog.read_topology(moving.catalog)
+    address = next(shard.address for shard in topology.shards if shard.shard_id == taker.shard_id)
+    cutover = next(c for c in topology.cutovers if (c.source, c.target) == (giver.shard_id, taker.shard_id))
+    if not await ownership.has_all(giver, move.first, move.last, "gone"):
+        here = Position(cutover.timeline, cutover.lsn, waits=False, server="")
+        departure = Departure(taker.shard_id, address, move.cutover_epoch, here)
+        await ownership.give_up(giver, move.first, move.last, departure)
+    moving.lap("given up")
+    await ownership.take(taker, move.first, move.last, move.cutover_epoch)
+    moving.lap("taken")
+    if moving.fenced_at is not None:
+        _log.info("handed over", move_id=move.move_id, after_ms=moving.laps)
+    return moving.since_fence_s()

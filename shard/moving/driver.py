@@ -1,0 +1,175 @@
+"""Driving one move from whatever step the catalog records, with its lease, until it is over or may wait.
+
+What goes away meanwhile, the catalog or a shard's primary, is looked for again; a failover of either side begins the
+move anew when nothing is decided yet, and closes the way back when it is.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from common import catalog_moves, logs, postgres
+from common.config import MoverSettings
+from common.moves import UNFENCED, Move, Step
+from common.postgres import CONNECT_ERRORS, Connection, DatabaseUnreachableError
+from shard.moving import cutover, side
+from shard.moving.moving import MoveError, Moving, Tell
+from shard.moving.side import SideError
+from shard.moving.steps import STEPS
+from shard.moving.streams import StreamError
+
+_log = logs.get_logger("move")
+
+# How long a database may be away, or keep failing, before a move is left to be resumed.
+_PATIENCE_S = 60.0
+_BACKOFF_S = 0.5
+# Another mover's session, which may be ending.
+_LEASE_TIMEOUT_S = 15.0
+_POLL_S = 0.1
+_LOST = (DatabaseUnreachableError, SideError, *CONNECT_ERRORS)
+
+
+class LeasedError(MoveError):
+    """Another mover drives the move."""
+
+
+class Driver:
+    """Drives one move. `stop` makes it end where it can be resumed, as soon as no slot is fenced."""
+
+    def __init__(self, settings: MoverSettings, move_id: int, tell: Tell, stop: asyncio.Event) -> None:
+        self._settings = settings
+        self._move_id = move_id
+        self._tell = tell
+        self._stop = stop
+
+    async def run(self, *, hold: bool = False, bring_back: bool = False, unfence: bool = False) -> Move:
+        """Until the move is over, or with `hold` as soon as it may wait to be cleaned up. With `bring_back` the source
+        is to have the slots in the end; with `unfence` it goes only so far that somebody takes writes.
+
+        Raises MoveError, StreamError: it is left to be resumed, and says why in the catalog. And LeasedError.
+        """
+        tried_since, seen = time.monotonic(), (Step.DONE, 0)
+        while True:
+            try:
+                return await self._run_connected(hold=hold, bring_back=bring_back, unfence=unfence)
+            except catalog_moves.MoveConflictError as error:
+                # A change whose answer was lost: what the catalog says now is true.
+                failure: Exception = error
+            except _LOST as error:
+                failure = error
+            except (MoveError, StreamError) as error:
+                await self._note(str(error))
+                raise
+            now = time.monotonic()
+            if (self._at.step, self._at.version) != seen:
+                tried_since, seen = now, (self._at.step, self._at.version)
+            if self._stop.is_set() or now - tried_since >= _PATIENCE_S:
+                await self._note(str(failure))
+                raise MoveError(f"move {self._move_id} can be resumed: {failure}") from failure
+            _log.warning("a move is interrupted", move_id=self._move_id, error=type(failure).__name__)
+            await asyncio.sleep(_BACKOFF_S)
+
+    _at = Move(0, 0, 0, "", "", Step.PLANNED)
+
+    async def _run_connected(self, *, hold: bool, bring_back: bool, unfence: bool) -> Move:
+        async with leased(self._settings, self._move_id) as (connection, move):
+            self._at = move
+            if move.step.is_final:
+                return move
+            async with (
+                side.opened(move.source, self._settings.shard_dsn(move.source), move.move_id) as source,
+                side.opened(move.target, self._settings.shard_dsn(move.target), move.move_id) as target,
+            ):
+                moving = Moving(connection, self._settings, move, source, target, self._tell)
+                moving.told()
+                if bring_back:
+                    await self._turn_round(moving)
+                await self._begin_anew_after_failover(moving)
+                if unfence:
+                    return await self._unfence(moving)
+                while not (moving.move.step.is_final or (hold and moving.move.step is Step.ACTIVE)):
+                    if bring_back and moving.move.step is Step.ACTIVE:
+                        await moving.advance(Step.RETURNING)
+                    if not await self._step(moving):
+                        break
+                    self._at = moving.move
+                return moving.move
+
+    async def _step(self, moving: Moving) -> bool:
+        """Takes one step; False when told to stop. What is fenced by then is not left so."""
+        if self._stop.is_set() and moving.move.step not in (Step.CUT_OVER, Step.RETURNED):
+            return False
+        work = asyncio.ensure_future(STEPS[moving.move.step](moving))
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
+            decided = moving.fenced_at is not None or moving.move.step in (Step.CUT_OVER, Step.RETURNED)
+            if work.done() or decided:
+                await work
+                return True
+            return False
+        finally:
+            for task in (work, stop):
+                task.cancel()
+            await asyncio.gather(work, stop, return_exceptions=True)
+
+    async def _unfence(self, moving: Moving) -> Move:
+        move = moving.move
+        if move.step in (Step.CUT_OVER, Step.RETURNED):
+            await STEPS[move.step](moving)
+        elif move.step is Step.RETURNING:
+            await moving.advance(Step.RETURNING, fenced_at=None, error=UNFENCED)
+            await cutover.unfenced(moving, moving.reverse)
+        else:
+            if move.step is Step.FENCED:
+                await moving.advance(Step.VERIFYING, fenced_at=None, error=UNFENCED)
+            if moving.move.step.is_before_cutover:
+                await cutover.unfenced(moving, moving.forward)
+        return moving.move
+
+    async def _turn_round(self, moving: Moving) -> None:
+        """Has a move go the other way. Raises MoveError when it is too late."""
+        step = moving.move.step
+        if step.is_before_cutover:
+            await moving.advance(Step.ROLLING_BACK, error="rolled back by request")
+        elif step is Step.ACTIVE:
+            if not cutover.is_reversible(moving):
+                raise MoveError("a failover has closed the way back; move the slots there anew")
+            await moving.advance(Step.RETURNING)
+        elif step in (Step.CLEANING, Step.DONE):
+            raise MoveError("the way back is closed: the source's rows are being removed")
+
+    async def _begin_anew_after_failover(self, moving: Moving) -> None:
+        move = moving.move
+        if not move.step.is_before_cutover or move.step is Step.PLANNED or cutover.is_reversible(moving):
+            return
+        await moving.advance(Step.PLANNED, attempts=move.attempts + 1, error="begun again after a failover")
+
+    async def _note(self, why: str) -> None:
+        """Says in the catalog why the move stopped, if that can be said."""
+        try:
+            async with leased(self._settings, self._move_id) as (connection, move):
+                if not move.step.is_final:
+                    await catalog_moves.change_move(connection, move, replace(move, error=why[:500]))
+        except (LeasedError, catalog_moves.MoveConflictError, *_LOST) as error:
+            _log.warning("the catalog does not know why a move stopped", error=type(error).__name__)
+
+
+@asynccontextmanager
+async def leased(settings: MoverSettings, move_id: int) -> AsyncIterator[tuple[Connection, Move]]:
+    """A connection to the catalog that has the lease of a move, and the move.
+
+    Raises LeasedError, DatabaseUnreachableError, CatalogError.
+    """
+    connection = await postgres.connect(settings.catalog_dsn.get_secret_value(), what="the catalog")
+    try:
+        deadline = time.monotonic() + _LEASE_TIMEOUT_S
+        while not await catalog_moves.take_lease(connection, move_id):
+            if time.monotonic() >= deadline:
+                raise LeasedError(f"another mover drives move {move_id}")
+            await asyncio.sleep(_POLL_S)
+        yield connection, await catalog_moves.read_move(connection, move_id)
+    finally:
+        connection.terminate()

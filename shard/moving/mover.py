@@ -1,0 +1,274 @@
+"""What an operator asks for, made of moves: rebalance, drain, resume, roll back; shards that come and leave."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from common import catalog, catalog_moves, catalog_shards, logs, postgres
+from common.catalog import CatalogError, EpochConflictError, PlacementStrategy
+from common.catalog_moves import MoveConflictError
+from common.config import MoverSettings
+from common.moves import FENCED, Move, Step
+from common.postgres import Connection
+from common.topology import Shard, ShardStatus, Topology
+from shard.moving import side
+from shard.moving.driver import Driver, LeasedError
+from shard.moving.moving import MoveError, Tell
+from shard.moving.pacing import Pace
+from shard.moving.plan import PlannedMove, by_hand, plan
+
+_log = logs.get_logger("mover")
+
+_TRIES = 5
+# Moves that are not over: each has a replication slot on the target, of which a server has a bounded number.
+_MAX_OPEN = 6
+
+
+class Mover:
+    """Plans moves and drives them, several at once. `tell` hears of everything that happens."""
+
+    def __init__(self, settings: MoverSettings, tell: Tell) -> None:
+        self._settings = settings
+        self._tell = tell
+        self._stop = asyncio.Event()
+        self._pace = Pace(settings.max_rate, settings.max_standby_lag_bytes, tell)
+
+    def stop(self) -> None:
+        """Ends what is under way where it can be resumed."""
+        self._stop.set()
+
+    async def planned(self) -> list[PlannedMove]:
+        """The moves that would be made now, told as well. Raises PlanError, CatalogError."""
+        async with self._catalog() as connection:
+            topology = await catalog.read_topology(connection)
+            pins = await catalog_moves.read_pins(connection)
+        moves = plan(topology, pins=pins, max_slots=self._settings.max_slots)
+        told = [
+            {"first": move.first, "last": move.last, "source": move.source, "target": move.target} for move in moves
+        ]
+        self._tell({"event": "plan", "slots": sum(move.slots for move in moves), "moves": told})
+        return moves
+
+    async def rebalance(self) -> None:
+        """Finishes what is open, then moves slots until each shard has its share. Raises MoveError, CatalogError."""
+        await self.resume()
+        while not self._stop.is_set() and (moves := await self.planned()):
+            await self._run(moves)
+        await self._finish()
+
+    async def move(self, first: int, last: int, target: str) -> None:
+        """Moves slots `first` to `last`, both included and all of one shard, to `target`. Raises MoveError, PlanError,
+        CatalogError.
+        """
+        async with self._catalog() as connection:
+            topology = await catalog.read_topology(connection)
+        await self._run(by_hand(topology, first, last, target, max_slots=self._settings.max_slots))
+        await self._finish()
+
+    async def drain(self, shard_id: str) -> None:
+        """Moves all slots off a shard, which gets no others from now on. Raises MoveError, CatalogError, PlanError."""
+        async with self._catalog() as connection:
+            # Where nobody could take its slots, its status stays as it is.
+            plan(await catalog.read_topology(connection), draining=[shard_id])
+            await _set_status(connection, shard_id, ShardStatus.DRAINING)
+        await self.rebalance()
+        async with self._catalog() as connection:
+            left = (await catalog.read_topology(connection)).slot_count(shard_id)
+        if left:
+            raise MoveError(f"{shard_id} still has {left} slots; the same command again goes on")
+
+    async def add(self, shard: Shard) -> int:
+        """Registers a shard without slots, so that its service can start; the epoch. Raises CatalogError."""
+        async with self._catalog() as connection:
+            for _ in range(_TRIES):
+                try:
+                    return await catalog_shards.add_shard(connection, await catalog.read_epoch(connection), shard)
+                except EpochConflictError:
+                    continue
+        raise CatalogError("the catalog keeps changing")
+
+    async def set(self, shard_id: str, status: ShardStatus | None, weight: int | None) -> int:
+        """Sets a shard's status, its weight, or both; the epoch. Raises CatalogError."""
+        async with self._catalog() as connection:
+            for _ in range(_TRIES):
+                epoch = await catalog.read_epoch(connection)
+                try:
+                    if status is not None:
+                        epoch = await catalog_shards.set_status(connection, epoch, shard_id, status)
+                    if weight is not None:
+                        epoch = await catalog_shards.set_weight(connection, epoch, shard_id, weight)
+                except EpochConflictError:
+                    continue
+                return epoch
+        raise CatalogError("the catalog keeps changing")
+
+    async def remove(self, shard_id: str) -> int:
+        """Takes a shard that has no slots out of the catalog; the epoch. Raises CatalogError."""
+        async with self._catalog() as connection:
+            for _ in range(_TRIES):
+                try:
+                    return await catalog_shards.remove_shard(connection, await catalog.read_epoch(connection), shard_id)
+                except EpochConflictError:
+                    continue
+        raise CatalogError("the catalog keeps changing")
+
+    async def resume(self, move_id: int | None = None) -> None:
+        """Brings moves that are open to their end: one, or all that nobody drives. Raises MoveError, CatalogError."""
+        moves = await self.moves()
+        if move_id is not None:
+            moves = [move for move in moves if move.move_id == move_id]
+            if not moves:
+                raise CatalogError(f"there is no move {move_id}")
+        moves = [move for move in moves if not move.step.is_final]
+        active = [move for move in moves if move.step is Step.ACTIVE]
+        await self._drive([move.move_id for move in moves if move.step is not Step.ACTIVE], passing=move_id is None)
+        # Those whose time to be brought back is not over wait for it.
+        await self._settle([move.move_id for move in active], passing=move_id is None)
+
+    async def recover(self) -> None:
+        """Ends the fences of moves that nobody drives, and no more. Raises MoveError."""
+
+        async def recover(move_id: int) -> None:
+            with suppress(LeasedError):
+                await self._driver(move_id).run(unfence=True)
+
+        await _together([recover(move.move_id) for move in await self.moves() if move.step in FENCED])
+
+    async def roll_back(self, move_id: int) -> Move:
+        """Brings the slots of a move back to where they were. Raises MoveError when it is too late."""
+        async with self._catalog() as connection:
+            move = await catalog_moves.read_move(connection, move_id)
+        if move.step in (Step.CLEANING, Step.DONE):
+            raise MoveError(f"move {move_id} is {move.step}: its way back is closed. Move the slots there anew")
+        return await self._driver(move_id).run(bring_back=True)
+
+    async def moves(self) -> list[Move]:
+        """All moves, oldest first."""
+        async with self._catalog() as connection:
+            return await catalog_moves.read_moves(connection)
+
+    async def placement(self) -> PlacementStrategy:
+        """What decides a memory's slot. Raises CatalogError."""
+        async with self._catalog() as connection:
+            return (await catalog.read_cluster(connection)).placement
+
+    async def pin(self, slot: int, shard_id: str | None) -> None:
+        """Has a slot stay on a shard from the next rebalance on; None: wherever. Raises CatalogError."""
+        async with self._catalog() as connection:
+            await catalog_moves.pin(connection, slot, shard_id)
+
+    async def _run(self, moves: Sequence[PlannedMove]) -> None:
+        """Makes the moves of a plan, each recorded when its turn has come."""
+        places, still_open = asyncio.Semaphore(self._settings.concurrency), asyncio.Semaphore(_MAX_OPEN)
+
+        async def move(planned: PlannedMove) -> None:
+            async with still_open:
+                async with places:
+                    await self._pace.turn()
+                    if self._stop.is_set():
+                        return
+                    async with self._catalog() as connection:
+                        try:
+                            made = await catalog_moves.create_move(
+                                connection, planned.first, planned.last, planned.source, planned.target
+                            )
+                        except MoveConflictError as error:
+                            raise MoveError(f"{error}, by another mover; wait for it") from error
+                    await self._room(made)
+                    ended = await self._driver(made.move_id).run(hold=True)
+                    self._pace.moved(ended.rows)
+                await self._settle([made.move_id])
+
+        await _together([move(planned) for planned in moves])
+
+    async def _finish(self) -> None:
+        if self._stop.is_set():
+            raise MoveError("stopped; `memshard moves resume` or the same command again goes on")
+
+    async def _drive(self, move_ids: Sequence[int], *, passing: bool = False) -> None:
+        """Brings moves to their end, with all the time that they have to be brought back."""
+        places = asyncio.Semaphore(self._settings.concurrency)
+
+        async def drive(move_id: int) -> None:
+            try:
+                async with places:
+                    await self._driver(move_id).run(hold=True)
+                await self._settle([move_id])
+            except LeasedError:
+                if not passing:
+                    raise
+
+        await _together([drive(move_id) for move_id in move_ids])
+
+    async def _settle(self, move_ids: Sequence[int], *, passing: bool = False) -> None:
+        """Cleans up after moves once their time to be brought back is over."""
+
+        async def settle(move_id: int) -> None:
+            async with self._catalog() as connection:
+                move = await catalog_moves.read_move(connection, move_id)
+            if move.step is not Step.ACTIVE:
+                return
+            assert move.cutover_at is not None
+            left_s = self._settings.rollback_window_s - (datetime.now(UTC) - move.cutover_at).total_seconds()
+            if await self._stopped_within(left_s):
+                return
+            try:
+                ended = await self._driver(move_id).run()
+            except LeasedError:
+                if not passing:
+                    raise
+                return
+            if ended.step is Step.ROLLED_BACK:
+                # Whoever asked for that does not want its slots to be moved at once again.
+                raise MoveError(f"move {move_id} was rolled back; `memshard rebalance` would move its slots anew")
+
+        await _together([settle(move_id) for move_id in move_ids])
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self._stop.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _room(self, move: Move) -> None:
+        async with (
+            side.opened(move.source, self._settings.shard_dsn(move.source), move.move_id) as source,
+            side.opened(move.target, self._settings.shard_dsn(move.target), move.move_id) as target,
+        ):
+            await self._pace.room(source, target)
+
+    def _driver(self, move_id: int) -> Driver:
+        return Driver(self._settings, move_id, self._tell, self._stop)
+
+    @asynccontextmanager
+    async def _catalog(self) -> AsyncIterator[Connection]:
+        connection = await postgres.connect(self._settings.catalog_dsn.get_secret_value(), what="the catalog")
+        try:
+            yield connection
+        finally:
+            connection.terminate()
+
+
+async def _set_status(connection: Connection, shard_id: str, status: ShardStatus) -> Topology:
+    for _ in range(_TRIES):
+        topology = await catalog.read_topology(connection)
+        known = {shard.shard_id: shard.status for shard in topology.shards}
+        if known.get(shard_id) is status:
+            return topology
+        try:
+            await catalog_shards.set_status(connection, topology.epoch, shard_id, status)
+        except EpochConflictError:
+            continue
+    raise CatalogError("the catalog keeps changing")
+
+
+async def _together(works: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Does them all. When one fails the others go on, each being a move of its own; the first failure is raised"""
+    results = await asyncio.gather(*works, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result

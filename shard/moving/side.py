@@ -1,0 +1,89 @@
+"""One side of a move: a session with the primary of a shard, which holds the move's lock there.
+
+What a move changes in a shard it changes in this session. A mover that was thought dead, and was only slow, has lost
+the session before another can have the lock, and with it the right to change anything.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.catalog_moves import LEASE_CLASS
+from common.postgres import CONNECT_ERRORS, explain
+from shard import identity
+from shard.primary import Newest, Primary
+
+if TYPE_CHECKING:
+    from shard.identity import Identity
+    from shard.primary import PrimaryConnection
+
+_FIND_TIMEOUT_S = 10.0
+# A session of a mover that was killed ends when its server notices: within the interval below, or one statement.
+_LOCK_TIMEOUT_S = 30.0
+_POLL_S = 0.1
+
+_SETTINGS = {
+    "application_name": "memshard mover",
+    # A server that is at a long statement finds out that the mover is gone.
+    "client_connection_check_interval": "500ms",
+    # Rows are compared as text.
+    "timezone": "UTC",
+    "datestyle": "ISO",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+    "synchronous_commit": "on",
+    "statement_timeout": "0",
+    "jit": "off",
+}
+_LOCK = "SELECT pg_try_advisory_lock($1, $2)"
+_SYSTEM = "SELECT system_identifier::text FROM pg_control_system()"
+
+
+class SideError(Exception):
+    """A shard's database is not what a move needs; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The session, and what is known of the shard."""
+
+    shard_id: str
+    dsn: str
+    connection: "PrimaryConnection"
+    identity: "Identity"
+    system: str
+    """What tells this server and its standbys from others: part of the names of some replication slots."""
+
+    @property
+    def timeline(self) -> int:
+        """The timeline that the server writes. It stays the same for as long as the session lasts."""
+        return self.connection.timeline
+
+
+@asynccontextmanager
+async def opened(shard_id: str, dsn: str, move_id: int) -> AsyncIterator[Side]:
+    """A session that has the lock of a move.
+
+    Raises SideError: it cannot be reached, is another shard's, or another mover has the lock.
+    """
+    primary = Primary(dsn, Newest())
+    try:
+        await primary.find(_FIND_TIMEOUT_S)
+        connection = await primary.connect(server_settings=_SETTINGS)
+    except CONNECT_ERRORS as error:
+        raise SideError(f"the database of {shard_id} cannot be reached: {explain(error)}") from error
+    try:
+        known = await identity.read(connection)
+        if known is None or known.shard_id != shard_id:
+            raise SideError(f"the database given for {shard_id} belongs to {known.shard_id if known else 'nobody yet'}")
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        while not await connection.fetchval(_LOCK, LEASE_CLASS, move_id):
+            if time.monotonic() >= deadline:
+                raise SideError(f"another mover is at work on move {move_id} in {shard_id}")
+            await asyncio.sleep(_POLL_S)
+        yield Side(shard_id, dsn, connection, known, await connection.fetchval(_SYSTEM))
+    finally:
+        connection.terminate()

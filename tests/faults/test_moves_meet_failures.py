@@ -1,0 +1,152 @@
+"""Slots move while something else fails: a router that the catalog cannot reach, a primary that is replaced."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from common.moves import Step
+from local.cluster import CATALOG_SERVER
+from local.postgres import SUPERUSER
+from memshard import AsyncMemoryClient, NotFound, ReadLevel
+from tests.support.cluster import LocalCluster
+from tests.support.eventually import eventually
+from tests.support.faulty import faulty_cluster
+from tests.support.moving import Slots
+from tests.support.proxy import Fault
+from tests.support.wire import database, user_slot
+from tests.support.writers import Writers
+
+_USERS = [f"met-{number}" for number in range(40)]
+
+
+async def test_a_router_without_the_catalog_follows_the_slots() -> None:
+    """The shards tell it where they went. It writes to nobody who gave them away, and sees what others write."""
+    async with faulty_cluster(shards=2, replicas=1, embedder="local", dimensions=256) as faulty:
+        slots = Slots(faulty.cluster, {"rollback_window_s": 0, "max_slots": 4096})
+        stale = Writers(faulty.address, _USERS[:20])
+        fresh = Writers(faulty.cluster.address, _USERS[20:])
+        async with asyncio.TaskGroup() as group:
+            for writers in (stale, fresh):
+                group.create_task(writers.run(2))
+            try:
+                await asyncio.sleep(1)
+                await faulty.proxies.inflict(Fault.RESET, CATALOG_SERVER)
+                await slots.move("drain", "--shard", "shard-1")
+                written = len(stale.writes.times)
+                await asyncio.sleep(2)
+            finally:
+                stale.stop()
+                fresh.stop()
+        assert len(stale.writes.times) > written, "it came to a halt"
+        assert (stale.failures, stale.wrong, fresh.failures, fresh.wrong) == ([], [], [], [])
+        # Each sees what the other wrote.
+        stale.address, fresh.address = fresh.address, stale.address
+        assert await stale.found() == stale.expected
+        assert await fresh.found() == fresh.expected
+        assert await slots.left_over() == []
+
+
+@asynccontextmanager
+async def replay_paused(cluster: LocalCluster, shard_id: str) -> AsyncIterator[None]:
+    """The shard's one standby gets the log, and replays none of it."""
+    plan = cluster.plan()
+    server = plan.shard_servers(shard_id)[cluster.standbys(shard_id)[0]]
+    async with database(server.dsn(SUPERUSER, plan.secrets.postgres)) as connection:
+        await connection.execute("SELECT pg_wal_replay_pause()")
+
+        async def paused() -> bool:
+            return bool(await connection.fetchval("SELECT pg_get_wal_replay_pause_state() = 'paused'"))
+
+        await eventually(paused)
+        try:
+            yield
+        finally:
+            await connection.execute("SELECT pg_wal_replay_resume()")
+
+
+async def _is_there(client: AsyncMemoryClient, user: str, memory_id: str, level: ReadLevel) -> bool:
+    try:
+        await client.get(memory_id, user_id=user, read=level)
+    except NotFound:
+        return False
+    return True
+
+
+async def _moved(slots: Slots, slot: int, target: str) -> None:
+    await slots.move("move", "--first", str(slot), "--last", str(slot), "--to", target)
+
+
+async def test_a_replica_that_missed_two_moves_gives_no_old_answer_to_who_wrote_in_between() -> None:
+    """It believes that its shard never gave the slot away. What was written to the other shard stands for a place in
+    this one's log, which the replica has not reached.
+    """
+    async with LocalCluster(shards=2, replicas=1) as cluster, AsyncMemoryClient(cluster.address) as client:
+        slots = Slots(cluster, {"rollback_window_s": 0})
+        user = _USERS[0]
+        slot = user_slot(user)
+        home = (await slots.topology()).owner(slot).shard_id
+        other = next(shard.shard_id for shard in (await slots.topology()).shards if shard.shard_id != home)
+        await eventually(lambda: cluster.standbys(home) != [])
+        async with replay_paused(cluster, home):
+            await _moved(slots, slot, other)
+            stored = await client.store(user, "written while the slot was away")
+            await _moved(slots, slot, home)
+            # The replica is asked, and has not got it: or this test says nothing.
+            assert not await _is_there(client, user, stored.memory.id, ReadLevel.EVENTUAL)
+            assert await _is_there(client, user, stored.memory.id, ReadLevel.SESSION)
+
+
+async def test_a_router_without_the_catalog_knows_from_a_token_that_it_is_behind() -> None:
+    """By its snapshot the slot is where it was, and a replica there that is behind believes the same."""
+    async with faulty_cluster(shards=2, replicas=1, embedder="local", dimensions=256) as faulty:
+        slots = Slots(faulty.cluster, {"rollback_window_s": 0})
+        user = faulty.users("shard-0", 1)[0]
+        async with (
+            AsyncMemoryClient(faulty.address) as stale,
+            AsyncMemoryClient(faulty.cluster.address) as fresh,
+            replay_paused(faulty.cluster, "shard-0"),
+        ):
+            await stale.list_memories(user)
+            await faulty.proxies.inflict(Fault.RESET, CATALOG_SERVER)
+            await _moved(slots, user_slot(user), "shard-1")
+            stored = await fresh.store(user, "written where the slot is now")
+            stale.join_session(user, fresh.session_tokens(user))
+            assert not await _is_there(stale, user, stored.memory.id, ReadLevel.EVENTUAL)
+            assert await _is_there(stale, user, stored.memory.id, ReadLevel.SESSION)
+
+
+@pytest.mark.parametrize(
+    ("shard_id", "step"),
+    [("shard-1", Step.COPYING), ("shard-0", Step.VERIFYING), ("shard-1", Step.ACTIVE), ("shard-0", Step.ACTIVE)],
+    ids=["source while copying", "target while verifying", "source afterwards", "target afterwards"],
+)
+async def test_a_failover_begins_a_move_anew_or_closes_its_way_back(shard_id: str, step: Step) -> None:
+    async with LocalCluster(shards=2, replicas=1) as cluster:
+        slots = Slots(cluster, {"rollback_window_s": 3600, "max_slots": 16384})
+        writers = Writers(cluster.address, _USERS)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(writers.run(3))
+            try:
+                await asyncio.sleep(1)
+                async with slots.mover("move", "--first", "9000", "--last", "11000", "--to", "shard-0") as mover:
+                    await mover.until(step)
+                    mover.send(signal.SIGTERM)
+                    await mover.process.communicate()
+                await cluster.run("failover", shard_id)
+                (move,) = await slots.moves()
+                if step is Step.ACTIVE:
+                    async with slots.mover("rollback", "--move", str(move.move_id)) as mover:
+                        events = [event async for event in mover.events()]
+                    assert "failover has closed the way back" in events[-1]["why"]
+                await Slots(cluster, {**slots.settings, "rollback_window_s": 0}).move("resume")
+            finally:
+                writers.stop()
+        (move,) = await slots.moves()
+        assert move.step is Step.DONE
+        assert (move.attempts > 1) == (step is not Step.ACTIVE)
+        assert (writers.failures, writers.wrong) == ([], [])
+        assert await writers.found() == writers.expected
+        assert await slots.left_over() == []

@@ -1,0 +1,181 @@
+"""`/metrics` of every service of a running cluster: what is there, that it moves, and that it stays small."""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from prometheus_client import Metric
+
+from common.bearer import credentials
+from memshard.admin.v1 import cluster_pb2, cluster_pb2_grpc
+from memshard.v1 import memory_pb2 as pb
+from tests.support.cluster import LocalCluster
+from tests.support.eventually import eventually
+from tests.support.metrics import families_of, names_of, page_of
+from tests.support.wire import store_request
+
+if TYPE_CHECKING:
+    from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
+
+# What the operator's pages rely on, besides what the rules and the dashboard name.
+OF_A_ROUTER = {
+    "memory_operations",
+    "memory_operation_duration_seconds",
+    "rpc_server_call_duration_seconds",
+    "circuit_breaker_state",
+    "degradation_mode_active",
+    "memory_cache_hit_ratio",
+    "memory_retry_budget_available",
+    "memory_hedges",
+    "memory_requests_shed",
+    "memory_shard_slots",
+    "memory_moves",
+    "memory_moves_unattended",
+    "memory_moving_slots",
+    "agent_query_frequency",
+    "agent_context_size_bytes",
+    "agent_memory_relevance_score",
+    "memory_batch_size",
+    "active_memory_connections",
+}
+OF_A_SHARD = {
+    "memory_operations",
+    "memory_store_size_bytes",
+    "connection_pool_usage",
+    "active_memory_connections",
+    "memory_embedding_queue_length",
+    "memory_database_statement_duration_seconds",
+    "memory_writes_acknowledged",
+    "process_resident_memory_bytes",
+}
+
+
+def value(families: dict[str, Metric], name: str, **labels: str) -> float:
+    """The sum of the samples of this name that have these labels."""
+    return sum(
+        sample.value
+        for family in families.values()
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+async def use(api: "MemoryServiceAsyncStub", user: str) -> None:
+    """Every kind of call once."""
+    stored = await api.StoreMemory(store_request(user, "Alice drinks green tea"))
+    await api.GetMemory(pb.GetMemoryRequest(id=stored.memory.id))
+    await api.SearchMemories(pb.SearchMemoriesRequest(user_id=user, query="tea"))
+    await api.BatchStoreMemories(pb.BatchStoreMemoriesRequest(memories=[pb.Memory(user_id=user, content="Bob")]))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await api.SearchMemories(pb.SearchMemoriesRequest(user_id=user))
+
+
+async def test_each_service_has_the_metrics_of_what_it_does(
+    cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    await use(api, user)
+    router = await families_of(cluster, "router-0")
+    assert router.keys() >= OF_A_ROUTER
+    await eventually(lambda: measured(cluster), within_s=30)
+    shard = await families_of(cluster, "shard-0")
+    assert shard.keys() >= OF_A_SHARD
+    assert value(router, "memory_shard_slots") == 16_384
+    # A busy machine may be at another level than normal, but at one.
+    assert value(router, "degradation_mode_active", of="cluster") == 1
+    assert value(router, "degradation_mode_active", of="shard-2") == 1
+    assert value(router, "circuit_breaker_state") == 0
+    assert value(shard, "memory_store_size_bytes") > 1_000_000
+
+
+async def measured(cluster: LocalCluster) -> bool:
+    return "memory_store_size_bytes" in await families_of(cluster, "shard-0")
+
+
+async def test_calls_are_counted_by_operation_and_status_and_errors_by_reason(
+    cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    before = await families_of(cluster, "router-0")
+    await use(api, user)
+    after = await families_of(cluster, "router-0")
+
+    def more(name: str, **labels: str) -> float:
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    assert more("memory_operations_total", operation="SearchMemories", status="OK") == 1
+    assert more("memory_operations_total", operation="SearchMemories", status="INVALID_ARGUMENT") == 1
+    assert more("memory_operation_errors_total", operation="SearchMemories", reason="EMPTY_QUERY") == 1
+    assert more("memory_operation_duration_seconds_count", operation="SearchMemories") == 1
+    method = "memshard.v1.MemoryService/StoreMemory"
+    assert more("rpc_server_call_duration_seconds_count", rpc_method=method, rpc_response_status_code="OK") == 1
+    assert more("memory_cache_requests_total", layer="memory", result="hit") >= 1
+    assert more("agent_memory_relevance_score_count", score_kind="cosine") == 1
+    assert more("memory_batch_size_sum") == 1
+    assert value(after, "memory_operations_in_flight") == 0
+
+
+async def test_ten_thousand_users_add_no_series(
+    cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    def memories(start: int) -> list[pb.Memory]:
+        return [
+            pb.Memory(user_id=f"{user}-{number}", content="tea", agent_id=f"agent-{number}", session_id=f"{number}")
+            for number in range(start, start + 500)
+        ]
+
+    await use(api, user)
+    await api.BatchStoreMemories(pb.BatchStoreMemoriesRequest(memories=memories(0)))
+    before = await series_of(cluster)
+    for start in range(0, 10_000, 500):
+        await api.BatchStoreMemories(pb.BatchStoreMemoriesRequest(memories=memories(start)), timeout=60)
+    for start in range(0, 1_000, 50):
+        await asyncio.gather(
+            *(
+                api.ListMemories(pb.ListMemoriesRequest(user_id=f"{user}-{number}"), timeout=60)
+                for number in range(start, start + 50)
+            )
+        )
+    after = await series_of(cluster)
+    # What these calls meet for the first time, such as the purge's statements, is a handful; a label of theirs would be
+    # thousands.
+    assert len(after - before) < 100, sorted(map(str, after - before))[:20]
+    assert not [series for series in after if user in str(series)]
+
+
+async def series_of(cluster: LocalCluster) -> set[tuple[str, str, frozenset[tuple[str, str]]]]:
+    return {
+        (service, sample.name, frozenset(sample.labels.items()))
+        for service in ("router-0", "shard-0", "shard-1", "shard-2")
+        for family in (await families_of(cluster, service)).values()
+        for sample in family.samples
+    }
+
+
+async def test_the_hot_user_is_named_to_whoever_asks_for_names_and_hashed_to_others(
+    cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    for _ in range(300):
+        await api.ListMemories(pb.ListMemoriesRequest(user_id=user))
+    token = credentials(cluster.layout.admin_token.read_text().strip())
+    address = f"127.0.0.1:{cluster.plan().record.ports['router-0-admin']}"
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+        hashed = await stub.GetHotUsers(cluster_pb2.GetHotUsersRequest(most=100), metadata=token)
+        named = await stub.GetHotUsers(cluster_pb2.GetHotUsersRequest(most=100, names=True), metadata=token)
+        assert user not in str(hashed)
+        (hot,) = [found for found in named.users if found.user == user and found.operation == "ListMemories"]
+        assert 300 <= hot.calls <= 300 + hot.too_many
+        assert hot.shard_id
+        assert len(hashed.users) == len(named.users) <= 100
+        await api.EraseUser(pb.EraseUserRequest(user_id=user))
+        named = await stub.GetHotUsers(cluster_pb2.GetHotUsersRequest(most=100, names=True), metadata=token)
+        assert user not in str(named)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.GetHotUsers(cluster_pb2.GetHotUsersRequest())
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_the_page_answers_while_a_router_is_busy_and_both_formats_are_there(cluster: LocalCluster) -> None:
+    text = await page_of(cluster, "router-0")
+    assert text.endswith("# EOF\n")
+    assert "memory_operations_total" in await names_of(cluster)

@@ -1,0 +1,49 @@
+"""The metrics pages of a running cluster, as Prometheus asks for them."""
+
+import asyncio
+import urllib.request
+
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from local.cluster import metrics_of
+from tests.support.cluster import LocalCluster
+
+_SUFFIXES = {
+    "counter": ("_total",),
+    "gauge": ("",),
+    "histogram": ("_bucket", "_sum", "_count"),
+    "info": ("_info",),
+}
+
+_ACCEPT = {"Accept": "application/openmetrics-text; version=1.0.0"}
+
+
+async def page_of(cluster: LocalCluster, service: str) -> str:
+    """The page of one of its services, in the format that has exemplars."""
+    port = cluster.plan().record.ports[metrics_of(service)]
+    return await asyncio.to_thread(_get, f"http://127.0.0.1:{port}/metrics")
+
+
+async def families_of(cluster: LocalCluster, service: str) -> dict[str, Metric]:
+    """The same, parsed, by name."""
+    return {
+        family.name: family
+        for family in text_string_to_metric_families(await page_of(cluster, service))  # type: ignore[no-untyped-call]
+    }
+
+
+async def names_of(cluster: LocalCluster) -> set[str]:
+    """Every name that a query may use, of all services. What has not happened yet has a family, and no samples."""
+    ports = cluster.plan().record.ports
+    services = [name.removesuffix("-metrics") for name in ports if name.endswith("-metrics")]
+    families = [await families_of(cluster, service) for service in services]
+    return {
+        f"{family.name}{suffix}" for found in families for family in found.values() for suffix in _SUFFIXES[family.type]
+    }
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=_ACCEPT), timeout=10) as answer:
+        text: str = answer.read().decode()
+    return text

@@ -1,0 +1,168 @@
+"""Traces: who is whose child, what is kept, what travels, and that nothing is noted when nobody records."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from common import tracing
+from common.errors import InvalidArgument, Unavailable
+from common.trace_export import Export
+from common.tracing import Kind, parse
+
+SAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+UNSAMPLED = SAMPLED[:-1] + "0"
+TRACE = 0x0AF7651916CD43DD8448EB211C80319C
+CALLER = 0xB7AD6B7169203331
+
+
+class Recording:
+    """An export into memory, in force until its end."""
+
+    def __init__(self, *, sample_ratio: float = 0.0, slow_s: float = 60.0) -> None:
+        self.exporter = InMemorySpanExporter()
+        self._export = Export("router", self.exporter, sample_ratio=sample_ratio, slow_s=slow_s)
+
+    async def __aenter__(self) -> "Recording":
+        tracing.record(self._export)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        tracing.record(None)
+        await self._export.close()
+
+    def names(self) -> list[str]:
+        self._export._processor.force_flush()
+        return [span.name for span in self.exporter.get_finished_spans()]
+
+
+def call(traceparent: str = "", *, begins: bool = True) -> tracing.Span:
+    return tracing.received("Service/Rpc", [("traceparent", traceparent)] if traceparent else [], begins=begins)
+
+
+async def test_a_sampled_call_is_kept_with_its_children_under_the_span_of_its_caller() -> None:
+    async with Recording() as recording:
+        with call(SAMPLED):
+            with tracing.span("outer"), tracing.span("inner", {"memshard.shard": "shard-0"}, Kind.CLIENT) as inner:
+                inner.event("retry", {"memshard.attempt": 2})
+            with tracing.span("beside"):
+                pass
+        recording.names()
+        spans = {span.name: span for span in recording.exporter.get_finished_spans()}
+    assert {span.context.trace_id for span in spans.values() if span.context} == {TRACE}
+    parents = {name: span.parent.span_id for name, span in spans.items() if span.parent}
+    ids = {name: span.context.span_id for name, span in spans.items() if span.context}
+    assert parents == {
+        "Service/Rpc": CALLER,
+        "outer": ids["Service/Rpc"],
+        "inner": ids["outer"],
+        "beside": ids["Service/Rpc"],
+    }
+    assert dict(spans["inner"].attributes or {}) == {"memshard.shard": "shard-0"}
+    assert [event.name for event in spans["inner"].events] == ["retry"]
+    assert spans["inner"].resource.attributes["service.name"] == "memshard-router"
+
+
+async def test_a_call_that_is_not_sampled_is_kept_only_when_something_failed_or_it_was_slow() -> None:
+    async with Recording() as recording:
+        with call(UNSAMPLED), tracing.span("went well"):
+            pass
+        with call(UNSAMPLED), pytest.raises(InvalidArgument), tracing.span("the caller's fault"):
+            raise InvalidArgument("bad")
+        assert recording.names() == []
+        with call(UNSAMPLED), pytest.raises(Unavailable), tracing.span("failed, and was tried again"):
+            raise Unavailable("gone")
+        assert set(recording.names()) == {"Service/Rpc", "failed, and was tried again"}
+    async with Recording(slow_s=0.0) as recording:
+        with call(UNSAMPLED):
+            pass
+        assert recording.names() == ["Service/Rpc"]
+
+
+async def test_in_an_outage_some_of_the_failures_are_kept_and_not_all() -> None:
+    async with Recording() as recording:
+        for _ in range(500):
+            with call(UNSAMPLED) as span:
+                span.end(Unavailable("gone"))
+        assert 20 <= len(recording.names()) <= 60
+
+
+async def test_calls_without_a_trace_are_sampled_at_the_ratio_and_internal_ones_not_at_all() -> None:
+    async with Recording(sample_ratio=0.1) as recording:
+        for _ in range(2000):
+            with call():
+                pass
+            with call(begins=False):
+                pass
+        assert 120 <= len(recording.names()) <= 300
+
+
+async def test_what_travels_names_the_span_that_calls() -> None:
+    async with Recording():
+        assert tracing.outgoing() is None
+        call = tracing.received("Service/Rpc", [("traceparent", SAMPLED), ("tracestate", "a=b")], begins=True)
+        with call, tracing.span("client", kind=Kind.CLIENT) as client:
+            assert tracing.outgoing() == (
+                ("traceparent", f"00-{TRACE:032x}-{client.span_id:016x}-01"),
+                ("tracestate", "a=b"),
+            )
+
+
+async def test_what_is_still_open_at_the_end_of_the_call_is_ended_and_marked() -> None:
+    async with Recording() as recording:
+        release = asyncio.Event()
+
+        async def lose() -> None:
+            with tracing.span("loser"):
+                await release.wait()
+
+        with call(SAMPLED):
+            task = asyncio.create_task(lose())
+            await asyncio.sleep(0)
+        release.set()
+        await task
+        recording.names()
+        spans = {span.name: span for span in recording.exporter.get_finished_spans()}
+    assert (spans["loser"].attributes or {})["memshard.abandoned"] is True
+
+
+def test_without_a_recorder_there_is_an_id_to_log_and_nothing_else() -> None:
+    with call() as span:
+        assert tracing.current().trace_id == span.trace_id
+        assert len(span.trace_id) == 32
+        assert tracing.span("child") is tracing.NO_SPAN
+        assert tracing.outgoing() == (("traceparent", f"00-{span.trace_id}-{span.span_id:016x}-00"),)
+    assert tracing.current() is tracing.NO_SPAN
+
+
+async def test_a_part_of_a_trace_is_bounded() -> None:
+    async with Recording() as recording:
+        with call(SAMPLED):
+            for _ in range(3 * tracing.MOST_SPANS):
+                with tracing.span("one of many"):
+                    pass
+        assert len(recording.names()) <= tracing.MOST_SPANS
+
+
+def test_a_traceparent_is_read_as_the_standard_says() -> None:
+    assert parse(SAMPLED) == (TRACE, CALLER, True)
+    assert parse(UNSAMPLED) == (TRACE, CALLER, False)
+    assert parse("01" + SAMPLED[2:] + "-more") == (TRACE, CALLER, True)
+    for bad in (
+        "",
+        SAMPLED.upper(),
+        SAMPLED + "-more",
+        "ff" + SAMPLED[2:],
+        SAMPLED.replace("0af7651916cd43dd8448eb211c80319c", "0" * 32),
+        SAMPLED.replace("b7ad6b7169203331", "0" * 16),
+        SAMPLED[:-1],
+        SAMPLED + "\n",
+    ):
+        assert parse(bad) is None, bad
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_a_traceparent_or_is_not(text: str) -> None:
+    assert parse(text) is None or len(text) >= 55
