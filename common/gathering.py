@@ -7,13 +7,16 @@ over; so nobody waits for longer than a few milliseconds before something more i
 """
 
 import asyncio
+import contextvars
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from common import tracing
 from common.deadline import Deadline
 from common.errors import Unavailable
+from common.tracing import Span
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -37,6 +40,9 @@ class _Waiting(Generic[Q, R]):
     deadline: Deadline
     answer: "asyncio.Future[R | None]"
     """None: it is to be served alone."""
+    span: Span
+    context: contextvars.Context
+    """That of its call, within the span."""
 
 
 class Gathering(Generic[Q, R]):
@@ -44,13 +50,18 @@ class Gathering(Generic[Q, R]):
 
     `together` gives the answer of each, in order, or None for one that it cannot answer without the others paying for
     it: that is served alone. What it raises none of them has had an effect by, unless it says that it is in doubt.
+
+    In a trace, whoever waits has a span with this `name`. What is done together is in the trace of one of them, and the
+    others' spans have a link to it.
     """
 
     def __init__(
         self,
+        name: str,
         alone: Callable[[Q, Deadline], Awaitable[R]],
         together: Callable[[Sequence[Q], Deadline], Awaitable[Sequence[R | None]]],
     ) -> None:
+        self._name = name
         self._alone = alone
         self._together = together
         self._under_way = 0
@@ -69,10 +80,11 @@ class Gathering(Generic[Q, R]):
                 return await self._alone(request, deadline)
             finally:
                 self._ended()
-        waiting: _Waiting[Q, R] = _Waiting(request, deadline, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
-        self._be_patient()
-        answer = await waiting.answer
+        answered: asyncio.Future[R | None] = asyncio.get_running_loop().create_future()
+        with tracing.span(self._name) as span:
+            self._waiting.append(_Waiting(request, deadline, answered, span, contextvars.copy_context()))
+            self._be_patient()
+            answer = await answered
         return await self._alone(request, deadline) if answer is None else answer
 
     def _ended(self) -> None:
@@ -90,7 +102,7 @@ class Gathering(Generic[Q, R]):
                 taken.append(waiting)
         if taken:
             self._under_way += 1
-            task = asyncio.create_task(self._serve(taken))
+            task = asyncio.create_task(self._serve(taken), context=_noted(taken))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -124,6 +136,16 @@ class Gathering(Generic[Q, R]):
             self._begin()
         if self._waiting:
             self._be_patient()
+
+
+def _noted(taken: "Sequence[_Waiting[Q, R]]") -> contextvars.Context:
+    """Where what is done for all of them is done: in the trace of one that is kept in any case, if there is one."""
+    first = max(taken, key=lambda waiting: (waiting.span.is_recorded, waiting.span.is_sampled))
+    for waiting in taken:
+        waiting.span.event("begun", {"memshard.gathered": len(taken)})
+        if waiting is not first:
+            waiting.span.link(first.span)
+    return first.context
 
 
 def _fail(taken: Sequence[_Waiting[Q, R]], error: Exception) -> None:

@@ -110,7 +110,7 @@ class LocationCache:
         self._timeout_s = settings.redis_timeout_s
         self._redis = _connect(settings)
         self._write = self._redis.register_script(_WRITE) if self._redis is not None else None
-        self._keeping = Gathering(self._keep_alone, self._keep_together)
+        self._keeping = Gathering("tell Redis together", self._keep_alone, self._keep_together)
         self.breaker = logged("Redis", CACHE)
         self._of_memory, self._of_redis = CacheLayer("memory"), CacheLayer("redis")
 

@@ -65,7 +65,7 @@ class ShardServicer(ReadServicer):
         self._writes = Writes(database, commits, durability)
         self._queue = queue
         self._disk = disk
-        self._stores = Gathering(self._store_alone, self._store_together)
+        self._stores = Gathering("store together", self._store_alone, self._store_together)
 
     async def Store(self, request: shard_pb2.StoreRequest, deadline: Deadline) -> shard_pb2.StoreResponse:
         self._slot(request.route)
@@ -97,7 +97,7 @@ class ShardServicer(ReadServicer):
                 self._queue.wake()
             return stored, False
 
-        stored, commit = await self._writes.run(write, deadline)
+        stored, commit = await self._writes.run(write, deadline, acknowledges=_stored)
         return [one and shard_pb2.StoreResponse(memory=one.memory, commit=commit) for one in stored]
 
     async def StoreBatch(
@@ -266,6 +266,10 @@ class ShardServicer(ReadServicer):
         if not any(isinstance(outcome, NotOwnedError) for outcome in outcomes):
             return None
         return await refusal(connection, self._identity, route.ranges)
+
+
+def _stored(outcomes: Sequence[store.Stored | None]) -> int:
+    return sum(outcome is not None for outcome in outcomes)
 
 
 def _item_error(outcome: MemshardError | NotOwnedError | None, refused: WrongShard | None) -> status_pb2.Status | None:

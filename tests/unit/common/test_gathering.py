@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from common import gathering
+from common import gathering, tracing
 from common.deadline import Deadline
 from common.errors import InvalidArgument, OutcomeUnknown, Unavailable
 from common.gathering import Gathering
+from tests.unit.common.test_tracing import Recording
 
 
 @dataclass
@@ -59,7 +60,7 @@ async def _settle() -> None:
 @asynccontextmanager
 async def _busy(work: _Work, requests: Sequence[int]) -> AsyncIterator[list[asyncio.Task[int]]]:
     """Requests that all came while the two before them, -1 and -2, were under way. At the end all is let."""
-    gathered = Gathering(work.alone, work.together)
+    gathered = Gathering("together", work.alone, work.together)
     first = [asyncio.create_task(gathered.serve(number, Deadline.after(10))) for number in (-1, -2)]
     await _settle()
     tasks = [asyncio.create_task(gathered.serve(number, Deadline.after(10 + number))) for number in requests]
@@ -78,7 +79,7 @@ async def _busy(work: _Work, requests: Sequence[int]) -> AsyncIterator[list[asyn
 async def test_whoever_comes_alone_is_served_alone_and_at_once() -> None:
     work = _Work()
     work.gate.set()
-    gathered = Gathering(work.alone, work.together)
+    gathered = Gathering("together", work.alone, work.together)
     for number in range(3):
         assert await gathered.serve(number, Deadline.after(1)) == 2 * number
     assert work.alone_with == [0, 1, 2]
@@ -156,7 +157,7 @@ async def test_whoever_leaves_while_waiting_is_not_served() -> None:
 @pytest.mark.usefixtures("patient")
 async def test_whoever_leaves_later_takes_nothing_from_the_others() -> None:
     work = _Work()
-    gathered = Gathering(work.alone, work.together)
+    gathered = Gathering("together", work.alone, work.together)
     first = [asyncio.create_task(gathered.serve(number, Deadline.after(10))) for number in (-1, -2)]
     await _settle()
     tasks = [asyncio.create_task(gathered.serve(number, Deadline.after(10))) for number in range(4)]
@@ -170,10 +171,49 @@ async def test_whoever_leaves_later_takes_nothing_from_the_others() -> None:
     assert list(await asyncio.gather(tasks[0], tasks[2], tasks[3], first[1])) == [0, 4, 6, -4]
 
 
+@pytest.mark.usefixtures("patient")
+async def test_what_is_done_together_is_in_the_trace_that_is_kept_and_the_others_lead_there() -> None:
+    work = _Work()
+
+    async def together(requests: Sequence[int], deadline: Deadline) -> list[int | None]:
+        with tracing.span("statement"):
+            return await work.together(requests, deadline)
+
+    gathered = Gathering("together", work.alone, together)
+
+    async def call(number: int) -> int:
+        parent = f"00-{number:032x}-{number:016x}-{'01' if number == 2 else '00'}"
+        with tracing.received("Service/Rpc", [("traceparent", parent)], begins=False):
+            return await gathered.serve(number, Deadline.after(10))
+
+    # Whatever is slow is kept, and everything is slower than that.
+    async with Recording(slow_s=0.0) as recording:
+        first = [asyncio.create_task(gathered.serve(number, Deadline.after(10))) for number in (-1, -2)]
+        await _settle()
+        tasks = [asyncio.create_task(call(number)) for number in (1, 2, 3)]
+        await _settle()
+        work.gate.set()
+        await asyncio.gather(*first, *tasks)
+        recording.names()
+        spans = recording.exporter.get_finished_spans()
+    assert work.together_with == [[1, 2, 3]]
+    waits = {span.context.trace_id: span for span in spans if span.name == "together" and span.context}
+    assert waits.keys() == {1, 2, 3}
+    (statement,) = [span for span in spans if span.name == "statement"]
+    assert statement.parent is not None
+    assert waits[2].context is not None
+    assert (statement.parent.trace_id, statement.parent.span_id) == (2, waits[2].context.span_id)
+    linked = {
+        number: [(link.context.trace_id, link.context.span_id) for link in wait.links] for number, wait in waits.items()
+    }
+    assert linked == {1: [(2, waits[2].context.span_id)], 2: [], 3: [(2, waits[2].context.span_id)]}
+    assert [event.attributes for event in waits[1].events] == [{"memshard.gathered": 3}]
+
+
 async def test_nobody_waits_long_for_what_is_held_up() -> None:
     """Two are held up, by a slot that is being handed over; those who come after them are begun all the same."""
     work = _Work()
-    gathered = Gathering(work.alone, work.together)
+    gathered = Gathering("together", work.alone, work.together)
     held_up = [asyncio.create_task(gathered.serve(number, Deadline.after(10))) for number in (-1, -2)]
     await _settle()
     tasks = [asyncio.create_task(gathered.serve(number, Deadline.after(10))) for number in range(4)]

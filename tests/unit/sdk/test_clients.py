@@ -372,7 +372,7 @@ class _EndsAllTheSame:
     def __init__(self, outcome: pb.StoreMemoryResponse | grpc.RpcError) -> None:
         self._outcome = outcome
 
-    def __call__(self, request: pb.StoreMemoryRequest, *, timeout: float) -> "_EndsAllTheSame":
+    def __call__(self, request: pb.StoreMemoryRequest, *, timeout: float, metadata: object) -> "_EndsAllTheSame":
         return self
 
     def __await__(self) -> Generator[Any, None, pb.StoreMemoryResponse]:
