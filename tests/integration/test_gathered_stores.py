@@ -9,6 +9,7 @@ import grpc
 from memshard.v1 import memory_pb2 as pb
 from tests.integration.test_ownership import Place, held_fence, place, somebody_waits_for_a_lock
 from tests.support.cluster import LocalCluster
+from tests.support.metrics import families_of
 from tests.support.wire import database, reason_of, shard_service, store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["place"]
 
 _MANY = 120
+# At the same time: as many as no limit refuses.
+_TEAM = 30
 
 
 def _id() -> str:
@@ -35,11 +38,31 @@ async def _transactions(cluster: LocalCluster, user: str) -> tuple[int, int]:
     return row["rows"], row["transactions"]
 
 
+async def _acknowledged(cluster: LocalCluster) -> float:
+    """How many writes the shards have acknowledged."""
+    families = [await families_of(cluster, shard) for shard in ("shard-0", "shard-1", "shard-2")]
+    return sum(
+        sample.value
+        for found in families
+        for sample in found["memory_writes_acknowledged"].samples
+        if sample.name.endswith("_total")
+    )
+
+
 async def test_stores_that_come_together_share_transactions(
     cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
 ) -> None:
     requests = [store_request(user, f"memory {number}", _id()) for number in range(_MANY)]
-    answers = await asyncio.gather(*(api.StoreMemory(request) for request in requests))
+    before = await _acknowledged(cluster)
+    turns = asyncio.Semaphore(_TEAM)
+
+    async def store(request: pb.StoreMemoryRequest) -> pb.StoreMemoryResponse:
+        async with turns:
+            return await api.StoreMemory(request)
+
+    answers = await asyncio.gather(*map(store, requests))
+    # Each is counted, however many share a commit; what the health monitor stores comes on top.
+    assert await _acknowledged(cluster) >= before + _MANY
     for request, answer in zip(requests, answers, strict=True):
         assert (answer.memory.id, answer.memory.content) == (request.memory.id, request.memory.content)
         assert answer.memory.version == 1

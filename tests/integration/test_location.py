@@ -29,6 +29,7 @@ from router.shards import Q, R, Rpc, Shards
 from router.topology_watch import TopologyWatch
 from tests.support.cluster import LocalCluster, free_port
 from tests.support.eventually import eventually
+from tests.support.metrics import families_of
 from tests.support.wire import store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
@@ -103,8 +104,26 @@ async def era(redis: Redis, topology: Topology) -> bytes:
     return bytes(await eventually(found))
 
 
+async def _uses_redis(cluster: LocalCluster) -> bool:
+    """Whether the cluster's router does at this moment: not while it takes Redis for slow, as after a crowd."""
+    families = await families_of(cluster, "router-0")
+    states = {s.labels["name"]: s.value for s in families["circuit_breaker_state"].samples}
+    believed = [s.value for s in families["memory_cache_believed"].samples]
+    return states["Redis"] == 0 and believed == [1]
+
+
 @pytest_asyncio.fixture
-async def memory_id(api: "MemoryServiceAsyncStub", user: str) -> str:
+async def memory_id(api: "MemoryServiceAsyncStub", cluster: LocalCluster, user: str) -> str:
+    """A memory that was stored while Redis was in use."""
+
+    async def in_use() -> bool:
+        if await _uses_redis(cluster):
+            return True
+        # A breaker closes when calls have shown that it may.
+        await api.StoreMemory(store_request(f"{user}-another", "of somebody else"))
+        return False
+
+    await eventually(in_use)
     return (await api.StoreMemory(store_request(user, "found by its id"))).memory.id
 
 
