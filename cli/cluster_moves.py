@@ -16,9 +16,16 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from local.layout import Layout
-    from memshard.admin.v1.cluster_pb2 import DrainShardRequest, Move, MoveProgress, MoveState, RebalanceRequest
+    from memshard.admin.v1.cluster_pb2 import (
+        DrainShardRequest,
+        Move,
+        MoveProgress,
+        MoveState,
+        RebalanceRequest,
+        ResumeMoveRequest,
+    )
 
-    R = TypeVar("R", RebalanceRequest, DrainShardRequest)
+    R = TypeVar("R", RebalanceRequest, DrainShardRequest, ResumeMoveRequest)
 
 _INTERRUPTED = 130
 
@@ -112,13 +119,15 @@ def resume(
     move: Annotated[
         int | None, typer.Argument(metavar="[MOVE]", min=1, max=_MAX_ID, help="One move. Default: all that are open.")
     ] = None,
+    max_rate: MaxRate = 0,
+    rollback_window: RollbackWindow = None,
     json: Json = False,
     data_dir: DataDir = None,
 ) -> None:
     """Bring moves that are open to their end, whatever step they were stopped at."""
     from memshard.admin.v1.cluster_pb2 import ResumeMoveRequest
 
-    request = ResumeMoveRequest(move_id=move or 0)
+    request = request_of(ResumeMoveRequest(move_id=move or 0), max_rate, rollback_window)
     follow_moves("ResumeMove", request, data_dir, as_lines=json, nothing="There is nothing to resume.")
 
 

@@ -5,12 +5,12 @@ two cannot drive one move, and who has lost the connection has lost the right to
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import asyncpg
 
-from common.catalog import CatalogError, raise_epoch
+from common.catalog import CHANNEL, CatalogError, EpochConflictError, read_epoch
 from common.moves import Move, OpenMove, Progress, Step
 from common.postgres import Connection
 from common.topology import SlotRange
@@ -20,9 +20,25 @@ LEASE_CLASS = 0x6D6F7665  # "move"
 
 _COLUMNS = """move_id, first, last, source, target, step, version, attempts, source_timeline, target_timeline, rows,
               fenced_at, cutover_at, cutover_epoch, error"""
+# Whatever the plan was made from, the source must have the slots now. A hand-over that is just being recorded is waited
+# for, by the lock on the epoch that it raises, and the epoch is another one then: what `owned` saw counts no more.
 _CREATE = f"""
-INSERT INTO moves (first, last, source, target, step) VALUES ($1, $2, $3, $4, 'planned') RETURNING {_COLUMNS}
+WITH owned AS (
+    SELECT sum(least(last, $2::int) - greatest(first, $1::int) + 1) AS slots
+    FROM slot_ranges WHERE first <= $2::int AND last >= $1::int AND shard_id = $3::text
+), standing AS (
+    SELECT epoch FROM topology WHERE epoch = (SELECT epoch FROM topology) FOR SHARE
+)
+INSERT INTO moves (first, last, source, target, step)
+SELECT $1::int, $2::int, $3::text, $4::text, 'planned' FROM owned, standing
+WHERE owned.slots = $2::int - $1::int + 1
+RETURNING {_COLUMNS}
 """  # noqa: S608  # A constant, here as below.
+_OWNS = """
+SELECT coalesce(sum(least(last, $2::int) - greatest(first, $1::int) + 1), 0) = $2::int - $1::int + 1
+FROM slot_ranges WHERE first <= $2::int AND last >= $1::int AND shard_id = $3::text
+"""
+_TRIES = 5
 _READ = f"SELECT {_COLUMNS} FROM moves ORDER BY move_id"  # noqa: S608
 _READ_OPEN = f"""
 SELECT {_COLUMNS}, EXISTS (
@@ -47,12 +63,46 @@ SELECT EXISTS (
         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 )
 """
-_READ_RANGES = "SELECT first, last, shard_id FROM slot_ranges ORDER BY first"
-_DROP_RANGES = "DELETE FROM slot_ranges"
-_CREATE_RANGE = "INSERT INTO slot_ranges (first, last, shard_id) VALUES ($1, $2, $3)"
-_RECORD_CUTOVER = """
-INSERT INTO cutovers (source, target, timeline, lsn, epoch) VALUES ($1, $2, $3, $4, $5)
-ON CONFLICT (source, target) DO UPDATE SET timeline = $3, lsn = $4, epoch = $5
+# What a hand-over needs is one statement, as each round trip is a part of the time in which nobody may write.
+_READ_STANDING = """
+SELECT epoch, (SELECT address FROM shards WHERE shard_id = $2) AS address,
+       (SELECT primary_server FROM sync_sets WHERE shard_id = $1) AS giver,
+       (SELECT primary_server FROM sync_sets WHERE shard_id = $2) AS taker,
+       (SELECT array_agg(first ORDER BY first) FROM slot_ranges) AS firsts,
+       (SELECT array_agg(last ORDER BY first) FROM slot_ranges) AS lasts,
+       (SELECT array_agg(shard_id ORDER BY first) FROM slot_ranges) AS owners
+FROM topology
+"""
+# All of it or nothing: every part is joined to `raised`, which has a row when move and epoch both are what they were.
+# What is removed and what is made are different ranges, so that it does not matter which part comes first. The place of
+# a cutover never goes back: another move between the two may have read a later one, and been recorded before.
+_HAND_OVER = """
+WITH held AS (
+    SELECT move_id FROM moves WHERE move_id = $2 AND version = $3 FOR UPDATE
+), raised AS (
+    UPDATE topology SET epoch = epoch + 1 FROM held WHERE epoch = $1 RETURNING epoch
+), removed AS (
+    DELETE FROM slot_ranges USING raised WHERE first <> ALL ($6::int[])
+), made AS (
+    INSERT INTO slot_ranges AS known (first, last, shard_id)
+    SELECT given.* FROM raised, unnest($6::int[], $7::int[], $8::text[]) AS given (first, last, shard_id)
+    ON CONFLICT (first) DO UPDATE SET last = excluded.last, shard_id = excluded.shard_id
+    WHERE (known.last, known.shard_id) IS DISTINCT FROM (excluded.last, excluded.shard_id)
+), recorded AS (
+    INSERT INTO cutovers AS known (source, target, timeline, lsn, epoch)
+    SELECT $9::text, $10::text, $11::int, $12::bigint, epoch FROM raised
+    ON CONFLICT (source, target) DO UPDATE SET epoch = excluded.epoch,
+        timeline = CASE WHEN (known.timeline, known.lsn) > (excluded.timeline, excluded.lsn)
+                        THEN known.timeline ELSE excluded.timeline END,
+        lsn = CASE WHEN (known.timeline, known.lsn) > (excluded.timeline, excluded.lsn)
+                   THEN known.lsn ELSE excluded.lsn END
+), changed AS (
+    UPDATE moves SET step = $4, error = '', cutover_at = $5, cutover_epoch = raised.epoch, version = version + 1,
+        changed_at = now()
+    FROM raised WHERE move_id = $2 AND version = $3
+    RETURNING version
+)
+SELECT raised.epoch, changed.version, pg_notify($13, raised.epoch::text) FROM raised, changed
 """
 _READ_PINS = "SELECT slot, shard_id FROM pins ORDER BY slot"
 _PIN = "INSERT INTO pins (slot, shard_id) VALUES ($1, $2) ON CONFLICT (slot) DO UPDATE SET shard_id = $2"
@@ -63,14 +113,32 @@ class MoveConflictError(CatalogError):
     """The move is no longer at the step that the change at hand was planned for; nothing was done."""
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a hand-over is planned against, all of one moment: it is done only if the epoch is still this one."""
+
+    epoch: int
+    address: str
+    """Where the taker is reached."""
+    primaries: Mapping[str, str]
+    """The names of the servers that are primary of giver and taker, as far as they are recorded."""
+    ranges: tuple[SlotRange, ...]
+
+
 async def create_move(connection: Connection, first: int, last: int, source: str, target: str) -> Move:
-    """Records a move that is to be. Raises MoveConflictError when another one has some of the slots."""
-    try:
-        row = await connection.fetchrow(_CREATE, first, last, source, target)
-    except asyncpg.ExclusionViolationError as error:
-        raise MoveConflictError(f"slots {first} to {last} are being moved already") from error
-    assert row is not None
-    return _move(dict(row))
+    """Records a move that is to be. Raises MoveConflictError when another one has some of the slots, or the source has
+    not all of them (any more).
+    """
+    for _ in range(_TRIES):
+        try:
+            row = await connection.fetchrow(_CREATE, first, last, source, target)
+        except asyncpg.ExclusionViolationError as error:
+            raise MoveConflictError(f"slots {first} to {last} are being moved already") from error
+        if row is not None:
+            return _move(dict(row))
+        if not await connection.fetchval(_OWNS, first, last, source):
+            raise MoveConflictError(f"slots {first} to {last} do not all belong to {source} any more")
+    raise CatalogError("the catalog keeps changing")
 
 
 async def read_moves(connection: Connection) -> list[Move]:
@@ -120,22 +188,52 @@ async def change_move(connection: Connection, planned: Move, changed: Move) -> M
     return replace(changed, version=version)
 
 
-async def hand_over(
-    connection: Connection, epoch: int, planned: Move, changed: Move, *, giver: str, taker: str, timeline: int, lsn: int
-) -> Move:
-    """The point of no return: in one transaction the taker has the slots, the epoch is raised, the move is `changed`.
+async def read_standing(connection: Connection, giver: str, taker: str) -> Standing:
+    """What a hand-over from one shard to another is to be planned against. Raises CatalogError."""
+    row = await connection.fetchrow(_READ_STANDING, giver, taker)
+    if row is None or row["address"] is None:
+        raise CatalogError(f"there is no shard {taker!r}")
+    ranges = zip(row["firsts"], row["lasts"], row["owners"], strict=True)
+    primaries = {shard: name for shard, name in ((giver, row["giver"]), (taker, row["taker"])) if name is not None}
+    return Standing(row["epoch"], row["address"], primaries, tuple(SlotRange(*known) for known in ranges))
 
-    `timeline` and `lsn` are the place in the taker's log at which it has all of them. Raises EpochConflictError,
+
+async def hand_over(
+    connection: Connection,
+    standing: Standing,
+    planned: Move,
+    changed: Move,
+    giver: str,
+    taker: str,
+    at: tuple[int, int],
+) -> Move:
+    """The point of no return: in one transaction the taker has the slots, the epoch is raised, and the move is at the
+    step and has the time of `changed`.
+
+    `at` is the place in the taker's log, timeline and position, at which it has all of them. Raises EpochConflictError,
     MoveConflictError, CatalogError: nothing has changed then.
     """
-    async with connection.transaction():
-        raised = await raise_epoch(connection, epoch)
-        ranges = [SlotRange(row["first"], row["last"], row["shard_id"]) for row in await connection.fetch(_READ_RANGES)]
-        given = handed_over(ranges, planned.first, planned.last, giver, taker)
-        await connection.execute(_DROP_RANGES)
-        await connection.executemany(_CREATE_RANGE, [(r.first, r.last, r.shard_id) for r in given])
-        await connection.execute(_RECORD_CUTOVER, giver, taker, timeline, lsn, raised)
-        return await change_move(connection, planned, replace(changed, cutover_epoch=raised))
+    given = handed_over(standing.ranges, planned.first, planned.last, giver, taker)
+    row = await connection.fetchrow(
+        _HAND_OVER,
+        standing.epoch,
+        planned.move_id,
+        planned.version,
+        changed.step.value,
+        changed.cutover_at,
+        [owned.first for owned in given],
+        [owned.last for owned in given],
+        [owned.shard_id for owned in given],
+        giver,
+        taker,
+        *at,
+        CHANNEL,
+    )
+    if row is not None:
+        return replace(changed, error="", version=row["version"], cutover_epoch=row["epoch"])
+    if await read_epoch(connection) != standing.epoch:
+        raise EpochConflictError(f"the topology is no longer at epoch {standing.epoch}")
+    raise MoveConflictError(f"move {planned.move_id} is no longer {planned.step}")
 
 
 def handed_over(ranges: Sequence[SlotRange], first: int, last: int, giver: str, taker: str) -> list[SlotRange]:

@@ -7,6 +7,7 @@ from common.postgres import Connection
 from common.sync_set import SyncSet
 from common.topology import Cutover, Shard, SlotRange
 
+_HAS_TABLES = "SELECT to_regclass('cluster') IS NOT NULL"
 _HAS_CLUSTER = "SELECT EXISTS (SELECT FROM cluster)"
 _CREATE_CLUSTER = """
 INSERT INTO cluster (cluster_id, embedding_model, dimensions, precision, placement, text_language, token_key)
@@ -18,6 +19,14 @@ _CREATE_REPLICA = "INSERT INTO replicas (shard_id, replica_id, address) VALUES (
 _CREATE_RANGE = "INSERT INTO slot_ranges (first, last, shard_id) VALUES ($1, $2, $3)"
 _CREATE_CUTOVER = "INSERT INTO cutovers (source, target, timeline, lsn, epoch) VALUES ($1, $2, $3, $4, $5)"
 _CREATE_SYNC_SET = "INSERT INTO sync_sets (shard_id, primary_server, members) VALUES ($1, $2, $3)"
+
+
+async def check_empty(connection: Connection) -> None:
+    """Raises CatalogError when there is a cluster in the catalog. It changes nothing: for those who are to change other
+    things before they `restore`.
+    """
+    if await connection.fetchval(_HAS_TABLES) and await connection.fetchval(_HAS_CLUSTER):
+        raise CatalogError("this catalog holds a cluster; only an empty one is written anew")
 
 
 async def restore(  # What a catalog consists of.
@@ -35,8 +44,7 @@ async def restore(  # What a catalog consists of.
     """
     await upgrade(connection)
     async with connection.transaction():
-        if await connection.fetchval(_HAS_CLUSTER):
-            raise CatalogError("this catalog holds a cluster; only an empty one is written anew")
+        await check_empty(connection)
         await connection.execute(
             _CREATE_CLUSTER,
             cluster.cluster_id,

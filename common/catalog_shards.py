@@ -14,6 +14,17 @@ _OWNS = "SELECT EXISTS (SELECT FROM slot_ranges WHERE shard_id = $1)"
 _IS_MOVING = """
 SELECT EXISTS (SELECT FROM moves WHERE $1 IN (source, target) AND step NOT IN ('done', 'rolled_back'))
 """
+# A shard that comes has a log of its own: places in that of an earlier one of the same name mean nothing in it. What is
+# known of those who got slots from there in turn is kept, as of those who had had them before.
+_FOLLOW_ON = """
+INSERT INTO cutovers AS known (source, target, timeline, lsn, epoch)
+SELECT came.source, went.target, went.timeline, went.lsn, went.epoch
+FROM cutovers AS came JOIN cutovers AS went ON went.source = came.target
+WHERE came.target = $1 AND went.target <> came.source
+ON CONFLICT (source, target) DO UPDATE SET timeline = excluded.timeline, lsn = excluded.lsn, epoch = excluded.epoch
+    WHERE (known.timeline, known.lsn) < (excluded.timeline, excluded.lsn)
+"""
+_FORGET = "DELETE FROM cutovers WHERE target = $1"
 _DROP_FROM = {
     table: f"DELETE FROM {table} WHERE shard_id = $1"  # noqa: S608  # Constants.
     for table in ("replicas", "sync_sets", "levels", "pins", "shards")
@@ -29,6 +40,8 @@ async def add_shard(connection: Connection, epoch: int, shard: Shard) -> int:
         async with connection.transaction():
             raised = await raise_epoch(connection, epoch)
             await connection.execute(_CREATE, shard.shard_id, shard.address, shard.weight, shard.status.value)
+            await connection.execute(_FOLLOW_ON, shard.shard_id)
+            await connection.execute(_FORGET, shard.shard_id)
             for replica in shard.replicas:
                 await connection.execute(_CREATE_REPLICA, shard.shard_id, replica.replica_id, replica.address)
     except asyncpg.UniqueViolationError as error:

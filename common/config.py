@@ -106,7 +106,7 @@ class ProcessSettings(BaseSettings):
 
     traces_slow_s: Seconds = 0.5
     """Seconds from which on a call is kept as a trace though it was not sampled, as those are in which something
-    failed. Twenty a second at most."""
+    failed. Ten a second at most."""
 
     @classmethod
     def settings_customise_sources(
@@ -149,8 +149,14 @@ class ServiceSettings(ProcessSettings):
     that balance by DNS look again and find servers that have come since. None: never."""
 
     handover_file: Path | None = None
-    """File that is made when all is ready but the ports, which a predecessor still has: then they are waited for. So a
-    service is restarted with hardly a pause. None: ports that are in use are an error."""
+    """File that is made once this process listens, on ports that a predecessor still listens on: the predecessor may be
+    ended then, and a service is restarted without a pause. None: ports that are in use are an error."""
+
+    @model_validator(mode="after")
+    def _own_port_for_metrics(self) -> Self:
+        if self.metrics_port == self.port:
+            raise ValueError("metrics_port must be another than port")
+        return self
 
 
 class EmbedderSettings(ServiceSettings):
@@ -258,6 +264,8 @@ class RouterSettings(EmbedderSettings):
             raise ValueError("admin_token_file is required with admin_port")
         if self.admin_port == self.port:
             raise ValueError("admin_port must be another than port")
+        if self.admin_port is not None and self.admin_port == self.metrics_port:
+            raise ValueError("metrics_port must be another than admin_port")
         if self.embedder_timeout_s > self.default_deadline_s:
             raise ValueError("embedder_timeout_s must not exceed default_deadline_s")
         if self.shard_deadline_margin_s >= self.default_deadline_s:

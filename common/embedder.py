@@ -26,6 +26,8 @@ Vectors: TypeAlias = npt.NDArray[np.float32]
 
 # Above this many characters the local model takes over a millisecond, too long for the event loop; it goes to a thread.
 _INLINE_CHARACTERS = 1000
+# What a look at an embedder asks it for.
+_PROBE = "health"
 _MAX_HTTP_BATCH = 64
 # The reason when a server refuses what it was given, such as a text beyond its model's length, rather than being away.
 TEXT_REFUSED = "EMBEDDER_REFUSED"
@@ -58,6 +60,10 @@ class Embedder(Protocol):
 
         Raises Unavailable: EMBEDDER_UNAVAILABLE, EMBEDDER_REFUSED for the texts, or BREAKER_OPEN.
         """
+        ...
+
+    async def probe(self, timeout_s: float) -> None:
+        """Embeds one word, whatever the breaker says, and tells it when that went well. Raises Unavailable."""
         ...
 
     async def close(self) -> None:
@@ -116,6 +122,9 @@ class LocalEmbedder:
         except TimeoutError as error:
             raise _unavailable("it took too long") from error
 
+    async def probe(self, timeout_s: float) -> None:
+        await self.embed([_PROBE], timeout_s)
+
     @property
     def breaker(self) -> None:
         """It runs in this process."""
@@ -147,6 +156,14 @@ class HttpEmbedder:
         batches = [texts[start : start + _MAX_HTTP_BATCH] for start in range(0, len(texts), _MAX_HTTP_BATCH)]
         nothing = np.empty((0, self.dimensions), dtype=np.float32)
         return np.concatenate([nothing, *[await self._batch(batch, until) for batch in batches]])
+
+    async def probe(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._post([_PROBE])
+        except TimeoutError as error:
+            raise _unavailable("it took too long") from error
+        self.breaker.probe_succeeded()
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -1,48 +1,49 @@
-"""Taking a port over from a predecessor: a process waits, with everything else done, until the port is free.
+"""A port that changes hands without a gap: a successor listens on it while its predecessor still does.
 
-gRPC lets a port go at the beginning of a drain. So what callers notice of a restart is the time between two looks here,
-and one connection made anew.
+With SO_REUSEPORT several sockets listen on one port, if all of them ask for it and belong to one account; the kernel
+spreads new connections over them (socket(7); M. Kerrisk, "The SO_REUSEPORT socket option", LWN, 2013). A server has to
+ask for it from its start, as its successor could not listen otherwise. Then a second server that was started by mistake
+could listen too, and take half of the calls in silence: a start that is no handover claims the port first.
 """
 
-import asyncio
+import errno
 import socket
-import time
-from pathlib import Path
-
-from common import logs
-
-_log = logs.get_logger("handover")
-
-_INTERVAL_S = 0.005
-# A predecessor has to be told to end, and its port for operators is free when all of its calls have ended.
-_TIMEOUT_S = 60.0
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 
-async def wait_for_port(host: str, port: int, ready: Path) -> None:
-    """Returns when the port is free, or nobody has let it go for a minute. Makes the file `ready` first."""
-    deadline = time.monotonic() + _TIMEOUT_S
-    _make(ready)
-    if _is_free(host, port):
-        return
-    _log.info("waiting for the port", port=port)
-    while time.monotonic() < deadline:
-        await asyncio.sleep(_INTERVAL_S)
-        if _is_free(host, port):
-            return
+@contextmanager
+def claimed(host: str, port: int) -> Iterator[None]:
+    """Listens on a port alone, so that within nobody but sockets with SO_REUSEPORT can come to it.
+
+    Raises OSError when somebody listens on it already, with SO_REUSEPORT or without. Whatever else may be wrong with
+    the address is left to whoever listens on it in earnest.
+    """
+    with ExitStack() as stack:
+        for family, address in _addresses(host, port):
+            try:
+                stack.enter_context(_alone(family, address))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise
+        yield
 
 
-def _make(file: Path) -> None:
-    file.touch()
+def _addresses(host: str, port: int) -> list[tuple[int, tuple[str, int] | tuple[str, int, int, int]]]:
+    with suppress(OSError):
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return [(family, address) for family, _, _, _, address in found]  # type: ignore[misc]  # Of IP alone.
+    return []
 
 
-def _is_free(host: str, port: int) -> bool:
-    """Whether it can be listened on now."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        # As gRPC does: connections of the predecessor that are still closing are no obstacle.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen()
-        except OSError:
-            return False
-    return True
+@contextmanager
+def _alone(family: int, address: tuple[str, int] | tuple[str, int, int, int]) -> Iterator[None]:
+    with socket.socket(family) as claim:
+        # As gRPC does: connections of an earlier server that are still closing are no obstacle.
+        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        claim.bind(address)
+        # Two sockets that are only bound do not exclude each other.
+        claim.listen(0)
+        # From here on it lets gRPC's socket come beside it; and no other claim, which does not ask for it in time.
+        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        yield

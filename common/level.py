@@ -40,7 +40,7 @@ class Effects:
     (`Limiter.patience`)."""
 
     batch_factor: float
-    """Share of the usual room for batches (`Limiter.batch_share`), and of the size of batches that are made here."""
+    """Share of the usual room for batches (`Limiter.batch_share`): what is let in of them is less, not smaller."""
 
     index_instead_of_exact: bool
     """A large user's search goes to that user's index, where there is one, though an exact one was possible."""

@@ -9,6 +9,7 @@ import gc
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import grpc
@@ -49,14 +50,14 @@ class Listener:
         self._host, self._port = host.strip("[]"), settings.port if port is None else port
         host = f"[{host}]" if ":" in host and "[" not in host else host
         self._address = f"{host}:{self._port}"
-        self._handover_file = settings.handover_file
+        self._is_successor = settings.handover_file is not None
         service_names = [methods.service for methods in offered]
         self._health = health.Health(service_names)
         self._serving: bool | None = None
         self._server = grpc.aio.server(
             options=[
-                # On by default, it would let a second server start on the same port, and steal half of the calls.
-                ("grpc.so_reuseport", 0),
+                # For a successor on the same port, and for nobody else: see `start`.
+                ("grpc.so_reuseport", 1),
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 # Lets clients keep idle connections alive with pings more often than gRPC's five minutes.
@@ -71,13 +72,12 @@ class Listener:
         )
 
     async def start(self) -> None:
-        """Listens. Raises StartError when the port cannot be had."""
+        """Listens; a successor beside its predecessor. Raises StartError when the port cannot be had."""
         await self.set_serving(False)
-        if self._handover_file is not None:
-            await handover.wait_for_port(self._host, self._port, self._handover_file)
         try:
-            self._server.add_insecure_port(self._address)
-        except RuntimeError as error:
+            with nullcontext() if self._is_successor else handover.claimed(self._host, self._port):
+                self._server.add_insecure_port(self._address)
+        except (OSError, RuntimeError) as error:
             raise StartError(f"cannot listen on {self._address}: is something else using the port?") from error
         await self._server.start()
         _log.info("listening", address=self._address)
@@ -113,22 +113,25 @@ class Server(Listener):
     ) -> None:
         super().__init__(settings, offered)
         self._drain_timeout_s = settings.drain_timeout_s
+        self._handover_file = settings.handover_file
         self._beside = beside
         self._stop = asyncio.Event()
 
     async def start(self) -> None:
-        """Listens. Raises StartError when a port cannot be had."""
-        await super().start()
+        """Listens, and a successor says so then. Raises StartError when a port cannot be had."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        # What there is now stays to the end. Looking through it again and again is most of what a full collection
+        # does: 50 to 150 ms in which no call is answered, a few times a minute. The last one is before the first call.
+        gc.collect()
+        gc.freeze()
+        await super().start()
         if self._beside is not None:
             await self._beside.start()
             await self._beside.set_serving(True)
-        # What there is now stays to the end. Looking through it again and again is most of what a full collection
-        # does: 50 to 150 ms in which no call is answered, a few times a minute.
-        gc.collect()
-        gc.freeze()
+        if self._handover_file is not None:
+            self._handover_file.touch()
 
     async def run_until_stopped(self, background: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> None:
         """Runs the background tasks until SIGTERM or SIGINT, then drains.

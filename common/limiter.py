@@ -78,6 +78,8 @@ class Limiter:
         self.batch_share = self.settings.batch_share
         """Share of the limit that batches may fill: less under degradation, though not less than a share of the least
         limit."""
+        self.busy_per_s: float | None = None
+        """Calls that ended in a second of late; None while there was room to spare, which says not how many could."""
         self.on_room: Callable[[], None] = _nobody_waits
         """Called when a place is given back."""
         self._clock = clock
@@ -136,6 +138,7 @@ class Limiter:
                 window.expected_s += expected_s
         now = self._clock()
         if window.calls >= self.settings.window_calls and now >= window.began + self.settings.window_s:
+            self.busy_per_s = window.calls / (now - window.began) if window.crowd * 2 >= self.limit else None
             if self._probing_until is None:
                 self._limit = self._next_limit()
             self._window = _Window(now)
@@ -148,11 +151,19 @@ class Limiter:
             return self._limit
         tolerance = max(1.0, settings.tolerance * self.patience)
         fine_s = max(tolerance * window.expected_s, settings.unnoticed_s * self.patience * window.timed)
+        limit = self._towards(fine_s)
+        if limit < settings.usual:
+            fine_s = max(fine_s, settings.bearable_s * self.patience * window.timed)
+            limit = min(self._towards(fine_s), settings.usual)
+        return min(max(limit, settings.least), settings.most)
+
+    def _towards(self, fine_s: float) -> float:
+        """The next limit when the calls of the window may have taken `fine_s` together."""
+        window = self._window
         gradient = fine_s / max(fine_s, window.latency_s) if fine_s else 1.0
         gradient *= 1 - window.dropped / window.calls
         target = self._limit * max(0.5, gradient) + math.sqrt(self._limit)
-        limit = self._limit + _SMOOTHING * (target - self._limit)
-        return min(max(limit, settings.least), settings.most)
+        return self._limit + _SMOOTHING * (target - self._limit)
 
     def _room(self, batch: bool) -> float:
         if batch:

@@ -13,6 +13,14 @@ class LimiterSettings:
     least: int = 4
     """The limit never falls below. That few in flight hardly queue, even on one core."""
 
+    usual: int = 0
+    """Below this limit only calls that take longer than `bearable_s` are too slow: a queue of a few dozen is short,
+    whatever the machine, and to refuse them would turn away a team of agents on a busy laptop."""
+
+    bearable_s: float = 0.5
+    """Average latency in seconds which is put up with before the limit falls below `usual`: a quarter of the two
+    seconds that an impatient caller waits, so that a hiccup of the machine does not make all of them late."""
+
     most: int = 1000
     """The limit never rises above: what a process can hold in memory, at up to 8 MiB for the largest requests."""
 
@@ -49,12 +57,13 @@ class LimiterSettings:
     """Seconds after which a refused batch may come back: when it is busy, they wait for longer."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.initial <= self.most:
-            raise ValueError("the limits must be 1 <= least <= initial <= most")
+        if not 1 <= self.least <= self.initial <= self.most or self.usual > self.most:
+            raise ValueError("the limits must be 1 <= least <= initial <= most, and usual <= most")
         if not 0 < self.batch_share <= 1 or self.tolerance < 1:
             raise ValueError("batch_share is a share above 0 and up to 1, tolerance at least 1")
 
 
-# A server of a shard has some sixteen connections to its database. With four times as many calls in flight a queue is
-# still short, on whatever machine; below that, a team of agents on a busy laptop would be refused.
-SERVER = LimiterSettings(least=64, initial=64)
+# A server of a shard has some sixteen connections to its database: that many calls in flight do not queue, and are what
+# quiet latency is measured with. With four times as many the queue is short. The limit begins there, as more would have
+# to wait seconds in the queue of a slow machine before latencies could say that it was too many.
+SERVER = LimiterSettings(least=16, usual=64, initial=64)

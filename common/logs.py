@@ -1,10 +1,12 @@
 """Structured logs on standard output: one JSON object a line, or coloured lines for eyes.
 
 What users store never goes in here: events carry names, counts, times and reasons, never content, embeddings, DSNs or
-tokens. An unexpected exception is logged by type and place only, since its text may quote a value (`describe_bug`).
+tokens. An unexpected exception is logged by type and place only, since its text may quote a value (`describe_bug`);
+also when it is a library that logs it.
 """
 
 import logging
+import re
 import sys
 import traceback
 from typing import Literal, TextIO
@@ -16,6 +18,10 @@ from common import tracing
 
 Logger = FilteringBoundLogger
 
+# What a library says of an exception, up to where it may go on with what it had in hands. asyncio says "Exception in
+# callback f(<the arguments>)", and in lines of their own what tasks and futures hold.
+_SAID = re.compile(r"""[^\n:(<{'"]*""")
+
 
 def configure(
     service: str, log_format: Literal["json", "console"], level: str, *, stream: TextIO | None = None
@@ -26,6 +32,7 @@ def configure(
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         _add_trace,
+        _without_values,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -55,6 +62,26 @@ def _add_trace(_: object, __: str, event: EventDict) -> EventDict:
     """Which call a line is about, wherever it is answered: the id that all services' lines about it have."""
     if trace_id := tracing.current().trace_id:
         event["trace_id"] = trace_id
+    return event
+
+
+def _without_values(_: object, __: str, event: EventDict) -> EventDict:
+    """An exception by type and place, whoever logs it and for whichever format: its text may quote a value, as may the
+    local variables that console lines would have.
+    """
+    record = event.get("_record")
+    raised = event.pop("exc_info", None)
+    if isinstance(record, logging.LogRecord) and (raised or record.name == "asyncio"):
+        # Without the arguments: most often one of them is the exception.
+        said = _SAID.match(str(record.msg))
+        event["event"] = said[0].rstrip() if said is not None else ""
+    error = raised
+    if isinstance(raised, tuple):
+        error = raised[1]
+    elif raised is True:
+        error = sys.exception()
+    if isinstance(error, BaseException):
+        event.update(describe_bug(error))
     return event
 
 

@@ -51,9 +51,10 @@ class Step(StrEnum):
         return self in (Step.PLANNED, Step.COPYING, Step.VERIFYING, Step.REVERSING, Step.FENCED)
 
 
-FENCED = frozenset({Step.FENCED, Step.CUT_OVER, Step.RETURNING, Step.RETURNED})
-"""The steps in which there may be nobody who takes writes to the slots."""
-
+# Nobody takes writes to the slots, or is about to take none; whether or not it says when that began.
+_FENCED = (Step.FENCED, Step.CUT_OVER, Step.RETURNED)
+# Somebody takes writes; a time of a fence is one of the past.
+_WRITTEN = (Step.ACTIVE, Step.CLEANING, Step.DONE, Step.ROLLED_BACK)
 
 UNFENCED = "the mover died while it fenced"
 """The error of a move whose fence was taken away. One that returns is still to return then."""
@@ -76,6 +77,7 @@ class Move:
     rows: int = 0
     """Rows that were compared, of all tables."""
     fenced_at: datetime | None = None
+    """Since when there may be a fence: set before it is made, kept until a shard has confirmed that it takes writes."""
     cutover_at: datetime | None = None
     cutover_epoch: int = 0
     error: str = ""
@@ -85,6 +87,11 @@ class Move:
     def slots(self) -> int:
         """How many slots it moves."""
         return self.last - self.first + 1
+
+    @property
+    def may_be_fenced(self) -> bool:
+        """Whether there may be nobody who takes writes to the slots."""
+        return self.step in _FENCED or (self.fenced_at is not None and self.step not in _WRITTEN)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,34 +2,40 @@
 
 Sampling is by the trace's id, so that all who begin none agree, and parent-based: who called has decided. Beyond that,
 a part of a trace in which something failed or that took long is kept, some of these each second: in an outage all are.
+Each cause has a number of its own, so that a flood of refusals leaves room for what failed in another way meanwhile.
 """
 
 # ruff: noqa: PLC0415  # Each exporter brings what the others do not need, and one of them may not be installed.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Literal
 
 from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags, TraceState
+from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.status import Status, StatusCode
 
 from common import logs, tracing
 from common.config import ServiceSettings
 from common.lifecycle import StartError
+from common.telemetry.registry import TRACES_DROPPED
 from common.tracing import Kind, Span, Trace
 from common.window import SlidingCount
 
+Cause = Literal["failed", "slow", "shed"]
+
 _log = logs.get_logger("tracing")
 
-# Parts of traces that were not sampled, and are kept each second for what became of them.
-_MOST_KEPT_PER_S = 20
+# Parts of traces that were not sampled, and are kept each second for what became of them: something in it failed, it
+# took long, or something was refused for being too much, if only at the first attempt. One refusal is like the other.
+_MOST_KEPT_PER_S: dict[Cause, int] = {"failed": 20, "slow": 10, "shed": 1}
 _FLUSH_TIMEOUT_S = 2.0
 
 # The part of an id that decides: OpenTelemetry's TraceIdRatioBased takes the same.
@@ -44,10 +50,19 @@ _KINDS = {Kind.INTERNAL: SpanKind.INTERNAL, Kind.SERVER: SpanKind.SERVER, Kind.C
 class Export:
     """Keeps traces, by giving them to an exporter of OpenTelemetry's in batches, from a thread."""
 
-    def __init__(self, service: str, exporter: SpanExporter, *, sample_ratio: float, slow_s: float) -> None:
+    def __init__(
+        self,
+        service: str,
+        exporter: SpanExporter,
+        *,
+        sample_ratio: float,
+        slow_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._bound = round(sample_ratio * _LOW_BITS)
         self._slow_ns = slow_s * 1e9
-        self._kept = SlidingCount(1.0, 1, time.monotonic)
+        self._kept = {cause: SlidingCount(1.0, 1, clock) for cause in _MOST_KEPT_PER_S}
+        self._dropped = {cause: TRACES_DROPPED.labels(cause) for cause in _MOST_KEPT_PER_S}
         self._resource = Resource.create({"service.name": f"memshard-{service}", "service.version": _VERSION})
         self._scope = InstrumentationScope("memshard", _VERSION)
         self._processor = BatchSpanProcessor(exporter)
@@ -72,24 +87,40 @@ class Export:
 
     def _is_telling(self, trace: Trace) -> bool:
         """Whether it is worth keeping, though it was not sampled."""
-        root = trace.spans[0]
-        if root.ended_ns - root.started_ns < self._slow_ns and not trace.failed:
+        cause = self._cause(trace)
+        if cause is None:
             return False
-        if self._kept.total() >= _MOST_KEPT_PER_S:
+        if self._kept[cause].total() >= _MOST_KEPT_PER_S[cause]:
+            self._dropped[cause].inc()
             return False
-        self._kept.add()
+        self._kept[cause].add()
         return True
 
+    def _cause(self, trace: Trace) -> Cause | None:
+        """What makes it worth keeping; of several causes, the one of which there are fewest in a flood."""
+        is_shed = False
+        for span in trace.spans:
+            if span.failed and not span.shed:
+                return "failed"
+            is_shed = is_shed or span.shed
+        root = trace.spans[0]
+        # Who was refused in the end has waited as long as he was allowed to.
+        if root.ended_ns - root.started_ns >= self._slow_ns and not root.shed:
+            return "slow"
+        return "shed" if is_shed else None
+
     def _made(self, trace: Trace, span: Span) -> ReadableSpan:
-        """A span as OpenTelemetry has it when it has ended. By way of its tracer this would take five times as long."""
-        state = TraceState.from_header([trace.state]) if trace.state else TraceState()
+        """A span as OpenTelemetry has it when it has ended. By way of its tracer this would take five times as long.
+
+        It lacks the tracestate, which travels and is nothing of ours: a caller may have written anything in it.
+        """
         parent = None
         if span.parent_id:
             remote = span is trace.spans[0]
-            parent = SpanContext(trace.id, span.parent_id, is_remote=remote, trace_flags=_SAMPLED, trace_state=state)
+            parent = SpanContext(trace.id, span.parent_id, is_remote=remote, trace_flags=_SAMPLED)
         return ReadableSpan(
             span.name,
-            context=SpanContext(trace.id, span.span_id, is_remote=False, trace_flags=_SAMPLED, trace_state=state),
+            context=SpanContext(trace.id, span.span_id, is_remote=False, trace_flags=_SAMPLED),
             parent=parent,
             resource=self._resource,
             attributes=span.attributes,

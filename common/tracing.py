@@ -30,7 +30,12 @@ Metadata = Iterable[tuple[str, str | bytes]]
 # to come may have more.
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _SAMPLED = 1
+
+# What others on the way keep with a trace: members of a key and a value each
+# (https://www.w3.org/TR/trace-context/#tracestate-header).
+_MEMBER = re.compile(r"([a-z0-9][a-z0-9_*/@-]{0,255})=[ -+\--<>-~]{0,255}[!-+\--<>-~]")
 _MOST_STATE = 512
+_MOST_MEMBERS = 32
 
 # Spans of one process's part of a trace: a search of 64 shards with all its retries has fewer.
 MOST_SPANS = 1000
@@ -81,18 +86,13 @@ class Trace:
         self.spans: list[Span] = []
         self.ended = False
 
-    @property
-    def failed(self) -> bool:
-        """Whether something in it did, if only at the first attempt."""
-        return any(span.failed for span in self.spans)
-
 
 class Span:
     """`with` it: a piece of work. What it is entered in, its children are children of."""
 
     __slots__ = (
         "_token", "attributes", "ended_ns", "events", "failed", "is_kept", "kind", "links", "name", "parent_id",
-        "span_id", "started_ns", "trace",
+        "shed", "span_id", "started_ns", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -107,6 +107,8 @@ class Span:
         self.events: list[tuple[str, int, dict[str, Value]]] = []
         self.links: tuple[tuple[int, int], ...] = ()
         self.failed = False
+        # It failed for being too much.
+        self.shed = False
         self.is_kept = False
         self.started_ns = time.time_ns()
         self.ended_ns = 0
@@ -172,6 +174,7 @@ class Span:
         if isinstance(error, MemshardError):
             self.attributes["error.type"] = error.reason
             self.failed = error.code in _FAULTS
+            self.shed = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         elif isinstance(error, Exception):
             self.attributes["error.type"] = type(error).__qualname__
             self.failed = True
@@ -226,17 +229,20 @@ def received(method: str, metadata: Metadata, *, begins: bool) -> Span:
     Also while nothing is recorded there is a trace, for its id: lines in the logs of several services that are about
     one call say so, and whoever called may record it.
     """
-    parent, state = "", ""
+    parent, states = "", []
     for key, value in metadata:
+        if not isinstance(value, str):
+            continue
         if key == TRACEPARENT:
-            parent = value if isinstance(value, str) else ""
+            parent = value
         elif key == TRACESTATE:
-            state = value if isinstance(value, str) and len(value) <= _MOST_STATE else ""
+            states.append(value)
     known = parse(parent)
     if known is None and not begins:
         return NO_SPAN
     if known is not None:
         trace_id, parent_id, sampled = known
+        state = parse_state(",".join(states))
     else:
         trace_id, parent_id, state = random.getrandbits(128) or 1, 0, ""
         sampled = _recorder is not None and _recorder.samples(trace_id)
@@ -282,3 +288,16 @@ def parse(traceparent: str) -> tuple[int, int, bool] | None:
         return None
     ids = int(trace_id, 16), int(span_id, 16)
     return (*ids, bool(int(flags, 16) & _SAMPLED)) if all(ids) else None
+
+
+def parse_state(tracestate: str) -> str:
+    """What of a tracestate travels on: all of it, or nothing of one that is not as the standard says.
+
+    Nobody is told: the text of what a caller sends belongs in no log.
+    """
+    if len(tracestate) > _MOST_STATE:
+        return ""
+    members = [member for part in tracestate.split(",") if (member := part.strip(" \t"))]
+    keys = {match[1] for member in members if (match := _MEMBER.fullmatch(member))}
+    # Each of them with a key of its own.
+    return ",".join(members) if len(keys) == len(members) <= _MOST_MEMBERS else ""

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-_MIN_CALLS = 20
+MIN_CALLS = 20
 """Calls below which neither their share of failures nor their slowest hundredth says anything (as for a breaker)."""
 
 
@@ -42,27 +42,28 @@ class Vitals:
         `shed` what a limiter refused. What a breaker, a level or somebody's own limit refused belongs in none of them.
         """
         calls = answered + failed
-        judged = calls >= _MIN_CALLS
+        judged = calls >= MIN_CALLS
         return replace(
             self,
             error_rate=failed / calls if judged else 0.0,
             p99_latency_s=p99_latency_s if judged else 0.0,
-            shed_share=shed / (calls + shed) if calls + shed >= _MIN_CALLS else 0.0,
+            shed_share=shed / (calls + shed) if calls + shed >= MIN_CALLS else 0.0,
         )
 
 
 def of_cluster(own: Vitals, shards: Collection[Vitals]) -> Vitals:
     """The cluster's vitals, seen by a router: what is wrong with it is wrong with most shards, or with the router.
 
-    `own` is the router: its CPU, memory and shedding, and the breakers of what all shards share (Redis, the catalog,
-    the embedder). Its own figures of errors and latency are mixed from all shards', and not looked at. Instead each
-    figure is one that more than half of the shards, and at least two, have reached: one shard alone never counts, and
-    in a cluster of one shard it is that shard's level which says how it is.
+    `own` is the router: its CPU and memory, what it sheds by itself, and the breakers of what all shards share (Redis,
+    the catalog, the embedder). Its own figures of errors and latency are mixed from all shards', and not looked at.
+    Instead each figure is one that more than half of the shards, and at least two, have reached: one shard alone never
+    counts, and in a cluster of one shard it is that shard's level which says how it is.
     """
     return replace(
         own,
         error_rate=_common(shard.error_rate for shard in shards),
         p99_latency_s=_common(shard.p99_latency_s for shard in shards),
+        shed_share=max(own.shed_share, _common(shard.shed_share for shard in shards)),
         open_breakers=max(own.open_breakers, _common(shard.open_breakers for shard in shards)),
         writes_down=_common(float(shard.writes_down) for shard in shards) > 0,
     )

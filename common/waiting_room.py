@@ -1,9 +1,10 @@
 """A short queue in front of a limit: a burst waits for its turn, an overload does not.
 
-Who finds no room waits for up to 100 ms. Once one has waited so long in vain, it is no burst, and waiting would help
-nobody: whoever finds no room hears so at once, until for a second everybody found some. The 100 ms are those of B.
-Maurer, "Fail at Scale" (ACM Queue 13:8, 2015, section "Controlled delay"), who goes on with a wait of 5 ms; but callers
-are to hear of a refusal within 20 ms, and what keeps the servers busy is in flight.
+Who finds no room waits for up to 100 ms, unless so many wait already that its turn would come later, by the rate at
+which calls end. Once one has been refused, it is no burst, and waiting would help nobody: whoever finds no room hears
+so at once, until for a second everybody found some. The 100 ms are those of B. Maurer, "Fail at Scale" (ACM Queue 13:8,
+2015, section "Controlled delay"), who goes on with a wait of 5 ms; but callers are to hear of a refusal within 20 ms,
+and what keeps the servers busy is in flight.
 """
 
 import asyncio
@@ -40,7 +41,7 @@ class WaitingRoom:
         if not waiting and self._limiter.has_room(priority):
             return
         now = self._clock()
-        if len(waiting) >= _LONGEST or now - self._refused_at[priority] < _OVERLOAD_S:
+        if len(waiting) >= self._longest() or now - self._refused_at[priority] < _OVERLOAD_S:
             raise self._refusal(priority)
         until = now + _BURST_S
         join = waiting.append
@@ -64,6 +65,11 @@ class WaitingRoom:
                 return
             # Who is called too early goes back to the head, not to the end.
             join = waiting.appendleft
+
+    def _longest(self) -> float:
+        """How many may wait, of whom the last has its turn in time."""
+        per_s = self._limiter.busy_per_s
+        return _LONGEST if per_s is None else min(_LONGEST, per_s * _BURST_S)
 
     def _refusal(self, priority: Priority) -> ResourceExhausted:
         self._refused_at[priority] = self._clock()

@@ -142,7 +142,7 @@ class Moves:
 
     def _resume(self, request: cluster_pb2.ResumeMoveRequest) -> AsyncGenerator[cluster_pb2.MoveProgress, None]:
         which = ["--move", str(request.move_id)] if request.move_id else []
-        return self._moved("resume", *which)
+        return self._moved("resume", *which, options=_options(request))
 
     def _roll_back(self, request: cluster_pb2.RollbackMoveRequest) -> AsyncGenerator[cluster_pb2.MoveProgress, None]:
         return self._moved("rollback", "--move", str(request.move_id))
@@ -172,7 +172,9 @@ class Moves:
             raise errors.NotFound(f"there is no shard {shard_id!r}, only {', '.join(known)}", reason="SHARD_NOT_FOUND")
 
 
-def _options(request: cluster_pb2.RebalanceRequest | cluster_pb2.DrainShardRequest) -> dict[str, Any]:
+def _options(
+    request: cluster_pb2.RebalanceRequest | cluster_pb2.DrainShardRequest | cluster_pb2.ResumeMoveRequest,
+) -> dict[str, Any]:
     """The mover's settings that a request changes. Raises InvalidArgument."""
     if request.max_rate < 0:
         raise errors.InvalidArgument.field("max_rate", "OUT_OF_RANGE", "must be 0 or more")

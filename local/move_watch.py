@@ -4,7 +4,6 @@ import asyncio
 import logging
 
 from common.catalog_moves import is_leased, read_moves
-from common.moves import FENCED, UNFENCED
 from local import mover
 from local.cluster import Plan
 from local.errors import LocalClusterError
@@ -40,7 +39,7 @@ class MoveWatch:
         """Whether a move is at a point at which nobody may write, and nobody drives it."""
         plan = self._plan
         async with as_owner(plan.catalog_server(), plan.secrets, _CATALOG_TIMEOUT_S) as connection:
-            moves = [move for move in await read_moves(connection) if move.step in FENCED and move.error != UNFENCED]
+            moves = [move for move in await read_moves(connection) if move.may_be_fenced]
             for move in moves:
                 if not await is_leased(connection, move.move_id):
                     return True

@@ -21,7 +21,7 @@ from local.state import ProcessState, Role
 
 _PROBE_INTERVAL_S = 0.05
 _KILL_TIMEOUT_S = 10.0
-# What a service needs before its port: its database, the catalog, a model in memory.
+# What a service needs before it listens: its database, the catalog, a model in memory.
 _SUCCESSOR_TIMEOUT_S = 60.0
 
 
@@ -61,8 +61,8 @@ class ProcessSpec:
     current_role: Callable[[], Role] | None = None
     """Its role now, of a process whose role changes."""
     handover_variable: str = ""
-    """Variable that names the file by which a successor, started beside it, says that it waits for the port. Empty: it
-    can have none."""
+    """Variable that names the file by which a successor, started beside it, says that it listens on the same port.
+    Empty: it can have none."""
     required: Callable[[], bool] = lambda: True
     """Whether the cluster is not ready without it."""
 
@@ -141,7 +141,7 @@ class Child:
         self.release()
 
     async def hand_over(self) -> None:
-        """Starts its successor beside it, and ends it once that has only the port to wait for.
+        """Starts its successor beside it, and ends it once that listens too, so that somebody always does.
 
         Raises LocalClusterError when the successor does not come so far; it goes on then.
         """
@@ -152,7 +152,7 @@ class Child:
         file.unlink(missing_ok=True)
         self._successor = successor = await self._spawn({self.spec.handover_variable: str(file)})
         try:
-            await self._until_it_waits(successor, file)
+            await self._until_it_listens(successor, file)
         except BaseException:
             await self._discard_successor()
             raise
@@ -208,8 +208,8 @@ class Child:
             health.cancel()
         self._ended(_describe(code))
 
-    async def _until_it_waits(self, successor: asyncio.subprocess.Process, file: Path) -> None:
-        """Returns when the successor has said that it waits for the port. Raises LocalClusterError."""
+    async def _until_it_listens(self, successor: asyncio.subprocess.Process, file: Path) -> None:
+        """Returns when the successor has said that it listens. Raises LocalClusterError."""
         name = self.spec.name
         try:
             async with asyncio.timeout(_SUCCESSOR_TIMEOUT_S):

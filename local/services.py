@@ -93,10 +93,16 @@ def handover_variable(service: Service) -> str:
     return f"{SETTINGS[service].model_config.get('env_prefix', '')}HANDOVER_FILE"
 
 
-def write_metrics_targets(layout: Layout, ports: Mapping[str, Mapping[str, int]]) -> None:
-    """Writes where the services have their metrics, by what they are and by name, for Prometheus' file_sd_configs."""
+def write_metrics_targets(layout: Layout, ports: Mapping[str, Mapping[str, int]], shards: Mapping[str, str]) -> None:
+    """Writes where the services have their metrics, for Prometheus' file_sd_configs: `ports` by what they are and by
+    name, and by name the shard of each that is of one, so that this is known also when it does not answer.
+    """
+    of_shard = {name: {"shard": shard_id} for name, shard_id in shards.items()}
     targets = [
-        {"targets": [f"{HOST}:{port}"], "labels": {"job": f"memshard-{role}", "service": name}}
+        {
+            "targets": [f"{HOST}:{port}"],
+            "labels": {"job": f"memshard-{role}", "service": name, **of_shard.get(name, {})},
+        }
         for role, named in ports.items()
         for name, port in named.items()
     ]

@@ -56,6 +56,7 @@ class Specs:
         services.write_metrics_targets(
             self.plan.layout,
             {role: {name: record.ports[metrics_of(name)] for name in names} for role, names in named.items()},
+            {name: shard_id for shard_id in record.shard_ids() for name in (shard_id, *record.replica_names(shard_id))},
         )
 
     def _postgres(self, server: Server, **more: Any) -> ProcessSpec:

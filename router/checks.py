@@ -148,11 +148,15 @@ class Checks:
     async def _describe(self, shard: Shard) -> Sequence[Finding]:
         """The shard's service and its database, and what it says of pool and disk."""
         pool_use = self.shards.levels.pool_use
-        pool_use.pop(shard.shard_id, None)
         began = time.monotonic()
-        said = await self.shards.describe(
-            shard.address, shard.shard_id, timeout_s=_DATABASE_CUT_OFF_S, without_owned=True
-        )
+        try:
+            said = await self.shards.describe(
+                shard.address, shard.shard_id, timeout_s=_DATABASE_CUT_OFF_S, without_owned=True
+            )
+        except BaseException:
+            # Of a shard that does not answer nothing is known. Until it does or does not, the last figure holds.
+            pool_use.pop(shard.shard_id, None)
+            raise
         took_ms = (time.monotonic() - began) * 1000
         if said.shard_id != shard.shard_id or not said.writable:
             raise Unavailable("somebody else answers there", reason="NOT_PRIMARY")
@@ -162,6 +166,7 @@ class Checks:
             told = f"{said.pool_in_use} of {said.pool_size} connections in use"
             findings.append(Finding("pool", shard.shard_id, POOL.condition(use), use, _SHARE, told))
         else:
+            pool_use.pop(shard.shard_id, None)
             findings.append(_unknown("pool", shard.shard_id))
         if said.disk_bytes:
             free = said.disk_free_bytes / said.disk_bytes
@@ -228,7 +233,7 @@ class Checks:
 
     async def _embed(self) -> None:
         assert self.embedder is not None
-        await self.embedder.embed(["health"], _EMBEDDER_CUT_OFF_S)
+        await self.embedder.probe(_EMBEDDER_CUT_OFF_S)
 
 
 async def _timed(name: str, subject: str, ask: Callable[[], Awaitable[None]]) -> Sequence[Finding]:

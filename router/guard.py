@@ -6,6 +6,7 @@ that is refused here reaches nobody, and its caller hears so at once.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -28,9 +29,16 @@ Clock = Callable[[], float]
 # Seconds that a failure says something of a breaker that is half-open: the health monitor tries more often than that.
 _FAILURE_HOLDS_S = 20.0
 
-# Seconds that a tally looks back on: longer than a level takes to be entered, so that single seconds do not flap it.
 TALLY_S = 10
+"""Seconds that the tally looks back on which people are shown."""
 
+LATELY_S = 4
+"""Seconds that the tally looks back on from which levels are decided: less than a level takes to be entered
+(`common.level`), so that what happened in one moment is out of sight before it could be taken for lasting."""
+
+
+# Slots whose timeouts are remembered.
+_MOST_SLOTS = 1000
 
 _SHED = SHED.labels("server")
 
@@ -44,13 +52,13 @@ class Kind(StrEnum):
 
 
 class Tally:
-    """What became of the calls of the last ten seconds, from which a level is decided (`router.levels`)."""
+    """What became of the calls of the last `window_s` seconds."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.answered = SlidingCount(1.0, TALLY_S, clock)
-        self.failed = SlidingCount(1.0, TALLY_S, clock)
-        self.shed = SlidingCount(1.0, TALLY_S, clock)
-        self.latency = LatencyWindow(TALLY_S, clock)
+    def __init__(self, window_s: int, clock: Clock) -> None:
+        self.answered = SlidingCount(1.0, window_s, clock)
+        self.failed = SlidingCount(1.0, window_s, clock)
+        self.shed = SlidingCount(1.0, window_s, clock)
+        self.latency = LatencyWindow(window_s, clock)
         """Of interactive calls that were answered, in seconds."""
 
 
@@ -61,7 +69,8 @@ class Guard:
         self.shard_id = shard_id
         self.name = name
         self.limiter = Limiter(clock, SERVER)
-        self.tally = Tally(clock)
+        self.tally = Tally(TALLY_S, clock)
+        self.lately = Tally(LATELY_S, clock)
         self._queue = WaitingRoom(self.limiter, clock)
         self._durations = {kind: SERVER_CALL_DURATION.labels(name, kind.value) for kind in Kind}
         self._ended: dict[tuple[Kind, str], Counter] = {}
@@ -70,10 +79,13 @@ class Guard:
         self._heard_at = -math.inf
         # When a call of a kind was last found to have failed; nothing while the last one had an answer.
         self._failed_at: dict[Kind, float] = {}
+        # When the last timeouts of a slot were that counted.
+        self._timeouts: dict[tuple[Kind, int | None], deque[float]] = {}
 
     @contextmanager
-    def passing(self, kind: Kind, call: str, priority: Priority) -> Iterator[None]:
-        """`with` it: one call, whose errors say how it went. `call` names calls that take about as long as each other.
+    def passing(self, kind: Kind, call: str, priority: Priority, slot: int | None = None) -> Iterator[None]:
+        """`with` it: one call, whose errors say how it went. `call` names calls that take about as long as each other,
+        `slot` is the one slot that it is about; None: it is about many.
 
         Raises Unavailable / BREAKER_OPEN or ResourceExhausted / OVERLOADED, before anything is asked.
         """
@@ -89,15 +101,15 @@ class Guard:
         except MemshardError as error:
             waited_s = self._clock() - began
             self._count(kind, error.code.name)
+            if isinstance(error, DeadlineExceeded) and not self._speaks_for_all(kind, slot, waited_s):
+                raise  # Of a caller in a hurry, or of one alone: nobody else is to feel it.
             _judge(permit, error, waited_s)
-            if isinstance(error, DeadlineExceeded) and waited_s < SHARD.fair_timeout_s:
-                raise  # Of a caller in a hurry: it says nothing, and nobody else is to feel it.
             if speaks_of_callee(error):
-                self.tally.failed.add()
+                for tally in (self.tally, self.lately):
+                    tally.failed.add()
                 self._failed_at[kind] = self._clock()
             else:
-                self.tally.answered.add()
-                self._failed_at.pop(kind, None)
+                self._answered(kind)
             if isinstance(error, DeadlineExceeded | ResourceExhausted):
                 admission.release(waited_s, dropped=True)
             elif not speaks_of_callee(error):
@@ -109,10 +121,10 @@ class Guard:
             self._count(kind, "OK")
             self._durations[kind].observe(took_s)
             admission.release(took_s)
-            self.tally.answered.add()
-            self._failed_at.pop(kind, None)
+            self._answered(kind)
             if priority is Priority.INTERACTIVE:
-                self.tally.latency.add(took_s)
+                for tally in (self.tally, self.lately):
+                    tally.latency.add(took_s)
         finally:
             # Of a call that its caller gave up, and of one that failed at once, the time says nothing.
             permit.ignore()
@@ -135,8 +147,35 @@ class Guard:
             self._shed()
             raise
 
+    def _speaks_for_all(self, kind: Kind, slot: int | None, waited_s: float) -> bool:
+        """Whether a timeout says something of the server, and not just of whom it befell.
+
+        One user with very many memories, or with little patience for a large search, has timeouts without end where all
+        others are served. So those of one slot count a few times, and so do all that are about many slots together: a
+        server that is in trouble fails others too. Where there are no others, a few in a row open the breaker all the
+        same, and whoever tries it then counts.
+        """
+        if waited_s < SHARD.fair_timeout_s:
+            return False
+        if self.breakers[kind].state is not State.CLOSED:
+            return True
+        now = self._clock()
+        counted = self._timeouts.setdefault((kind, slot), deque(maxlen=SHARD.consecutive_failures))
+        if len(counted) == counted.maxlen and now - counted[0] < SHARD.window_s:
+            return False
+        counted.append(now)
+        if len(self._timeouts) > _MOST_SLOTS:
+            del self._timeouts[next(iter(self._timeouts))]
+        return True
+
+    def _answered(self, kind: Kind) -> None:
+        for tally in (self.tally, self.lately):
+            tally.answered.add()
+        self._failed_at.pop(kind, None)
+
     def _shed(self) -> None:
-        self.tally.shed.add()
+        for tally in (self.tally, self.lately):
+            tally.shed.add()
         _SHED.inc()
 
     def _count(self, kind: Kind, status: str) -> None:

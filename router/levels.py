@@ -14,9 +14,9 @@ from common.breaker import CircuitBreaker, State
 from common.level import Effects, Level, LevelDecider, LevelSettings
 from common.machine import Machine
 from common.topology import CLUSTER
-from common.vitals import Vitals, of_cluster
+from common.vitals import MIN_CALLS, Vitals, of_cluster
 from common.window import SlidingCount
-from router.guard import TALLY_S, Clock, Guard, Guards, Kind
+from router.guard import LATELY_S, Clock, Guard, Guards, Kind, Tally
 
 _log = logs.get_logger("levels")
 
@@ -32,7 +32,7 @@ class Levels:
     def __init__(self, guards: Guards, clock: Clock = time.monotonic) -> None:
         self.dependencies: list[CircuitBreaker] = []
         """The breakers of what all shards share."""
-        self.shed = SlidingCount(1.0, TALLY_S, clock)
+        self.shed = SlidingCount(1.0, LATELY_S, clock)
         """Requests that were refused because the router itself has too much to do."""
         self._guards = guards
         self._clock = clock
@@ -77,11 +77,11 @@ class Levels:
         # Each of those has something that stands in for it: without them the cluster is reduced, and no less than that.
         helpers = min(_share_open(self.dependencies), _MOST_OF_HELPERS)
         own = Vitals(cpu=cpu, memory=memory, open_breakers=helpers)
-        calls = [guard.tally for guards in self._guards.by_shard().values() for guard in guards.values()]
+        calls = [guard.lately for guards in self._guards.by_shard().values() for guard in guards.values()]
         own = own.with_calls(
             answered=sum(tally.answered.total() for tally in calls),
             failed=0,
-            shed=sum(tally.shed.total() for tally in calls) + self.shed.total(),
+            shed=self.shed.total(),
             p99_latency_s=0.0,
         )
         self.vitals[CLUSTER] = of_cluster(own, list(shards.values()))
@@ -113,8 +113,7 @@ class Levels:
 
 def _of_shard(guards: Mapping[str | None, Guard]) -> Vitals:
     """What this router sees of one shard; `guards` are those of its primary (None) and replicas."""
-    tallies = [guard.tally for guard in guards.values()]
-    slowest = [p99 for tally in tallies if (p99 := tally.latency.quantile(0.99)) is not None]
+    tallies = [guard.lately for guard in guards.values()]
     vitals = Vitals(
         open_breakers=_share_open([b for guard in guards.values() for b in guard.breakers.values()]),
         writes_down=_writes_down(guards),
@@ -123,8 +122,17 @@ def _of_shard(guards: Mapping[str | None, Guard]) -> Vitals:
         answered=sum(tally.answered.total() for tally in tallies),
         failed=sum(tally.failed.total() for tally in tallies),
         shed=sum(tally.shed.total() for tally in tallies),
-        p99_latency_s=max(slowest, default=0.0),
+        p99_latency_s=_slowest_s(tallies),
     )
+
+
+def _slowest_s(tallies: Collection[Tally]) -> float:
+    """What 99 of 100 calls take at the slowest server, of those that are asked enough to tell. Where none is, at the
+    quickest: a shard is slow then only if all of its servers are.
+    """
+    known = [(tally.latency, p99) for tally in tallies if (p99 := tally.latency.quantile(0.99)) is not None]
+    judged = [p99 for latency, p99 in known if latency.count >= MIN_CALLS]
+    return max(judged) if judged else min((p99 for _, p99 in known), default=0.0)
 
 
 def _writes_down(guards: Mapping[str | None, Guard]) -> bool:

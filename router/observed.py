@@ -61,8 +61,9 @@ class Observed:
         span.set("memshard.degradation.level", self._levels.of().name.lower())
         if len(users) == 1:
             span.set("enduser.pseudo.id", self.hashed(next(iter(users))))
-        if isinstance(request, pb.StoreMemoryRequest) and _is_short(request.memory.agent_id):
-            span.set("gen_ai.agent.id", request.memory.agent_id)
+        agents = _agents(request)
+        if len(agents) == 1:
+            span.set("gen_ai.agent.id", next(iter(agents)))
 
     def answered(self, rpc: str, request: Message, response: Message, size_bytes: int) -> None:
         if rpc in _READS:
@@ -70,7 +71,9 @@ class Observed:
         if isinstance(response, pb.SearchMemoriesResponse):
             # By recency, nothing has a score.
             if response.results and response.score_kind != pb.SCORE_KIND_RECENCY:
-                self._relevance[response.score_kind].observe(response.results[0].score)
+                # What is unlike has a cosine below 0. A histogram's sum may not fall, and a page on which it is below 0
+                # is no OpenMetrics.
+                self._relevance[response.score_kind].observe(max(0.0, response.results[0].score))
         elif isinstance(request, pb.BatchStoreMemoriesRequest):
             BATCH_SIZE.observe(len(request.memories))
         elif isinstance(request, pb.EraseUserRequest):
@@ -105,6 +108,18 @@ def _users(request: Any) -> set[str]:
     else:
         named = {request.user_id}
     return {user for user in named if _is_short(user)}
+
+
+def _agents(request: Any) -> set[str]:
+    """The agents whose memories a request writes."""
+    if isinstance(request, pb.BatchStoreMemoriesRequest):
+        named = {memory.agent_id for memory in request.memories}
+    elif isinstance(request, pb.StoreMemoryRequest | pb.UpdateMemoryRequest):
+        named = {request.memory.agent_id}
+    else:
+        named = set()
+    # One of whom nothing may be said is one more all the same.
+    return named if all(_is_short(agent) for agent in named) else set()
 
 
 def _is_short(name: str) -> bool:

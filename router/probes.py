@@ -7,7 +7,7 @@ long as nothing has, the calls to it say all there is to know.
 import asyncio
 
 from common import logs
-from common.errors import MemshardError
+from common.errors import DeadlineExceeded, MemshardError
 from common.topology import Shard
 from router.shards import Shards
 from router.topology_watch import TopologyWatch
@@ -16,6 +16,9 @@ _log = logs.get_logger("probes")
 
 # With the second that a channel takes to come back at most, calls reach a primary within two seconds of its return.
 _EVERY_S = 0.25
+# Looks in a row without any answer after which there is a new connection, and again after twice as many. The other end
+# of the old one may be gone without a word, which TCP finds out after minutes.
+_SILENT = 2
 
 
 class Probes:
@@ -24,6 +27,7 @@ class Probes:
     def __init__(self, shards: Shards, watch: TopologyWatch) -> None:
         self._shards = shards
         self._watch = watch
+        self._silent: dict[str, int] = {}
 
     async def run(self) -> None:
         """Looks again and again. No look lasts longer than the time between two."""
@@ -43,11 +47,20 @@ class Probes:
             if not await self._shards.is_serving(shard.address, timeout_s=_EVERY_S):
                 return
             said = await self._shards.describe(shard.address, shard.shard_id, timeout_s=_EVERY_S)
+        except DeadlineExceeded:
+            self._heard_nothing(shard)
+            return
         except MemshardError:
             return
         except Exception as bug:
             # The looks at all others, and the router with them, would end.
             _log.error("a look at a primary failed by a bug", **logs.describe_bug(bug))
             return
+        self._silent.pop(shard.shard_id, None)
         if said.shard_id == shard.shard_id:
             self._shards.guards.of(shard.shard_id).heard()
+
+    def _heard_nothing(self, shard: Shard) -> None:
+        silent = self._silent[shard.shard_id] = self._silent.get(shard.shard_id, 0) + 1
+        if silent % _SILENT == 0 and (silent // _SILENT).bit_count() == 1:
+            self._shards.reconnect(shard.address)

@@ -41,6 +41,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
     ("grpc.max_send_message_length", -1),
+    # Otherwise a channel that is made anew (`reconnect`) shares the old one's connection, as long as that has calls.
+    ("grpc.use_local_subchannel_pool", 1),
     # Retrying is decided where the budget is known, not inside the channel.
     ("grpc.enable_retries", 0),
 ]
@@ -243,7 +245,7 @@ class Shards:
                     {"rpc.system.name": "grpc", "memshard.server": guard.name, "memshard.shard": guard.shard_id},
                     tracing.Kind.CLIENT,
                 ),
-                guard.passing(rpc.kind, rpc.name, rpc.priority),
+                guard.passing(rpc.kind, rpc.name, rpc.priority, _slot(request)),
             ):
                 return await self._ask(address, guard.name, rpc, request, timeout_s)
         except (DeadlineExceeded, Unavailable) as error:
@@ -286,6 +288,12 @@ class Shards:
         if stub is None:
             stub = self._stubs[address] = shard_pb2_grpc.ShardServiceStub(self.channel(address))
         return stub
+
+
+def _slot(request: Message) -> int | None:
+    """The one slot that a request is about; None when it is about more."""
+    ranges = getattr(request, "route", shard_pb2.Route()).ranges
+    return ranges[0].first if len(ranges) == 1 and ranges[0].first == ranges[0].last else None
 
 
 def _explained(error: grpc.aio.AioRpcError, name: str) -> MemshardError:

@@ -6,6 +6,7 @@ has: the embedding is written only to the version it was made of.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from uuid import UUID
 import asyncpg
 
 from common import logs
+from common.breaker import BREAKER_OPEN
 from common.deadline import Deadline
 from common.embedder import TEXT_REFUSED, Embedder, Vectors
 from common.errors import MemshardError, Unavailable
@@ -24,6 +26,9 @@ from shard.rows import to_vector
 _log = logs.get_logger("embedding queue")
 
 _BATCH = 64
+# How long a text is left aside that failed alone: others may go through while it does not, and it may when they do.
+_ASIDE_S = 60.0
+_PROBE_TIMEOUT_S = 5.0
 # Texts that the model cannot embed, remembered so as not to begin with them every time.
 _MAX_HOPELESS = 1000
 _STATEMENT_TIMEOUT_S = 30.0
@@ -54,6 +59,8 @@ class EmbeddingQueue:
         self._interval_s = interval_s
         self._wake = asyncio.Event()
         self._hopeless: deque[tuple[UUID, int]] = deque(maxlen=_MAX_HOPELESS)
+        self._aside: dict[tuple[UUID, int], float] = {}
+        self._size = _BATCH
 
     def wake(self) -> None:
         """Something was stored without an embedding."""
@@ -71,6 +78,7 @@ class EmbeddingQueue:
                 # Not cut short by what is stored meanwhile, or each store would be another attempt.
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, longest_s)
+                await self._look()
                 continue
             self._wake.clear()
             with suppress(TimeoutError):
@@ -78,19 +86,46 @@ class EmbeddingQueue:
                     await self._wake.wait()
 
     async def embed_batch(self, embedder: Embedder) -> int:
-        """Embeds the oldest that wait, and returns how many those were. Raises Unavailable."""
+        """Embeds the oldest that wait, and returns how many those were. Raises Unavailable.
+
+        What an embedder fails at that embeds a word all the same is one of the texts, or that they are too many: the
+        next attempt is of half as many, and one that failed alone is left aside for a while, so that it keeps no others
+        back.
+        """
+        now = time.monotonic()
+        self._aside = {key: until for key, until in self._aside.items() if until > now}
+        passed_over = [*self._hopeless, *self._aside]
         deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
         async with deadline.bound(), self._database.reading(deadline) as connection:
             rows = await connection.fetch(
                 _NEXT,
-                _BATCH,
-                [memory_id for memory_id, _ in self._hopeless],
-                [version for _, version in self._hopeless],
+                self._size,
+                [memory_id for memory_id, _ in passed_over],
+                [version for _, version in passed_over],
             )
         if not rows:
             return 0
-        await self._write(rows, await self._embed(embedder, [row["content"] for row in rows]))
+        try:
+            vectors = await self._embed(embedder, [row["content"] for row in rows])
+        except Unavailable as error:
+            if error.reason != BREAKER_OPEN and await self._look():
+                if len(rows) == 1 and len(self._aside) < _MAX_HOPELESS:
+                    self._aside[rows[0]["id"], rows[0]["version"]] = time.monotonic() + _ASIDE_S
+                self._size = max(1, len(rows) // 2)
+            raise
+        await self._write(rows, vectors)
+        self._size = min(_BATCH, self._size * 2)
         return len(rows)
+
+    async def _look(self) -> bool:
+        """Whether the embedder answers. If so it is asked again at once, rather than when its breaker would try."""
+        if self._embedder is None:
+            return False
+        try:
+            await self._embedder.probe(_PROBE_TIMEOUT_S)
+        except MemshardError:
+            return False
+        return True
 
     async def _embed(self, embedder: Embedder, texts: Sequence[str]) -> "list[Vectors | None]":
         """The embedding of each text; None for one that the model cannot embed, which keeps none of the others back."""

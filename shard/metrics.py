@@ -32,9 +32,7 @@ class ShardMetrics:
         yield self._of("memory_primary_available", "1: there is a server that takes writes.", self.primary.is_available)
         yield self._of("memory_primary_timeline", "Timeline of the server that takes writes.", self.primary.timeline)
         yield self._of("memory_commits_in_flight", "Writes that have begun and not ended.", self.commits.count)
-        yield self._of(
-            "memory_sync_set_members", "Standbys of which commits wait for a quorum.", len(self.durability.members)
-        )
+        yield from of_sync_set(self.shard_id, self.durability)
         if (figures := self.figures.figures) is not None:
             yield self._of("memory_store_size_bytes", "Size of the shard's database.", figures.size_bytes)
             yield self._of(
@@ -47,9 +45,18 @@ class ShardMetrics:
             yield self._of("memory_disk_free_bytes", "What is free of it.", room.free_bytes)
 
     def _of(self, name: str, documentation: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, documentation, labels=["shard"])
-        family.add_metric([self.shard_id], value)
-        return family
+        return _gauge(self.shard_id, name, documentation, value)
+
+
+def of_sync_set(shard_id: str, durability: Durability) -> Iterable[Metric]:
+    """Whom commits wait for. Where whoever runs PostgreSQL keeps that, only receipts say whether they wait."""
+    if not durability.is_external:
+        yield _gauge(
+            shard_id,
+            "memory_sync_set_members",
+            "Standbys of which commits wait for a quorum.",
+            len(durability.members),
+        )
 
 
 def of_pool(shard_id: str, database: Database) -> Iterable[Metric]:
@@ -64,3 +71,9 @@ def of_pool(shard_id: str, database: Database) -> Iterable[Metric]:
     )
     open_now.add_metric([shard_id], database.open_connections)
     return usage, open_now
+
+
+def _gauge(shard_id: str, name: str, documentation: str, value: float) -> Metric:
+    family = GaugeMetricFamily(name, documentation, labels=["shard"])
+    family.add_metric([shard_id], value)
+    return family

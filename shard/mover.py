@@ -43,6 +43,7 @@ from common.topology import Replica, Shard, ShardStatus
 from shard.moving import rebuild
 from shard.moving.mover import Mover
 from shard.moving.moving import MoveError
+from shard.moving.ownership import OwnershipError
 from shard.moving.plan import PlanError
 from shard.moving.side import SideError
 from shard.moving.streams import StreamError
@@ -52,6 +53,7 @@ _log = logs.get_logger("mover")
 _EXPECTED = (
     MoveError,
     StreamError,
+    OwnershipError,
     SideError,
     PlanError,
     CatalogError,

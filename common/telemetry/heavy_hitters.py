@@ -3,7 +3,8 @@
 SpaceSaving (A. Metwally, D. Agrawal and A. El Abbadi, "Efficient Computation of Frequent and Top-k Elements in Data
 Streams", ICDT 2005): of n counted items, each whose true count is above n / capacity is in the list, and a count is too
 high by at most its `error`, and never too low. Counts are halved now and then, so that the list is about the last
-minutes.
+minutes. Forgetting, which the paper lacks, makes room on the list: whoever comes into that may have been counted before
+and put out, like anybody else who is new.
 """
 
 import heapq
@@ -38,6 +39,8 @@ class HeavyHitters(Generic[T]):
         # grown meanwhile are put where they belong. The number is for those that count the same.
         self._heap: list[tuple[float, int, Hitter[T]]] = []
         self._number = 0
+        # What those who are not on the list may have been counted, at most: what the last had who was put out of it.
+        self._floor = 0.0
         self.total = 0.0
         """All that was counted, weighted as the counts are."""
 
@@ -50,10 +53,9 @@ class HeavyHitters(Generic[T]):
         if hitter is not None:
             hitter.count += 1
             return
-        error = 0.0
         if len(self._hitters) >= self._capacity:
-            error = self._evict()
-        hitter = self._hitters[item] = Hitter(item, error + 1, error)
+            self._floor = self._evict()
+        hitter = self._hitters[item] = Hitter(item, self._floor + 1, self._floor)
         self._push(hitter)
 
     def forget(self, matches: Callable[[T], bool]) -> None:
@@ -89,6 +91,7 @@ class HeavyHitters(Generic[T]):
         factor = 0.5 ** ((now - self._halved_at) // self._half_life_s)
         self._halved_at = now
         self.total *= factor
+        self._floor *= factor
         for hitter in self._hitters.values():
             hitter.count *= factor
             hitter.error *= factor

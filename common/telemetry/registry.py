@@ -50,6 +50,12 @@ SERVER_CALL_DURATION = Histogram(
     buckets=LATENCY_BUCKETS_S,
     registry=REGISTRY,
 )
+BREAKER_OPENED = Counter(
+    "memory_breaker_opened",
+    "How often a circuit breaker opened. One that opens and half-opens by turns is seldom seen open.",
+    ("name", "kind"),
+    registry=REGISTRY,
+)
 SHED = Counter(
     "memory_requests_shed",
     "Requests refused because there was too much to do: at the entrance of this process, or before a server.",
@@ -101,3 +107,9 @@ WRITES = Counter(
     "memory_writes_acknowledged", "Writes acknowledged, by what their receipt promises.", ("durability",),
     registry=REGISTRY,
 )  # fmt: skip
+TRACES_DROPPED = Counter(
+    "memory_traces_dropped",
+    "Parts of traces that were to be kept for what became of them, and were too many, by cause: failed, slow, or shed.",
+    ("cause",),
+    registry=REGISTRY,
+)

@@ -23,10 +23,11 @@ _SERVICE_CONFIG: Final = {
             # every hop multiply. CANCELLED by nobody here is how gRPC's server ends calls that reach it when it has
             # begun to drain, and that nobody there has seen. A retry is harmless for writes, which carry their id. It
             # comes after as long as the router says (grpc-retry-pushback-ms), and after these pauses when there was no
-            # router to say so.
+            # router to say so: the channel, which tries to connect again after 100 ms, must have done that by then.
+            # Both are spread by a fifth.
             "retryPolicy": {
                 "maxAttempts": 2,
-                "initialBackoff": "0.1s",
+                "initialBackoff": "0.25s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],

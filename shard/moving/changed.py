@@ -58,7 +58,9 @@ class ChangeLog:
                 return dict(changed)
 
     async def shorten(self) -> None:
-        """Has the next `take` but one begin later in the log, if the role may have that done."""
+        """Has the `take` after the next begin later in the log, if the role may have that done, once this is on the
+        disk.
+        """
         with suppress(asyncpg.InsufficientPrivilegeError):
             await self.publisher.connection.execute(_LOG_SNAPSHOT)
 

@@ -4,11 +4,11 @@ import asyncio
 import time
 
 from common.moves import Step
-from shard.moving import ownership
 from shard.moving.cleanup import remove_rows
 from shard.moving.moving import Comparison, MoveError, Moving
 from shard.moving.streams import Stream, StreamError
 from shard.moving.tables import MOVED
+from shard.moving.unfence import unfence
 from shard.moving.verify import Verifier, count, merged
 
 _POLL_S = 0.1
@@ -28,19 +28,16 @@ _COUNT = "SELECT count(*) FROM {table} WHERE slot >= $1 AND slot <= $2"
 async def plan(moving: Moving) -> None:
     """Makes sure that nothing is left of an earlier attempt, and notes which servers this one is with."""
     await undo(moving)
-    await moving.advance(
-        Step.COPYING, source_timeline=moving.source.timeline, target_timeline=moving.target.timeline, fenced_at=None
-    )
+    await moving.advance(Step.COPYING, source_timeline=moving.source.timeline, target_timeline=moving.target.timeline)
 
 
 async def undo(moving: Moving) -> None:
     """Takes back whatever was done before the cutover: the source has the slots, and the target nothing of them.
 
-    First the target is closed, and only then the source opened: two must not answer for the same slots.
+    Raises OwnershipError when the slots are the target's own: nothing of it is touched then.
     """
     move = moving.move
-    await ownership.close_to_reads(moving.target, move.first, move.last)
-    await ownership.unfence(moving.source, move.first, move.last)
+    await unfence(moving, moving.forward)
     moving.comparison = moving.fenced_at = None
     for stream in (moving.forward, moving.reverse):
         await moving.changes(stream).remove()
@@ -75,10 +72,8 @@ async def copy(moving: Moving) -> None:
 
 async def verify(moving: Moving) -> None:
     """Compares everything, until what is left to be looked at again is little."""
-    move = moving.move
     # What an attempt to fence has left, if this is not the first: its end is recorded by now.
-    await ownership.close_to_reads(moving.target, move.first, move.last)
-    await ownership.unfence(moving.source, move.first, move.last)
+    await unfence(moving, moving.forward)
     moving.fenced_at = None
     comparison = await compared(moving, moving.forward)
     await moving.advance(Step.REVERSING, rows=comparison.verifier.rows)
@@ -94,7 +89,7 @@ async def reverse(moving: Moving) -> None:
     await way.publish()
     await way.make_slot()
     await way.subscribe(enabled=False, copy=False)
-    await _settle(moving, moving.forward, moving.comparison)
+    await settle(moving, moving.forward, moving.comparison)
     await moving.advance(Step.FENCED)
 
 
@@ -106,21 +101,30 @@ async def compared(moving: Moving, stream: Stream) -> Comparison:
     comparison = Comparison(Verifier(stream.publisher, stream.subscriber, move.first, move.last), changes)
     await stream.caught_up(_CATCH_UP_TIMEOUT_S)
     comparison.suspects = await comparison.verifier.all()
-    await _settle(moving, stream, comparison)
+    await settle(moving, stream, comparison)
     moving.comparison = comparison
     return comparison
 
 
-async def _settle(moving: Moving, stream: Stream, comparison: Comparison) -> None:
-    """Looks again at what differed or has changed since, until that is little and the subscriber is close."""
+async def settle(moving: Moving, stream: Stream, comparison: Comparison) -> float:
+    """Looks again at what differed or has changed since, until that is little and the subscriber is close; the seconds
+    that the last look took.
+    """
     for _ in range(_ROUNDS):
+        looked = time.monotonic()
         await comparison.changes.shorten()
+        # The commit of the mark takes the snapshot to the disk too, so that this `take` has it, and the next one begins
+        # there: what is decoded under the fence is what came since.
+        mark = await stream.mark()
         changed = await comparison.changes.take()
-        lag_s = await stream.caught_up(_CATCH_UP_TIMEOUT_S)
+        # As under the fence, the subscriber has the time of the `take` to come closer.
+        began = time.monotonic()
+        await stream.arrived(mark, _CATCH_UP_TIMEOUT_S)
+        lag_s = time.monotonic() - began
         comparison.suspects = await comparison.verifier.some(merged(comparison.suspects, changed))
         moving.told(rows=comparison.verifier.rows, lag_ms=round(lag_s * 1000), suspects=count(comparison.suspects))
         if lag_s <= _CLOSE_S and count(changed) + count(comparison.suspects) <= _FEW_SUSPECTS:
-            return
+            return time.monotonic() - looked
     raise MoveError(
         f"{stream.subscriber.shard_id} does not keep up with what is written to {stream.publisher.shard_id}"
     )

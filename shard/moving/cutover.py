@@ -14,11 +14,12 @@ from common.catalog_moves import MoveConflictError
 from common.moves import UNFENCED, Step
 from common.postgres import CONNECT_ERRORS
 from shard.moving import ownership
-from shard.moving.copying import compared
+from shard.moving.copying import compared, settle
 from shard.moving.moving import MoveError, Moving
 from shard.moving.ownership import Departure, FenceError
 from shard.moving.side import Side, SideError
 from shard.moving.streams import Stream, StreamError
+from shard.moving.unfence import unfence
 from shard.moving.verify import count, merged
 from shard.position import Position
 
@@ -28,6 +29,11 @@ _log = logs.get_logger("cutover")
 MAX_ATTEMPTS = 8
 _PAUSE_S = 0.5
 _CATALOG_TIMEOUT_S = 2.0
+# A look takes as long as the first half of what is done under the fence. One that takes longer than this means that the
+# servers are busy, with a copy that begins or whatever it is, and the fence can wait for a better moment: so long.
+_CALM_S = 0.1
+_CALM_TIMEOUT_S = 3.0
+_CALM_POLL_S = 0.05
 
 _FAILURES = (FenceError, StreamError, SideError, MoveError, CatalogError, *CONNECT_ERRORS)
 
@@ -42,18 +48,7 @@ async def fence(moving: Moving) -> None:
         # The process that fenced is gone. Its fence may be old.
         await moving.advance(Step.VERIFYING, attempts=moving.move.attempts + 1, error=UNFENCED)
         return
-    try:
-        async with asyncio.timeout(moving.settings.fence_timeout_s):
-            position = await _brought_over(moving, moving.forward)
-            await moving.hand_over(Step.CUT_OVER, moving.source, moving.target, position.timeline, position.lsn)
-            moving.lap("recorded")
-    except MoveConflictError:
-        raise
-    except _FAILURES as error:
-        why = str(error) or f"it took longer than {moving.settings.fence_timeout_s:g} s"
-        if moving.source.connection.is_closed() or moving.target.connection.is_closed():
-            raise
-        await _given_up(moving, Step.VERIFYING, why)
+    await _handed_over(moving, moving.forward, Step.CUT_OVER, or_else=Step.VERIFYING)
 
 
 async def activate(moving: Moving) -> None:
@@ -64,7 +59,7 @@ async def activate(moving: Moving) -> None:
     if is_reversible(moving):
         await moving.reverse.enable()
     moving.comparison = moving.fenced_at = None
-    await moving.advance(Step.ACTIVE)
+    await moving.advance(Step.ACTIVE, fenced_at=None)
     if pause_s:
         moving.told(pause_ms=round(pause_s * 1000, 1))
 
@@ -81,32 +76,50 @@ async def bring_back(moving: Moving) -> None:
     """Returns the slots to the source, with all that was written to the target since."""
     reverse = moving.reverse
     # Whatever an earlier attempt has fenced. A compare-and-set first: nobody else is at it.
-    await moving.advance(Step.RETURNING, fenced_at=None)
-    await unfenced(moving, reverse)
+    await moving.advance(Step.RETURNING)
+    await unfence(moving, reverse)
     if not is_reversible(moving):
         await moving.advance(Step.ACTIVE, error="a failover has closed the way back")
         raise MoveError("a failover has closed the way back; move the slots there anew")
     await compared(moving, reverse)
-    try:
-        async with asyncio.timeout(moving.settings.fence_timeout_s):
-            position = await _brought_over(moving, reverse)
-            await moving.hand_over(Step.RETURNED, moving.target, moving.source, position.timeline, position.lsn)
-    except MoveConflictError:
-        raise
-    except _FAILURES as error:
-        why = str(error) or f"it took longer than {moving.settings.fence_timeout_s:g} s"
-        if moving.source.connection.is_closed() or moving.target.connection.is_closed():
-            raise
-        await _given_up(moving, Step.RETURNING, why)
+    await _handed_over(moving, reverse, Step.RETURNED, or_else=Step.RETURNING)
 
 
 async def settle_return(moving: Moving) -> None:
     """Tells both shards that the source has the slots again."""
     pause_s = await _told_shards(moving, moving.target, moving.source)
     await moving.changes(moving.reverse).remove()
-    await moving.advance(Step.ROLLING_BACK)
+    await moving.advance(Step.ROLLING_BACK, fenced_at=None)
     if pause_s:
         moving.told(pause_ms=round(pause_s * 1000, 1))
+
+
+async def _handed_over(moving: Moving, stream: Stream, step: Step, *, or_else: Step) -> None:
+    """From the publisher of a stream to its subscriber, which is `step`; what takes too long is given up: `or_else`."""
+    await _made_ready(moving, stream)
+    try:
+        async with asyncio.timeout(moving.settings.fence_timeout_s):
+            position = await _brought_over(moving, stream)
+            await moving.hand_over(step, stream.publisher, stream.subscriber, position)
+            moving.lap("recorded")
+    except MoveConflictError:
+        raise
+    except _FAILURES as error:
+        why = str(error) or f"it took longer than {moving.settings.fence_timeout_s:g} s"
+        await _given_up(moving, or_else, why)
+
+
+async def _made_ready(moving: Moving, stream: Stream) -> None:
+    """Waits for this move's turn and for a calm moment, and does before the fence what can be done before it."""
+    assert moving.comparison is not None
+    await moving.turn.take()
+    await moving.rehearse(stream.publisher, stream.subscriber)
+    deadline = time.monotonic() + _CALM_TIMEOUT_S
+    while True:
+        looked_s = await settle(moving, stream, moving.comparison)
+        if looked_s <= _CALM_S or time.monotonic() >= deadline:
+            return
+        await asyncio.sleep(_CALM_POLL_S)
 
 
 async def _brought_over(moving: Moving, stream: Stream) -> Position:
@@ -114,12 +127,12 @@ async def _brought_over(moving: Moving, stream: Stream) -> Position:
     move, comparison = moving.move, moving.comparison
     giver, taker = stream.publisher, stream.subscriber
     assert comparison is not None
-    moving.fenced_at = time.monotonic()
     moving.may_be_decided = False
-    moving.laps.clear()
     moving.move = await catalog_moves.change_move(
         moving.catalog, move, replace(move, fenced_at=datetime.now(UTC), attempts=move.attempts)
     )
+    moving.fenced_at = time.monotonic()
+    moving.laps.clear()
     mark = time.time_ns()
     await ownership.fence(
         giver,
@@ -131,9 +144,11 @@ async def _brought_over(moving: Moving, stream: Stream) -> Position:
         mark=mark,
     )
     moving.lap("fenced")
+    # Meanwhile the taker gets the last rows.
+    changed = await comparison.changes.take()
+    moving.lap("read")
     await stream.arrived(mark, moving.settings.fence_timeout_s)
     moving.lap("arrived")
-    changed = await comparison.changes.take()
     different = await comparison.verifier.some(merged(comparison.suspects, changed))
     moving.lap("compared")
     if different:
@@ -145,32 +160,25 @@ async def _brought_over(moving: Moving, stream: Stream) -> Position:
 
 
 async def _given_up(moving: Moving, step: Step, why: str) -> None:
-    """The end of a fence that led to nothing: recorded first, then taken away.
+    """The end of a fence that led to nothing: recorded first, then taken away, whatever has become of the other side.
 
     With the catalog out of reach it is taken away all the same, unless the catalog was asked to hand the slots over.
     """
     stream = moving.forward if step is Step.VERIFYING else moving.reverse
     try:
         async with asyncio.timeout(_CATALOG_TIMEOUT_S):
-            await moving.advance(step, attempts=moving.move.attempts + 1, error=why, fenced_at=None)
+            await moving.advance(step, attempts=moving.move.attempts + 1, error=why)
     except CONNECT_ERRORS:
         # Nobody else can have handed over what is fenced here: for that the lock is needed which this session holds.
         if not moving.may_be_decided:
-            await unfenced(moving, stream)
+            await unfence(moving, stream, is_known=False)
         raise
-    await unfenced(moving, stream)
+    await unfence(moving, stream)
     moving.told(aborted_after_ms=round(moving.since_fence_s() * 1000))
     moving.comparison = moving.fenced_at = None
     if moving.move.attempts > MAX_ATTEMPTS:
         raise MoveError(f"given up after {MAX_ATTEMPTS} attempts: {why}")
     await asyncio.sleep(_PAUSE_S)
-
-
-async def unfenced(moving: Moving, stream: Stream) -> None:
-    """Lets the publisher of a stream take writes again, once its subscriber answers no reads. To be recorded before."""
-    move = moving.move
-    await ownership.close_to_reads(stream.subscriber, move.first, move.last)
-    await ownership.unfence(stream.publisher, move.first, move.last)
 
 
 async def _told_shards(moving: Moving, giver: Side, taker: Side) -> float:
@@ -179,16 +187,20 @@ async def _told_shards(moving: Moving, giver: Side, taker: Side) -> float:
     Reads are answered all the while: by the giver at first, from then on by the taker, which has been open to them.
     """
     move = moving.move
-    topology = await catalog.read_topology(moving.catalog)
-    address = next(shard.address for shard in topology.shards if shard.shard_id == taker.shard_id)
-    cutover = next(c for c in topology.cutovers if (c.source, c.target) == (giver.shard_id, taker.shard_id))
-    if not await ownership.has_all(giver, move.first, move.last, "gone"):
-        here = Position(cutover.timeline, cutover.lsn, waits=False, server="")
-        departure = Departure(taker.shard_id, address, move.cutover_epoch, here)
-        await ownership.give_up(giver, move.first, move.last, departure)
+    departure = moving.departure or await _departure(moving, giver, taker)
+    await ownership.give_up(giver, move.first, move.last, departure)
     moving.lap("given up")
     await ownership.take(taker, move.first, move.last, move.cutover_epoch)
     moving.lap("taken")
     if moving.fenced_at is not None:
         _log.info("handed over", move_id=move.move_id, after_ms=moving.laps)
     return moving.since_fence_s()
+
+
+async def _departure(moving: Moving, giver: Side, taker: Side) -> Departure:
+    """What callers are to be told, from the catalog: by one who has not handed over, and goes on for another."""
+    topology = await catalog.read_topology(moving.catalog)
+    address = next(shard.address for shard in topology.shards if shard.shard_id == taker.shard_id)
+    cutover = next(c for c in topology.cutovers if (c.source, c.target) == (giver.shard_id, taker.shard_id))
+    here = Position(cutover.timeline, cutover.lsn, waits=False, server="")
+    return Departure(taker.shard_id, address, moving.move.cutover_epoch, here)

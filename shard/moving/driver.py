@@ -7,7 +7,7 @@ move anew when nothing is decided yet, and closes the way back when it is.
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import replace
 
 from common import catalog_moves, logs, postgres
@@ -15,10 +15,12 @@ from common.config import MoverSettings
 from common.moves import UNFENCED, Move, Step
 from common.postgres import CONNECT_ERRORS, Connection, DatabaseUnreachableError
 from shard.moving import cutover, side
-from shard.moving.moving import MoveError, Moving, Tell
-from shard.moving.side import SideError
+from shard.moving.moving import MoveError, Moving, Tell, Turn
+from shard.moving.ownership import OwnershipError
+from shard.moving.side import Side, SideError
 from shard.moving.steps import STEPS
 from shard.moving.streams import StreamError
+from shard.moving.unfence import close, let_write, record, unfence
 
 _log = logs.get_logger("move")
 
@@ -28,6 +30,12 @@ _BACKOFF_S = 0.5
 # Another mover's session, which may be ending.
 _LEASE_TIMEOUT_S = 15.0
 _POLL_S = 0.1
+# The side that is not needed for a fence to be taken away, if it would be as well to have it.
+_OTHER_TIMEOUT_S = 5.0
+# Decided, and not over: whoever has come this far goes on, told to stop or not.
+_HANDING_OVER = (Step.CUT_OVER, Step.RETURNED)
+# They begin what keeps servers busy, and while they wait no slot is fenced.
+_CAN_WAIT = (Step.COPYING, Step.REVERSING, Step.CLEANING)
 _LOST = (DatabaseUnreachableError, SideError, *CONNECT_ERRORS)
 
 
@@ -36,10 +44,15 @@ class LeasedError(MoveError):
 
 
 class Driver:
-    """Drives one move. `stop` makes it end where it can be resumed, as soon as no slot is fenced."""
+    """Drives one move. `stop` makes it end where it can be resumed, as soon as no slot is fenced. Who has the lock
+    `turns` hands over.
+    """
 
-    def __init__(self, settings: MoverSettings, move_id: int, tell: Tell, stop: asyncio.Event) -> None:
+    def __init__(
+        self, settings: MoverSettings, move_id: int, tell: Tell, stop: asyncio.Event, turns: asyncio.Lock
+    ) -> None:
         self._settings = settings
+        self._turn = Turn(turns)
         self._move_id = move_id
         self._tell = tell
         self._stop = stop
@@ -48,20 +61,27 @@ class Driver:
         """Until the move is over, or with `hold` as soon as it may wait to be cleaned up. With `bring_back` the source
         is to have the slots in the end; with `unfence` it goes only so far that somebody takes writes.
 
-        Raises MoveError, StreamError: it is left to be resumed, and says why in the catalog. And LeasedError.
+        Raises MoveError, StreamError, OwnershipError: it is left to be resumed, and says why in the catalog. And
+        LeasedError.
         """
         tried_since, seen = time.monotonic(), (Step.DONE, 0)
         while True:
             try:
-                return await self._run_connected(hold=hold, bring_back=bring_back, unfence=unfence)
+                try:
+                    return await self._run_connected(hold=hold, bring_back=bring_back, unfence=unfence)
+                finally:
+                    self._turn.end()
             except catalog_moves.MoveConflictError as error:
                 # A change whose answer was lost: what the catalog says now is true.
                 failure: Exception = error
             except _LOST as error:
                 failure = error
-            except (MoveError, StreamError) as error:
+            except (MoveError, StreamError, OwnershipError) as error:
                 await self._note(str(error))
                 raise
+            if unfence and self._at.move_id and not self._at.may_be_fenced:
+                # What is left to be done can wait until both sides are there.
+                return self._at
             now = time.monotonic()
             if (self._at.step, self._at.version) != seen:
                 tried_since, seen = now, (self._at.step, self._at.version)
@@ -74,15 +94,20 @@ class Driver:
     _at = Move(0, 0, 0, "", "", Step.PLANNED)
 
     async def _run_connected(self, *, hold: bool, bring_back: bool, unfence: bool) -> Move:
-        async with leased(self._settings, self._move_id) as (connection, move):
+        async with leased(self._settings, self._move_id) as (connection, found):
+            move = found
+            if bring_back and move.step.is_before_cutover:
+                rolling_back = replace(move, step=Step.ROLLING_BACK, error="rolled back by request")
+                move = await catalog_moves.change_move(connection, move, rolling_back)
             self._at = move
+            self._at = move = await self._unfence_alone(connection, move)
             if move.step.is_final:
                 return move
             async with (
-                side.opened(move.source, self._settings.shard_dsn(move.source), move.move_id) as source,
-                side.opened(move.target, self._settings.shard_dsn(move.target), move.move_id) as target,
+                self._side(move, move.source) as source,
+                self._side(move, move.target) as target,
             ):
-                moving = Moving(connection, self._settings, move, source, target, self._tell)
+                moving = Moving(connection, self._settings, move, source, target, self._tell, self._turn)
                 moving.told()
                 if bring_back:
                     await self._turn_round(moving)
@@ -94,18 +119,20 @@ class Driver:
                         await moving.advance(Step.RETURNING)
                     if not await self._step(moving):
                         break
+                    if moving.move.step not in _HANDING_OVER:
+                        self._turn.end()
                     self._at = moving.move
                 return moving.move
 
     async def _step(self, moving: Moving) -> bool:
         """Takes one step; False when told to stop. What is fenced by then is not left so."""
-        if self._stop.is_set() and moving.move.step not in (Step.CUT_OVER, Step.RETURNED):
+        if self._stop.is_set() and moving.move.step not in _HANDING_OVER:
             return False
-        work = asyncio.ensure_future(STEPS[moving.move.step](moving))
+        work = asyncio.ensure_future(self._work(moving))
         stop = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
-            decided = moving.fenced_at is not None or moving.move.step in (Step.CUT_OVER, Step.RETURNED)
+            decided = moving.fenced_at is not None or moving.move.step in _HANDING_OVER
             if work.done() or decided:
                 await work
                 return True
@@ -115,26 +142,50 @@ class Driver:
                 task.cancel()
             await asyncio.gather(work, stop, return_exceptions=True)
 
+    async def _work(self, moving: Moving) -> None:
+        if moving.move.step in _CAN_WAIT:
+            await self._turn.others()
+        await STEPS[moving.move.step](moving)
+
+    async def _unfence_alone(self, connection: Connection, move: Move) -> Move:
+        """Takes away the fence of a process that is gone, or has lost its sessions, with that shard alone which is to
+        take writes again: the other may be gone, too.
+        """
+        if not move.may_be_fenced or move.step in _HANDING_OVER:
+            return move
+        if move.step is Step.FENCED:
+            ended = replace(move, step=Step.VERIFYING, attempts=move.attempts + 1, error=UNFENCED)
+            move = await catalog_moves.change_move(connection, move, ended)
+            self._at = move
+        giver = move.source
+        if move.step is Step.RETURNING:
+            giver = move.target
+            # As in `unfence`: before the target is written again, if it can be.
+            with suppress(*_LOST):
+                async with asyncio.timeout(_OTHER_TIMEOUT_S), self._side(move, move.source) as source:
+                    await close(source, move)
+        async with self._side(move, giver) as side:
+            await let_write(side, move)
+        return await record(connection, move)
+
+    def _side(self, move: Move, shard_id: str) -> AbstractAsyncContextManager[Side]:
+        return side.opened(shard_id, self._settings.shard_dsn(shard_id), move.move_id)
+
     async def _unfence(self, moving: Moving) -> Move:
-        move = moving.move
-        if move.step in (Step.CUT_OVER, Step.RETURNED):
-            await STEPS[move.step](moving)
-        elif move.step is Step.RETURNING:
-            await moving.advance(Step.RETURNING, fenced_at=None, error=UNFENCED)
-            await cutover.unfenced(moving, moving.reverse)
-        else:
-            if move.step is Step.FENCED:
-                await moving.advance(Step.VERIFYING, fenced_at=None, error=UNFENCED)
-            if moving.move.step.is_before_cutover:
-                await cutover.unfenced(moving, moving.forward)
+        """What `_unfence_alone` leaves: the other side, and what is decided."""
+        step = moving.move.step
+        if step in _HANDING_OVER:
+            await STEPS[step](moving)
+        elif step is Step.RETURNING:
+            await unfence(moving, moving.reverse)
+        elif step.is_before_cutover or step is Step.ROLLING_BACK:
+            await unfence(moving, moving.forward)
         return moving.move
 
     async def _turn_round(self, moving: Moving) -> None:
-        """Has a move go the other way. Raises MoveError when it is too late."""
+        """Has a move go back that has gone over. Raises MoveError when it is too late."""
         step = moving.move.step
-        if step.is_before_cutover:
-            await moving.advance(Step.ROLLING_BACK, error="rolled back by request")
-        elif step is Step.ACTIVE:
+        if step is Step.ACTIVE:
             if not cutover.is_reversible(moving):
                 raise MoveError("a failover has closed the way back; move the slots there anew")
             await moving.advance(Step.RETURNING)

@@ -10,12 +10,12 @@ from common import catalog, catalog_moves, catalog_shards, logs, postgres
 from common.catalog import CatalogError, EpochConflictError, PlacementStrategy
 from common.catalog_moves import MoveConflictError
 from common.config import MoverSettings
-from common.moves import FENCED, Move, Step
+from common.moves import Move, Step
 from common.postgres import Connection
 from common.topology import Shard, ShardStatus, Topology
 from shard.moving import side
 from shard.moving.driver import Driver, LeasedError
-from shard.moving.moving import MoveError, Tell
+from shard.moving.moving import MoveError, Tell, Turn
 from shard.moving.pacing import Pace
 from shard.moving.plan import PlannedMove, by_hand, plan
 
@@ -33,6 +33,7 @@ class Mover:
         self._settings = settings
         self._tell = tell
         self._stop = asyncio.Event()
+        self._turns = asyncio.Lock()
         self._pace = Pace(settings.max_rate, settings.max_standby_lag_bytes, tell)
 
     def stop(self) -> None:
@@ -134,7 +135,7 @@ class Mover:
             with suppress(LeasedError):
                 await self._driver(move_id).run(unfence=True)
 
-        await _together([recover(move.move_id) for move in await self.moves() if move.step in FENCED])
+        await _together([recover(move.move_id) for move in await self.moves() if move.may_be_fenced])
 
     async def roll_back(self, move_id: int) -> Move:
         """Brings the slots of a move back to where they were. Raises MoveError when it is too late."""
@@ -175,7 +176,8 @@ class Mover:
                                 connection, planned.first, planned.last, planned.source, planned.target
                             )
                         except MoveConflictError as error:
-                            raise MoveError(f"{error}, by another mover; wait for it") from error
+                            raise MoveError(f"{error}; another mover is at work, wait for it") from error
+                    await Turn(self._turns).others()
                     await self._room(made)
                     ended = await self._driver(made.move_id).run(hold=True)
                     self._pace.moved(ended.rows)
@@ -242,7 +244,7 @@ class Mover:
             await self._pace.room(source, target)
 
     def _driver(self, move_id: int) -> Driver:
-        return Driver(self._settings, move_id, self._tell, self._stop)
+        return Driver(self._settings, move_id, self._tell, self._stop, self._turns)
 
     @asynccontextmanager
     async def _catalog(self) -> AsyncIterator[Connection]:

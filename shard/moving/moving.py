@@ -1,28 +1,57 @@
 """What the steps of a move share: its record, its two sides, its streams, and what is known only to this process."""
 
+import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from common import catalog, catalog_moves
+from common.catalog_moves import Standing
 from common.config import MoverSettings
 from common.moves import Move, Step
 from common.postgres import Connection
+from shard.moving import ownership
 from shard.moving.changed import ChangeLog, Key
+from shard.moving.ownership import Departure
 from shard.moving.side import Side
 from shard.moving.streams import Stream
 from shard.moving.verify import Verifier
+from shard.position import Position
 
 Tell = Callable[[dict[str, Any]], None]
-
-_READ_PRIMARY = "SELECT primary_server FROM sync_sets WHERE shard_id = $1"
-_NAME = "SELECT current_setting('cluster_name')"
 
 
 class MoveError(Exception):
     """A move cannot go on as it is; the message says why. It can be resumed or rolled back."""
+
+
+class Turn:
+    """One move's turn to hand over, of all those of a mover: side by side, each pause would be as long as both."""
+
+    def __init__(self, lock: asyncio.Lock) -> None:
+        self._lock = lock
+        self._is_ours = False
+
+    async def take(self) -> None:
+        """Returns when it is this move's turn. To be asked for before anything is fenced."""
+        if not self._is_ours:
+            await self._lock.acquire()
+            self._is_ours = True
+
+    async def others(self) -> None:
+        """Returns when no other move hands over: what is not urgent leaves the servers to it meanwhile."""
+        if not self._is_ours:
+            async with self._lock:
+                pass
+
+    def end(self) -> None:
+        """Lets the next one have its turn, if this one has it."""
+        if self._is_ours:
+            self._is_ours = False
+            self._lock.release()
 
 
 @dataclass
@@ -44,11 +73,14 @@ class Moving:
     source: Side
     target: Side
     tell: Tell
+    turn: Turn
     comparison: Comparison | None = None
     fenced_at: float | None = None
     """When writes were stopped, by the monotonic clock."""
     may_be_decided: bool = False
     """Whether the catalog was asked to have the taker own the slots: whether it does then is for it alone to say."""
+    departure: Departure | None = None
+    """What callers are told of the hand-over, when this process has done it."""
     laps: dict[str, int] = field(default_factory=dict)
     """How far each part of the hand-over was over, in ms since then."""
 
@@ -91,27 +123,25 @@ class Moving:
             }
         )
 
-    async def hand_over(self, step: Step, giver: Side, taker: Side, timeline: int, lsn: int) -> None:
+    async def rehearse(self, giver: Side, taker: Side) -> None:
+        """Has everybody make ready for what is asked of them while nobody may write (`ownership.rehearse`)."""
+        await ownership.rehearse(giver, taker)
+        standing = await self._standing(giver, taker)
+        with suppress(catalog.EpochConflictError):
+            # There never is an epoch 0.
+            await self._recorded(replace(standing, epoch=0), self.move, giver, taker, (0, 0))
+
+    async def hand_over(self, step: Step, giver: Side, taker: Side, here: Position) -> None:
         """The compare-and-set after which there is no way back. Raises MoveConflictError, MoveError."""
         for _ in range(5):
-            epoch = await catalog.read_epoch(self.catalog)
-            # After the epoch: whoever is replaced from now on, the compare-and-set fails.
-            for side in (giver, taker):
-                await self._require_primary(side)
+            standing = await self._standing(giver, taker)
             self.may_be_decided = True
+            changed = replace(self.move, step=step, error="", cutover_at=datetime.now(UTC))
             try:
-                self.move = await catalog_moves.hand_over(
-                    self.catalog,
-                    epoch,
-                    self.move,
-                    replace(self.move, step=step, error="", cutover_at=datetime.now(UTC)),
-                    giver=giver.shard_id,
-                    taker=taker.shard_id,
-                    timeline=timeline,
-                    lsn=lsn,
-                )
+                self.move = await self._recorded(standing, changed, giver, taker, (here.timeline, here.lsn))
             except catalog.EpochConflictError:
                 continue
+            self.departure = Departure(taker.shard_id, standing.address, self.move.cutover_epoch, here)
             self.told()
             return
         raise MoveError("the catalog keeps changing")
@@ -124,11 +154,21 @@ class Moving:
         """Another part of the hand-over is over."""
         self.laps[part] = round(self.since_fence_s() * 1000)
 
-    async def _require_primary(self, side: Side) -> None:
-        recorded = await self.catalog.fetchval(_READ_PRIMARY, side.shard_id)
-        name = await side.connection.fetchval(_NAME)
-        if recorded is not None and name and recorded != name:
-            raise MoveError(f"{recorded} is the primary of {side.shard_id} by now, and not {name}")
+    async def _standing(self, giver: Side, taker: Side) -> Standing:
+        """What the catalog has. The primaries are of the moment of the epoch: whoever is replaced from then on, the
+        compare-and-set fails. Raises MoveError when one of ours has been replaced.
+        """
+        standing = await catalog_moves.read_standing(self.catalog, giver.shard_id, taker.shard_id)
+        for side in (giver, taker):
+            recorded = standing.primaries.get(side.shard_id, side.server)
+            if side.server and recorded != side.server:
+                raise MoveError(f"{recorded} is the primary of {side.shard_id} by now, and not {side.server}")
+        return standing
+
+    async def _recorded(self, standing: Standing, changed: Move, giver: Side, taker: Side, at: tuple[int, int]) -> Move:
+        return await catalog_moves.hand_over(
+            self.catalog, standing, self.move, changed, giver.shard_id, taker.shard_id, at
+        )
 
     def _stream(self, publisher: Side, subscriber: Side, way: str) -> Stream:
         return Stream(publisher, subscriber, self.move.move_id, way, self.move.first, self.move.last)

@@ -15,38 +15,66 @@ from shard.position import Position, read_position
 # enough of them there would never be a moment without. A lock on the table has a queue.
 _LOCK = "LOCK TABLE owned_slots IN EXCLUSIVE MODE"
 _LOCK_TIMEOUT = "SELECT set_config('lock_timeout', $1, true)"
-_FENCE = """
+# Each of these is one statement, and so one round trip of the time in which nobody may write.
+_FENCE = f"""
 WITH fenced AS (
     UPDATE owned_slots SET state = 'fenced' WHERE slot BETWEEN $1 AND $2 AND state = 'own' RETURNING 1
+), marked AS (
+    INSERT INTO {MARKS} (slot, move_id, way, mark)
+    SELECT $1::int, $3::bigint, $4::text, $5::bigint WHERE EXISTS (SELECT FROM fenced)
+    ON CONFLICT (slot, move_id, way) DO UPDATE SET mark = excluded.mark
 )
 SELECT count(*) FROM fenced
-"""
-_SET_MARK = f"""
-INSERT INTO {MARKS} (slot, move_id, way, mark) VALUES ($1, $2, $3, $4)
-ON CONFLICT (slot, move_id, way) DO UPDATE SET mark = excluded.mark
 """  # noqa: S608  # A constant.
 _UNFENCE = "UPDATE owned_slots SET state = 'own' WHERE slot BETWEEN $1 AND $2 AND state = 'fenced'"
 _OPEN_TO_READS = """
 INSERT INTO owned_slots (slot, state) SELECT generate_series($1::int, $2::int), 'fenced'
 ON CONFLICT (slot) DO UPDATE SET state = 'fenced'
 """
-_CLOSE = "UPDATE owned_slots SET state = 'gone' WHERE slot BETWEEN $1 AND $2 AND state <> 'gone'"
-_GIVE_UP = "UPDATE owned_slots SET state = 'gone', departure_id = $3 WHERE slot BETWEEN $1 AND $2 AND state <> 'gone'"
-_TAKE = "UPDATE owned_slots SET state = 'own', departure_id = NULL WHERE slot BETWEEN $1 AND $2 AND state <> 'own'"
-_DEPART = """
-INSERT INTO departures (shard_id, address, epoch, timeline, lsn) VALUES ($1, $2, $3, $4, $5) RETURNING departure_id
+# Not one of them where any is the shard's own.
+_CLOSE = """
+WITH owned AS (
+    SELECT count(*) AS slots FROM owned_slots WHERE slot BETWEEN $1 AND $2 AND state = 'own'
+), closed AS (
+    UPDATE owned_slots SET state = 'gone' FROM owned WHERE slot BETWEEN $1 AND $2 AND state = 'fenced' AND slots = 0
+)
+SELECT slots FROM owned
+"""
+_COUNT_OWN = "SELECT count(*) FROM owned_slots WHERE slot BETWEEN $1 AND $2 AND state = 'own'"
+# Whoever finds the slots gone has done this before.
+_GIVE_UP = """
+WITH departed AS (
+    INSERT INTO departures (shard_id, address, epoch, timeline, lsn)
+    SELECT $3::text, $4::text, $5::bigint, $6::int, $7::bigint
+    WHERE EXISTS (SELECT FROM owned_slots WHERE slot BETWEEN $1 AND $2 AND state <> 'gone')
+    RETURNING departure_id
+), given AS (
+    UPDATE owned_slots SET state = 'gone', departure_id = departed.departure_id FROM departed
+    WHERE slot BETWEEN $1 AND $2 AND state <> 'gone'
+)
+UPDATE identity SET epoch = $5 WHERE epoch < $5
+"""
+_TAKE = """
+WITH taken AS (
+    UPDATE owned_slots SET state = 'own', departure_id = NULL WHERE slot BETWEEN $1 AND $2 AND state <> 'own'
+)
+UPDATE identity SET epoch = $3 WHERE epoch < $3
 """
 _FORGET_DEPARTURES = """
 DELETE FROM departures WHERE NOT EXISTS (
     SELECT FROM owned_slots WHERE owned_slots.departure_id = departures.departure_id
 )
 """
-_KNOW_EPOCH = "UPDATE identity SET epoch = $1 WHERE epoch < $1"
-_COUNT = "SELECT count(*) FROM owned_slots WHERE slot BETWEEN $1 AND $2 AND state = $3"
+# Slots that there are not.
+_NONE = (0, -1)
 
 
 class FenceError(Exception):
     """The slots could not be fenced in time; nothing has changed."""
+
+
+class OwnershipError(Exception):
+    """A shard has slots that it should not have, or has not those that it should; the move must not go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +87,18 @@ class Departure:
     position: Position
 
 
+async def rehearse(giver: Side, taker: Side) -> None:
+    """Has both servers make ready for what they are asked while nobody may write: each statement once, about no slot.
+
+    The first time, a statement takes a round trip more, and the session reads from the catalogs what it needs.
+    """
+    nowhere = Departure("", "", 0, Position(0, 0, waits=False, server=""))
+    await giver.connection.fetchval(_FENCE, *_NONE, 0, "", 0)
+    await open_to_reads(taker, *_NONE)
+    await give_up(giver, *_NONE, nowhere)
+    await take(taker, *_NONE, 0)
+
+
 async def fence(side: Side, first: int, last: int, *, timeout_s: float, move_id: int, way: str, mark: int) -> None:
     """Keeps everybody from writing to the slots, and sets a mark behind the last write. Raises FenceError."""
     connection = side.connection
@@ -66,10 +106,9 @@ async def fence(side: Side, first: int, last: int, *, timeout_s: float, move_id:
         async with connection.transaction():
             await connection.execute(_LOCK_TIMEOUT, f"{max(1, int(timeout_s * 1000))}ms")
             await connection.execute(_LOCK)
-            fenced = await connection.fetchval(_FENCE, first, last)
+            fenced = await connection.fetchval(_FENCE, first, last, move_id, way, mark)
             if fenced != last - first + 1:
                 raise FenceError(f"{side.shard_id} has only {fenced} of the slots {first} to {last}")
-            await connection.execute(_SET_MARK, first, move_id, way, mark)
     except asyncpg.LockNotAvailableError as error:
         raise FenceError("writes under way did not end in time") from error
 
@@ -90,19 +129,26 @@ async def open_to_reads(side: Side, first: int, last: int) -> Position:
 
 
 async def close_to_reads(side: Side, first: int, last: int) -> None:
-    """Takes that back, on a shard that was not to have the slots after all."""
-    await side.connection.execute(_CLOSE, first, last)
+    """Takes that back, on a shard that was not to have the slots after all.
+
+    Raises OwnershipError when it has some of them: nothing has changed then. What no step before the cutover does to a
+    target is to let it take writes, so the move is wrong about who has the slots.
+    """
+    if owned := await side.connection.fetchval(_CLOSE, first, last):
+        raise OwnershipError(f"{side.shard_id} serves {owned} of the slots {first} to {last}; nothing is changed")
+
+
+async def check_owner(side: Side, first: int, last: int) -> None:
+    """Raises OwnershipError unless the shard takes writes to every one of the slots."""
+    owned = await side.connection.fetchval(_COUNT_OWN, first, last)
+    if owned != last - first + 1:
+        raise OwnershipError(f"{side.shard_id} has only {owned} of the slots {first} to {last}; nothing is removed")
 
 
 async def give_up(side: Side, first: int, last: int, departure: Departure) -> None:
-    """Has the giver send away whoever asks for the slots, and say where they are."""
-    connection, here = side.connection, departure.position
-    async with connection.transaction():
-        departure_id = await connection.fetchval(
-            _DEPART, departure.shard_id, departure.address, departure.epoch, here.timeline, here.lsn
-        )
-        await connection.execute(_GIVE_UP, first, last, departure_id)
-        await connection.execute(_KNOW_EPOCH, departure.epoch)
+    """Has the giver send away whoever asks for the slots, and say where they are; nothing if it does so already."""
+    where, here = (departure.shard_id, departure.address), departure.position
+    await side.connection.execute(_GIVE_UP, first, last, *where, departure.epoch, here.timeline, here.lsn)
 
 
 async def forget_departures(side: Side) -> None:
@@ -112,12 +158,4 @@ async def forget_departures(side: Side) -> None:
 
 async def take(side: Side, first: int, last: int, epoch: int) -> None:
     """Lets the taker take writes."""
-    async with side.connection.transaction():
-        await side.connection.execute(_TAKE, first, last)
-        await side.connection.execute(_KNOW_EPOCH, epoch)
-
-
-async def has_all(side: Side, first: int, last: int, state: str) -> bool:
-    """Whether all of the slots are in a state."""
-    count: int = await side.connection.fetchval(_COUNT, first, last, state)
-    return count == last - first + 1
+    await side.connection.execute(_TAKE, first, last, epoch)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from common import postgres
 from common.catalog import TOKEN_KEY_BYTES, CatalogError, Cluster
-from common.catalog_restore import restore
+from common.catalog_restore import check_empty, restore
 from common.config import MoverSettings
 from common.postgres import CONNECT_ERRORS, Connection, explain
 from common.slots import SLOT_COUNT, as_ranges
@@ -105,6 +105,8 @@ async def rebuild(
         cluster = _cluster(said, token_key)
         catalog = await postgres.connect(settings.catalog_dsn.get_secret_value(), what="the catalog")
         stack.callback(catalog.terminate)
+        # Before anything is removed: the moves of a catalog that is there are under way.
+        await check_empty(catalog)
         await _end_moves(connections, owners)
         return await restore(
             catalog,

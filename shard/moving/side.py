@@ -39,7 +39,7 @@ _SETTINGS = {
     "jit": "off",
 }
 _LOCK = "SELECT pg_try_advisory_lock($1, $2)"
-_SYSTEM = "SELECT system_identifier::text FROM pg_control_system()"
+_SERVER = "SELECT system_identifier::text AS system, current_setting('cluster_name') AS name FROM pg_control_system()"
 
 
 class SideError(Exception):
@@ -56,6 +56,8 @@ class Side:
     identity: "Identity"
     system: str
     """What tells this server and its standbys from others: part of the names of some replication slots."""
+    server: str
+    """The name of this server alone; empty when it has none. It stays the same for as long as the session lasts."""
 
     @property
     def timeline(self) -> int:
@@ -84,6 +86,8 @@ async def opened(shard_id: str, dsn: str, move_id: int) -> AsyncIterator[Side]:
             if time.monotonic() >= deadline:
                 raise SideError(f"another mover is at work on move {move_id} in {shard_id}")
             await asyncio.sleep(_POLL_S)
-        yield Side(shard_id, dsn, connection, known, await connection.fetchval(_SYSTEM))
+        server = await connection.fetchrow(_SERVER)
+        assert server is not None
+        yield Side(shard_id, dsn, connection, known, server["system"], server["name"])
     finally:
         connection.terminate()

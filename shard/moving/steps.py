@@ -13,8 +13,11 @@ from shard.moving.moving import Moving
 
 
 async def clean(moving: Moving) -> None:
-    """Closes the way back, and removes the rows that the source has no use for any more."""
+    """Closes the way back, and removes the rows that the source has no use for any more: not one of them before the
+    target says that it has every slot.
+    """
     move = moving.move
+    await ownership.check_owner(moving.target, move.first, move.last)
     for stream in (moving.forward, moving.reverse):
         await moving.changes(stream).remove()
         await stream.remove()

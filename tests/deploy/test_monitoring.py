@@ -3,6 +3,8 @@
 import json
 import re
 import runpy
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import yaml
 from tests.deploy import compose, monitoring
 from tests.deploy.compose import FILE
 from tests.deploy.kubernetes import OVERLAYS, Workload, named, of_kind, render, workloads
-from tests.deploy.monitoring import DIRECTORY, JOBS, scrape_config, scraped_by_monitor, scraped_by_pod
+from tests.deploy.monitoring import DIRECTORY, JOBS, pod_labels, scrape_config, scraped_by_monitor, scraped_by_pod
 from tests.deploy.settings import service_of, settings_of
+from tests.support.promql import metrics_in, targets
 
 PRODUCTION = OVERLAYS[0]
 SCHEMA = yaml.safe_load(Path(__file__).with_name("prometheus_operator_schema.yaml").read_text())
+RULE_TESTS = sorted((DIRECTORY / "prometheus" / "tests").glob("*.yml"))
 RULES = sorted((DIRECTORY / "prometheus").glob("rules-*.yml"))
 
 
@@ -38,6 +42,83 @@ def pods(directory: str) -> list[tuple[Workload, str, Any]]:
     ]
 
 
+# What the rules say.
+
+
+@pytest.mark.parametrize("file", RULE_TESTS, ids=lambda file: str(file.stem))
+def test_alerts_fire_when_they_should_and_no_others(file: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian's package prometheus has it)")
+    done = subprocess.run(
+        [promtool, "test", "rules", str(file)], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_amtool_finds_nothing_wrong_with_alertmanagers_configuration() -> None:
+    amtool = shutil.which("amtool")
+    if amtool is None:
+        pytest.skip("amtool is not installed (Debian's package prometheus-alertmanager has it)")
+    file = DIRECTORY / "alertmanager" / "alertmanager.yml"
+    done = subprocess.run([amtool, "check-config", str(file)], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_shard_that_is_away_hides_what_follows_from_it_and_nothing_else() -> None:
+    rules = monitoring.alertmanager()["inhibit_rules"]
+    known = re.findall(r"alert: (\w+)", "".join(file.read_text() for file in RULES))
+    assert set(re.findall(r"Memshard\w+", str(rules))) <= set(known)
+
+    def heard(alert: str, firing: dict[str, str], /, **labels: str) -> bool:
+        return not monitoring.inhibited({"alertname": alert, **labels}, firing, rules)
+
+    down = {"alertname": "MemshardDown", "job": "memshard-shard", "service": "pod-x", "shard": "shard-1"}
+    for away in (down, {"alertname": "MemshardShardMissing", "shard": "shard-1"}):
+        assert not heard("MemshardBreakerOpen", away, name="shard-1", kind="store", shard="shard-1")
+        assert not heard("MemshardDegraded", away, of="shard-1", level="reduced", shard="shard-1")
+        assert heard("MemshardBreakerOpen", away, name="shard-2", kind="store", shard="shard-2")
+        assert heard("MemshardBreakerOpen", away, name="shard-1/shard-1-r1", kind="search")
+        assert heard("MemshardBreakerOpen", away, name="Redis", kind="all")
+        assert heard("MemshardDegraded", away, of="cluster", level="reduced")
+        assert heard("MemshardUnavailableFast", away)
+        assert heard("MemshardNoQuorum", away, shard="shard-2")
+        assert heard(away["alertname"], away, **{k: v for k, v in away.items() if k != "alertname"})
+
+    router = {"alertname": "MemshardDown", "job": "memshard-router", "service": "router-0"}
+    assert heard("MemshardBreakerOpen", router, name="shard-1", kind="store", shard="shard-1")
+    assert heard("MemshardBreakerOpen", router, name="Redis", kind="all")
+    assert heard("MemshardDegraded", router, of="cluster", level="reduced")
+    assert heard("MemshardUnavailableFast", router)
+    nobody = {"alertname": "MemshardNoRouter"}
+    assert not heard("MemshardDown", nobody, job="memshard-router", service="router-0")
+    assert heard("MemshardDown", nobody, **{k: v for k, v in down.items() if k != "alertname"})
+
+
+# What the dashboard asks.
+
+
+def test_points_that_lead_to_traces_are_asked_of_what_has_them() -> None:
+    # Recorded series have none, and of those that services have these two (common/telemetry/calls.py).
+    have = {"memory_operation_duration_seconds_bucket", "memory_operations_total"}
+    asked = {title: metrics_in(target["expr"]) for title, target in targets() if target["exemplar"]}
+    assert asked.keys() == {"p99 by operation", "Calls that failed, by status"}
+    assert all(names <= have for names in asked.values())
+
+
+def test_a_shard_that_is_chosen_is_that_one_with_its_replicas() -> None:
+    selectors = {pattern for _, t in targets() for pattern in re.findall(r'(?:server|shard)=~"([^"]*)"', t["expr"])}
+    assert len(selectors) == 2
+    for selector in selectors:
+        chosen = re.compile(selector.replace("$shard", "shard-1"))
+        assert chosen.fullmatch("shard-1")
+        assert not chosen.fullmatch("shard-10")
+        assert not chosen.fullmatch("shard-10/shard-10-replica-1")
+    of_servers = re.compile(next(s for s in selectors if s != "$shard").replace("$shard", "shard-1"))
+    assert of_servers.fullmatch("shard-1/shard-1-replica-1")
+    assert re.fullmatch(of_servers.pattern.replace("shard-1", ".*"), "shard-1/shard-1-replica-1")
+
+
 # Compose.
 
 
@@ -54,7 +135,8 @@ def test_compose_has_prometheus_ask_every_service_where_it_has_its_metrics() -> 
             settings = settings_of(service, document["environment"])
             assert settings.metrics_host == "0.0.0.0", name
             assert settings.metrics_port in exposed(), name
-            wanted[f"{name}:{settings.metrics_port}"] = {"job": JOBS[service], "service": name}
+            of_shard = {} if service == "router" else {"shard": settings.shard_id}
+            wanted[f"{name}:{settings.metrics_port}"] = {"job": JOBS[service], "service": name, **of_shard}
     assert asked == wanted
     assert len(asked) == 6
 
@@ -122,6 +204,7 @@ def test_the_service_monitor_finds_each_service_once_and_calls_its_job_by_its_na
         assert job == JOBS[kind]
         (target,) = [each["targetPort"] for each in service["spec"]["ports"] if each["name"] == port]
         assert workload.ports()[target] == settings.metrics_port
+        assert pod_labels(workload, monitor["spec"]["endpoints"][0]) == of_pod(kind, settings)
         behind[named(workload.manifest)] += 1
     assert behind == {named(workload.manifest): 1 for workload, _, _ in pods(PRODUCTION)}
     # A port that nothing has is scraped by nobody, and says nothing of it.
@@ -131,10 +214,18 @@ def test_the_service_monitor_finds_each_service_once_and_calls_its_job_by_its_na
 @pytest.mark.parametrize("directory", OVERLAYS)
 def test_a_prometheus_without_its_operator_finds_the_same(directory: str) -> None:
     config = scrape_config("prometheus-kubernetes.yml")
-    known = {named(workload.manifest): JOBS[service] for workload, service, _ in pods(directory)}
+    known = {
+        named(workload.manifest): {"job": JOBS[service], **of_pod(service, settings)}
+        for workload, service, settings in pods(directory)
+    }
     for workload in workloads(render(directory)):
-        job = known.get(named(workload.manifest))
-        assert scraped_by_pod(workload, config) == ({"metrics": job} if job else {})
+        labels = known.get(named(workload.manifest))
+        assert scraped_by_pod(workload, config) == ({"metrics": labels} if labels else {})
+
+
+def of_pod(service: str, settings: Any) -> dict[str, str]:
+    """What a target's labels have to say of the pod: of what does not answer, nothing else says it."""
+    return {"service": "pod-0", "shard": "" if service == "router" else settings.shard_id}
 
 
 def test_what_the_operator_and_grafana_get_is_what_the_others_get() -> None:

@@ -88,6 +88,8 @@ class Bounds:
     refusals_p99_ms: float
     unanswered: float
     """Share of health checks."""
+    accepted_p99_s: float
+    """Of calls with a deadline of TIMEOUT_S: whoever is let in is to have his answer well before that."""
 
 
 async def scenario(
@@ -137,13 +139,13 @@ async def scenario(
     print(f"p99 {sorted(late)[int(len(late) * 0.99)] * 1000:.1f} ms; afterwards {dict(after.counts())}")
     assert share >= bounds.goodput
     assert refused.percentile_ms(99) <= bounds.refusals_p99_ms
-    assert accepted.percentile_ms(99) < (TIMEOUT_S + 0.5) * 1000
+    assert accepted.percentile_ms(99) <= bounds.accepted_p99_s * 1000
     assert checks.unanswered <= bounds.unanswered * len(checks.took_s)
 
 
 # A few seconds are too short for figures: what a limit takes to be found is a large part of them.
-SHORT = Bounds(goodput=0.5, refusals_p99_ms=500, unanswered=0.05)
-FULL = Bounds(goodput=0.8, refusals_p99_ms=20, unanswered=0.0)
+SHORT = Bounds(goodput=0.5, refusals_p99_ms=500, unanswered=0.05, accepted_p99_s=TIMEOUT_S)
+FULL = Bounds(goodput=0.8, refusals_p99_ms=20, unanswered=0.0, accepted_p99_s=0.75 * TIMEOUT_S)
 
 
 @pytest.mark.timeout(240)

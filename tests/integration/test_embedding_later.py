@@ -1,6 +1,7 @@
 """An embedder that is away: texts are kept, found by their words, and embedded once it is back."""
 
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -169,3 +170,35 @@ async def test_a_batch_stored_while_it_is_down_is_embedded_later(
         return len(page.memories) == 150 and all(m.embedding_state == READY for m in page.memories)
 
     await eventually(all_ready, within_s=30)
+
+
+async def test_a_text_that_the_server_chokes_on_keeps_no_other_back(
+    remote: "MemoryServiceAsyncStub", server: EmbeddingServer, user: str
+) -> None:
+    server.fails_at = "poison"
+    try:
+        poison = (await remote.StoreMemory(store_request(user, "poison tea"))).memory
+        server.down = True
+        others = [(await remote.StoreMemory(store_request(user, f"tea number {n}"))).memory for n in range(3)]
+        server.down = False
+        for other in others:
+            await eventually(partial(is_ready, remote, other), within_s=30)
+        assert await state(remote, poison) == PENDING
+    finally:
+        server.fails_at = ""
+
+
+async def test_an_embedder_that_is_back_is_noticed_within_seconds_and_not_when_its_breaker_would_try(
+    remote: "MemoryServiceAsyncStub", server: EmbeddingServer, user: str
+) -> None:
+    server.down = True
+    # Enough to open the router's breaker, and that of the shard's queue, for a while.
+    for number in range(15):
+        await remote.StoreMemory(store_request(user, f"tea {number}"))
+    server.down = False
+
+    async def by_meaning() -> bool:
+        found = await remote.SearchMemories(pb.SearchMemoriesRequest(user_id=user, query="tea"))
+        return found.score_kind == pb.SCORE_KIND_COSINE
+
+    await eventually(by_meaning, within_s=25)

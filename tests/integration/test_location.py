@@ -1,6 +1,7 @@
 """Finding a memory by id alone: how many shards are asked, and that Redis is never believed."""
 
 import asyncio
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -12,6 +13,8 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
+from common.breaker import State
+from common.breaker_settings import CACHE
 from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import Ambiguous, NotFound, Unavailable
@@ -182,6 +185,28 @@ async def test_a_location_of_a_deleted_memory_is_not_found(
         await redis.set(f"loc:{memory_id}", user_slot(user))
         with pytest.raises(NotFound):
             await fresh.get(memory_id)
+
+
+async def test_a_router_that_is_late_itself_does_not_take_redis_for_slow(
+    topology: Topology, cluster: LocalCluster
+) -> None:
+    settings = RouterSettings(catalog_dsn="postgresql://unused", redis_url=cluster.redis_url())  # type: ignore[arg-type]
+    locations = LocationCache(settings, topology.cluster_id)
+
+    async def much_to_do() -> None:
+        while True:
+            time.sleep(0.045)  # Work that does not give way.
+            await asyncio.sleep(0)
+
+    await locations.find(new_id())
+    busy = asyncio.create_task(much_to_do())
+    try:
+        for _ in range(3 * CACHE.consecutive_failures):
+            await locations.find(new_id())
+    finally:
+        busy.cancel()
+        await locations.close()
+    assert locations.breaker.state is State.CLOSED
 
 
 async def test_a_dead_redis_costs_calls_but_no_answer(topology: Topology, memory_id: str, user: str) -> None:

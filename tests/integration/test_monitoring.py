@@ -2,26 +2,101 @@
 
 import asyncio
 import json
+import math
 import os
+import re
+import secrets
 import shutil
 import signal
 import subprocess
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
+import pytest_asyncio
 
+from memshard.v1 import memory_pb2 as pb
 from tests.support.cluster import LocalCluster, free_port
 from tests.support.eventually import eventually
-from tests.support.metrics import names_of
-from tests.support.promql import MONITORING, RULES, metrics_in, panels, rules
+from tests.support.metrics import names_of, page_of
+from tests.support.otlp import OtlpReceiver
+from tests.support.promql import MONITORING, RULES, labels_in, metrics_in, panels, rules, selectors_in, targets
+from tests.support.wire import memory_service, store_request
+
+if TYPE_CHECKING:
+    from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
 
 # What Prometheus itself adds.
 OF_PROMETHEUS = {"up"}
+
+SERVICES = 5
+EMPTY_WHEN_ALL_IS_WELL = {
+    "Levels other than normal",
+    "Breakers that are not closed",
+    "Failures, by server",
+    "Moves that are not over, by step",
+}
+"""Panels that show trouble, or work that is under way: what they look at is there all the same."""
+
+_STATUS = re.compile(r'\w*status\w*(?:=~|!=)"[^"]*"')
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A cluster of two shards with a replica each, whose traces somebody receives."""
+
+    cluster: LocalCluster
+    api: "MemoryServiceAsyncStub"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def watched() -> AsyncIterator[Watched]:
+    async with OtlpReceiver() as receiver:
+        with receiver.environment():
+            cluster = LocalCluster(shards=2, replicas=1, options=["--hung-after", "0"])
+            await cluster.__aenter__()
+        try:
+            async with memory_service(cluster.address) as api:
+                yield Watched(cluster, api)
+        finally:
+            await cluster.__aexit__(None, None, None)
+
+
+@asynccontextmanager
+async def load(api: "MemoryServiceAsyncStub") -> AsyncIterator[None]:
+    """Calls of every kind meanwhile, for several users, one of each round refused."""
+
+    async def calls() -> None:
+        for number in range(1_000_000):
+            await use(api, f"user-{number % 16}")
+            await asyncio.sleep(0.05)
+
+    task = asyncio.create_task(calls())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+    assert task.cancelled(), task.exception()
+
+
+async def use(api: "MemoryServiceAsyncStub", user: str) -> None:
+    stored = (await api.StoreMemory(store_request(user, "Alice drinks green tea"))).memory
+    await api.GetMemory(pb.GetMemoryRequest(id=stored.id))
+    await api.ListMemories(pb.ListMemoriesRequest(user_id=user, page_size=5))
+    await api.SearchMemories(pb.SearchMemoriesRequest(user_id=user, query="tea"))
+    await api.BatchStoreMemories(pb.BatchStoreMemoriesRequest(memories=[pb.Memory(user_id=user, content="Bob")]))
+    await api.DeleteMemory(pb.DeleteMemoryRequest(id=stored.id, user_id=user))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await api.SearchMemories(pb.SearchMemoriesRequest(user_id=user))
 
 
 @pytest.mark.parametrize(
@@ -38,9 +113,15 @@ def test_metrics_are_found_in_queries(query: str, expected: set[str]) -> None:
     assert metrics_in(query) == expected
 
 
-async def test_every_metric_that_a_rule_or_a_panel_names_is_there(cluster: LocalCluster) -> None:
+def test_selectors_and_labels_are_found_in_queries() -> None:
+    query = 'label_replace(max by (a, b) (rate(x{j="y", z=~"u{2}|d"}[5m])) unless on (c) up, "c", "$1", "up", "")'
+    assert selectors_in(query) == ['x{j="y", z=~"u{2}|d"}', "up"]
+    assert labels_in(query) == {"a", "b", "c"}
+
+
+async def test_every_metric_that_a_rule_or_a_panel_names_is_there(watched: Watched) -> None:
     recorded = {rule["record"] for rule in rules() if "record" in rule}
-    there = recorded | OF_PROMETHEUS | await names_of(cluster)
+    there = recorded | OF_PROMETHEUS | await names_of(watched.cluster)
     queries = [*panels(), *((rule.get("alert") or rule["record"], rule["expr"]) for rule in rules())]
     assert len(queries) > 50
     missing = {title: names - there for title, query in queries if (names := metrics_in(query)) - there}
@@ -58,18 +139,77 @@ def test_promtool_finds_nothing_wrong_with_the_rules() -> None:
 
 
 @pytest.mark.timeout(180)
-async def test_prometheus_scrapes_all_services_and_answers_every_query(cluster: LocalCluster, tmp_path: Path) -> None:
-    async with prometheus(cluster, tmp_path) as url:
-        await eventually(lambda: all_up(url, 4), within_s=60)
+async def test_every_query_finds_something_or_what_it_watches_is_there(watched: Watched, tmp_path: Path) -> None:
+    async with prometheus(watched.cluster, tmp_path) as url, load(watched.api):
+        await eventually(lambda: all_up(url, SERVICES), within_s=60)
         loaded = await ask(url, "rules")
         states = [rule for group in loaded["groups"] for rule in group["rules"]]
         assert len(states) == len(rules())
         await eventually(lambda: evaluated(url), within_s=60)
-        for title, query in panels():
-            text = query.replace("$__rate_interval", "1m").replace("$shard", ".*")
-            assert (await ask(url, "query", query=text))["resultType"] in {"vector", "scalar"}, title
+        # The sizes of databases are looked up every 15 s, and rates are of two looks.
+        for title, target in targets():
+            if title not in EMPTY_WHEN_ALL_IS_WELL:
+                await eventually(partial(shown, url, title, target), within_s=30)
+        for query in [*(query for _, query in panels()), *(rule["expr"] for rule in rules())]:
+            await there(url, filled_in(query))
         slots = await ask(url, "query", query="sum(memory_shard_slots)")
         assert float(slots["result"][0]["value"][1]) == 16_384
+        assert not {alert for alert, _ in await firing(url)}
+
+
+def filled_in(query: str) -> str:
+    """A panel's query, as Grafana asks it of all shards."""
+    return query.replace("$__rate_interval", "1m").replace("$shard", ".*")
+
+
+async def shown(url: str, title: str, target: dict[str, Any]) -> bool:
+    """Whether a panel has a number to show, and all that its legend names. AssertionError otherwise."""
+    found = await ask(url, "query", query=filled_in(target["expr"]))
+    series = found["result"]
+    assert any(not math.isnan(float(each["value"][1])) for each in series), f"{title}: {target['expr']} has {series}"
+    labels = re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])
+    nameless = [each["metric"] for each in series if not all(each["metric"].get(label) for label in labels)]
+    assert not nameless, f"{title}: no {labels} in {nameless}"
+    return True
+
+
+async def there(url: str, query: str) -> None:
+    """Asserts that each selector of a query finds something, and that there are the labels which it groups by."""
+    labels: set[str] = set()
+    for selector in selectors_in(query):
+        # A status that no call has ended with yet has no series.
+        series = (await ask(url, "query", query=_STATUS.sub("", selector)))["result"]
+        assert series, f"{selector} finds nothing"
+        labels.update(*(each["metric"] for each in series))
+    assert labels_in(query) <= labels, query
+
+
+@pytest.mark.timeout(180)
+async def test_a_call_whose_trace_is_kept_is_an_exemplar_of_its_latency(watched: Watched, tmp_path: Path) -> None:
+    stored = (await watched.api.StoreMemory(store_request("user-0", "Carol bakes"))).memory
+    trace_id = secrets.token_hex(16)
+    await watched.api.ListMemoryVersions(
+        pb.ListMemoryVersionsRequest(id=stored.id, user_id="user-0"),
+        metadata=(("traceparent", f"00-{trace_id}-{secrets.token_hex(8)}-01"),),
+    )
+    lines = [line for line in (await page_of(watched.cluster, "router-0")).splitlines() if trace_id in line]
+    (bucket,) = [line for line in lines if line.startswith("memory_operation_duration_seconds_bucket{")]
+    assert 'operation="ListMemoryVersions"' in bucket
+    assert f'# {{trace_id="{trace_id}"}}' in bucket
+
+    (query,) = [target["expr"] for title, target in targets() if title == "p99 by operation"]
+    async with prometheus(watched.cluster, tmp_path) as url:
+        await eventually(lambda: linked(url, filled_in(query), trace_id), within_s=60)
+
+
+async def linked(url: str, query: str, trace_id: str) -> bool:
+    """Whether Grafana, which asks so for a panel's points, gets one that leads to this trace."""
+    now = time.time()
+    text = await asyncio.to_thread(
+        _get, f"{url}/api/v1/query_exemplars?{urllib.parse.urlencode({'query': query, 'start': now - 600, 'end': now})}"
+    )
+    found = [exemplar for each in json.loads(text)["data"] for exemplar in each["exemplars"]]
+    return trace_id in {exemplar["labels"]["trace_id"] for exemplar in found}
 
 
 async def all_up(url: str, count: int) -> bool:
@@ -102,6 +242,7 @@ async def prometheus(cluster: LocalCluster, folder: Path) -> AsyncIterator[str]:
         f"--config.file={folder / 'prometheus.yml'}",
         f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address=127.0.0.1:{port}",
+        "--enable-feature=exemplar-storage",
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -130,33 +271,31 @@ def _get(url: str) -> str:
 
 
 @pytest.mark.timeout(180)
-async def test_a_shard_that_is_away_fires_its_alert_and_the_alert_resolves(
-    cluster: LocalCluster, tmp_path: Path
-) -> None:
-    async with prometheus(cluster, tmp_path) as url:
-        await eventually(lambda: all_up(url, 4), within_s=60)
-        assert ("MemshardDown", "shard-2") not in await firing(url)
-        stopped = cluster.kill("shard-2", signal.SIGSTOP)
+async def test_a_shard_that_is_away_fires_its_alert_and_the_alert_resolves(watched: Watched, tmp_path: Path) -> None:
+    async with prometheus(watched.cluster, tmp_path) as url:
+        await eventually(lambda: all_up(url, SERVICES), within_s=60)
+        assert ("MemshardDown", "shard-1") not in await firing(url)
+        stopped = watched.cluster.kill("shard-1", signal.SIGSTOP)
         try:
-            await eventually(lambda: fires(url, "MemshardDown", "shard-2"), within_s=20)
-            assert {service for name, service in await firing(url) if name == "MemshardDown"} == {"shard-2"}
+            await eventually(lambda: fires(url, "MemshardDown", "shard-1"), within_s=20)
+            assert {shard for name, shard in await firing(url) if name == "MemshardDown"} == {"shard-1"}
         finally:
             os.kill(stopped, signal.SIGCONT)
         await eventually(lambda: fires(url, "MemshardDown", None), within_s=30)
-    await eventually(cluster.healthy, within_s=60)
+    await eventually(watched.cluster.healthy, within_s=60)
 
 
 async def firing(url: str) -> set[tuple[str, str]]:
-    """The alerts that fire, and of which service."""
+    """The alerts that fire, and of which shard: Alertmanager goes by that."""
     alerts = (await ask(url, "alerts"))["alerts"]
     return {
-        (alert["labels"]["alertname"], alert["labels"].get("service", ""))
+        (alert["labels"]["alertname"], alert["labels"].get("shard", ""))
         for alert in alerts
         if alert["state"] == "firing"
     }
 
 
-async def fires(url: str, name: str, service: str | None) -> bool:
-    """Whether this alert fires of this service; with None, whether it fires of none."""
+async def fires(url: str, name: str, shard: str | None) -> bool:
+    """Whether this alert fires of this shard; with None, whether it fires of none."""
     found = {of for alert, of in await firing(url) if alert == name}
-    return service in found if service else not found
+    return shard in found if shard else not found

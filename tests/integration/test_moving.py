@@ -1,16 +1,26 @@
 """Moving slots between shards while they are written."""
 
 import asyncio
+import signal
+import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 
-from common import catalog_moves
+from common import catalog_moves, catalog_shards
+from common.catalog import EpochConflictError, raise_epoch
+from common.catalog_moves import MoveConflictError
 from common.moves import Step
+from common.postgres import Connection
+from common.probe_user import PREFIX as PROBE
+from common.topology import Cutover, Shard
+from memshard import AsyncMemoryClient
 from shard import purge
 from shard.database import Database
 from shard.moving.tables import MARKS, MOVED, STAYING
@@ -21,6 +31,19 @@ from tests.support.moving import Slots
 from tests.support.wire import database, pool_of_one
 from tests.support.writers import Writers
 
+# Past the one function that makes moves, as an older version could.
+_STALE_MOVE = """
+INSERT INTO moves (first, last, source, target, step) VALUES ($1, $2, $3, $4, $5) RETURNING move_id
+"""
+_END_MOVE = "UPDATE moves SET step = 'rolled_back', version = version + 1 WHERE move_id = $1"
+# Keeps a fence from being made for as long as the transaction lasts, and has nothing else wait for it.
+_HOLD_OFF = "LOCK TABLE owned_slots IN ROW SHARE MODE"
+_IS_HELD_OFF = "SELECT EXISTS (SELECT FROM pg_locks WHERE relation = 'owned_slots'::regclass AND NOT granted)"
+_SET_FENCED_AT = """
+UPDATE moves SET fenced_at = now(), source_timeline = 1, target_timeline = 1, version = 2 WHERE move_id = $1
+"""
+_COUNT_FENCED = "SELECT count(*) FROM owned_slots WHERE state = 'fenced'"
+_SET_STATE = "UPDATE owned_slots SET state = $2 WHERE slot = $1"
 _INSERT = """
 INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
                       embedding_model, expire_time)
@@ -97,15 +120,9 @@ async def test_a_shard_is_drained_while_it_is_written(slots: Slots) -> None:
     assert await writers.found() == writers.expected
     assert await slots.left_over() == []
     assert not any((await slots.rows())["shard-1"].values())
-
-
-@pytest.mark.parametrize("asked", ["plan", "list"])
-async def test_a_mover_says_what_it_would_do_and_what_was_done(slots: Slots, asked: str) -> None:
-    events = await slots.move(asked)
-    if asked == "plan":
-        assert events[0] == {"event": "plan", "slots": 0, "moves": []}
-    else:
-        assert {move["step"] for move in events[-1]["moves"]} == {"done"}
+    # A mover says what it would do, and what was done.
+    assert (await slots.move("plan"))[0] == {"event": "plan", "slots": 0, "moves": []}
+    assert {move["step"] for move in (await slots.move("list"))[-1]["moves"]} == {"done"}
 
 
 async def samples(cluster: LocalCluster) -> dict[tuple[str, ...], float]:
@@ -176,3 +193,292 @@ async def test_a_move_that_is_driven_has_not_stopped(slots: Slots) -> None:
         done = await catalog_moves.change_move(driver, move, replace(move, step=Step.ROLLED_BACK))
         progress = await catalog_moves.read_progress(app)
         assert (progress.open, progress.ended[done.step]) == ((), 1)
+
+
+async def test_a_hand_over_is_recorded_whole_or_not_at_all(slots: Slots) -> None:
+    """Epoch and move both are what it was planned against, or nothing changes."""
+    async with database(slots.cluster.catalog_dsn(owner=True)) as connection:
+        # Places of this test's own, which are before those that the servers have come to.
+        await connection.execute("DELETE FROM cutovers")
+        move = await catalog_moves.create_move(connection, 300, 399, "shard-0", "shard-1")
+        before = await slots.topology()
+        standing = await catalog_moves.read_standing(connection, "shard-0", "shard-1")
+        assert (standing.epoch, standing.ranges) == (before.epoch, before.ranges)
+        assert standing.address == next(shard.address for shard in before.shards if shard.shard_id == "shard-1")
+        over = replace(move, step=Step.CUT_OVER, cutover_at=datetime.now(UTC))
+        for stale, planned, error in (
+            (replace(standing, epoch=standing.epoch - 1), move, EpochConflictError),
+            (standing, replace(move, version=move.version + 1), MoveConflictError),
+        ):
+            with pytest.raises(error):
+                await catalog_moves.hand_over(connection, stale, planned, over, "shard-0", "shard-1", (1, 4711))
+            assert await slots.topology() == before
+            assert await catalog_moves.read_move(connection, move.move_id) == move
+        there = await catalog_moves.hand_over(connection, standing, move, over, "shard-0", "shard-1", (1, 4711))
+        after = await slots.topology()
+        assert await catalog_moves.read_move(connection, move.move_id) == there
+        assert (there.step, there.cutover_epoch, after.epoch) == (Step.CUT_OVER, before.epoch + 1, before.epoch + 1)
+        assert {after.owner(slot).shard_id for slot in range(300, 400)} == {"shard-1"}
+        assert [after.owner(slot) for slot in (299, 400)] == [before.owner(slot) for slot in (299, 400)]
+        assert Cutover("shard-0", "shard-1", 1, 4711) in after.cutovers
+        # A move side by side may have read a later place, and been recorded before. Only ever onwards.
+        for at, known in (
+            ((1, 4000), (1, 4711)),
+            ((2, 4000), (2, 4000)),
+            ((1, 5000), (2, 4000)),
+            ((2, 5000), (2, 5000)),
+        ):
+            for giver, taker in (("shard-1", "shard-0"), ("shard-0", "shard-1")):
+                standing = await catalog_moves.read_standing(connection, giver, taker)
+                there = await catalog_moves.hand_over(connection, standing, there, over, giver, taker, at)
+            assert Cutover("shard-0", "shard-1", *known) in (await slots.topology()).cutovers
+        # The shards were never told.
+        standing = await catalog_moves.read_standing(connection, "shard-1", "shard-0")
+        back = replace(there, step=Step.ROLLED_BACK)
+        await catalog_moves.hand_over(connection, standing, there, back, "shard-1", "shard-0", (1, 4712))
+        assert (await slots.topology()).ranges == before.ranges
+        await connection.execute("DELETE FROM cutovers")
+
+
+async def failed(slots: Slots, *arguments: str) -> str:
+    """Runs a mover that must not succeed; why it says it did not."""
+    async with slots.mover(*arguments) as running:
+        events = [event async for event in running.events()]
+    assert events[-1]["event"] == "failed", events[-3:]
+    return str(events[-1]["why"])
+
+
+async def users_rows(slots: Slots) -> dict[str, dict[str, set[tuple[Any, ...]]]]:
+    """Every row of every table that moves, by shard, but for what is written all the time to see whether it goes."""
+    return {
+        shard_id: {table: {row for row in rows if PROBE not in row[0]} for table, rows in tables.items()}
+        for shard_id, tables in (await slots.rows()).items()
+    }
+
+
+async def all_rows(slots: Slots) -> dict[str, set[tuple[Any, ...]]]:
+    """The same wherever they are."""
+    rows = await users_rows(slots)
+    return {table: rows["shard-0"][table] | rows["shard-1"][table] for table in MOVED}
+
+
+async def test_a_mover_with_an_old_plan_leaves_a_range_that_has_gone_over_where_it_is(slots: Slots) -> None:
+    """Two movers, one plan: the first stands still while the second moves the plan's last range."""
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    before = await all_rows(slots)
+    assert before["memories"]
+    one_by_one = Slots(slots.cluster, {**slots.settings, "concurrency": 1})
+    async with one_by_one.mover("rebalance") as first:
+        planned = (await anext(first.events()))["moves"]
+        assert len(planned) > 1
+        first.send(signal.SIGSTOP)
+        last = planned[-1]
+        async with slots.mover(
+            "move", "--first", str(last["first"]), "--last", str(last["last"]), "--to", last["target"]
+        ) as second:
+            events = [event async for event in second.events()]
+        assert events[-1]["event"] == "done", events[-1]
+        first.send(signal.SIGCONT)
+        events = [event async for event in first.events()]
+    assert events[-1]["event"] == "failed"
+    assert "do not all belong to" in events[-1]["why"]
+    # What it could do, it has done.
+    topology = await slots.topology()
+    assert {topology.owner(move["first"]).shard_id for move in planned} == {last["target"]}
+    assert {move.step for move in (await slots.moves())[-len(planned) :]} == {Step.DONE}
+    assert await all_rows(slots) == before
+    assert await slots.left_over() == []
+
+
+async def test_a_move_is_made_only_of_slots_that_the_source_has_at_that_moment(slots: Slots) -> None:
+    """A hand-over that is being recorded meanwhile is waited for."""
+    topology = await slots.topology()
+    first = next(owned.first for owned in topology.ranges if owned.shard_id == "shard-1")
+    before = await slots.moves()
+    async with (
+        database(slots.cluster.catalog_dsn(owner=True)) as other,
+        database(slots.cluster.catalog_dsn(owner=True)) as mover,
+    ):
+        with pytest.raises(MoveConflictError):
+            await catalog_moves.create_move(mover, first, first, "shard-0", "shard-1")
+        transaction = other.transaction()
+        await transaction.start()
+        await raise_epoch(other, topology.epoch)
+        await other.execute("UPDATE slot_ranges SET shard_id = 'shard-0' WHERE first = $1", first)
+        made = asyncio.ensure_future(catalog_moves.create_move(mover, first, first, "shard-1", "shard-0"))
+
+        async def waits() -> bool:
+            return bool(await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+        await eventually(waits)
+        await transaction.commit()
+        try:
+            with pytest.raises(MoveConflictError):
+                await made
+        finally:
+            # As a newer topology: routers have seen the other one.
+            async with other.transaction():
+                await raise_epoch(other, topology.epoch + 1)
+                await other.execute("UPDATE slot_ranges SET shard_id = 'shard-1' WHERE first = $1", first)
+    assert await slots.moves() == before
+
+
+@pytest.mark.parametrize("step", [Step.PLANNED, Step.ROLLING_BACK])
+async def test_nothing_is_removed_from_a_target_that_has_the_slots(slots: Slots, step: Step) -> None:
+    """Not even when the catalog has a move that says otherwise."""
+    async with AsyncMemoryClient(slots.cluster.address) as client:
+        for number in range(16):
+            await client.store(f"kept-{number}", "green tea")
+    before, topology = await users_rows(slots), await slots.topology()
+    assert before["shard-0"]["memories"]
+    everything = [owned for owned in topology.ranges if owned.shard_id == "shard-0"]
+    async with database(slots.cluster.catalog_dsn(owner=True)) as connection:
+        for owned in everything:
+            move_id = await connection.fetchval(_STALE_MOVE, owned.first, owned.last, "shard-1", "shard-0", step.value)
+            try:
+                assert "serves" in await failed(slots, "resume", "--move", str(move_id))
+                assert "serves" in (await catalog_moves.read_move(connection, move_id)).error
+            finally:
+                await connection.execute(_END_MOVE, move_id)
+    assert await users_rows(slots) == before
+    assert await slots.left_over() == []
+
+
+async def test_nothing_is_removed_from_a_source_before_the_target_has_the_slots(slots: Slots) -> None:
+    topology = await slots.topology()
+    slot = next(owned.first for owned in topology.ranges if owned.shard_id == "shard-1")
+    async with (
+        database(slots.cluster.catalog_dsn(owner=True)) as connection,
+        database(slots.cluster.shard_dsn("shard-0", owner=True)) as source,
+        database(slots.cluster.shard_dsn("shard-1", owner=True)) as target,
+    ):
+        await source.execute(_INSERT, slot, "left", uuid.uuid4(), None)
+        await target.execute(_SET_STATE, slot, "fenced")
+        move_id = await connection.fetchval(_STALE_MOVE, slot, slot, "shard-0", "shard-1", Step.CLEANING.value)
+        count = "SELECT count(*) FROM memories WHERE slot = $1 AND user_id = 'left'"
+        try:
+            assert "has only 0 of the slots" in await failed(slots, "resume", "--move", str(move_id))
+            assert await source.fetchval(count, slot) == 1
+        finally:
+            await target.execute(_SET_STATE, slot, "own")
+        await slots.move("resume", "--move", str(move_id))
+        assert await source.fetchval(count, slot) == 0
+    assert await slots.left_over() == []
+
+
+async def test_a_shard_that_comes_has_none_of_the_cutovers_of_an_earlier_one_of_its_name(slots: Slots) -> None:
+    """Its log begins anew, and a cutover never goes back."""
+    record = "INSERT INTO cutovers (source, target, timeline, lsn, epoch) VALUES ($1, $2, 1, $3, 1)"
+    async with database(slots.cluster.catalog_dsn(owner=True)) as connection:
+        for source, target, lsn in (
+            ("old", "new", 900),
+            ("new", "newer", 300),
+            ("old", "newer", 200),
+            ("new", "old", 5),
+        ):
+            await connection.execute(record, source, target, lsn)
+        epoch = (await slots.topology()).epoch
+        try:
+            epoch = await catalog_shards.add_shard(connection, epoch, Shard("new", "127.0.0.1:1"))
+            known = {(cutover.source, cutover.target): cutover.lsn for cutover in (await slots.topology()).cutovers}
+            of_them = {pair: lsn for pair, lsn in known.items() if not {"old", "new"}.isdisjoint(pair)}
+            assert of_them == {("old", "newer"): 300, ("new", "newer"): 300, ("new", "old"): 5}
+        finally:
+            await catalog_shards.remove_shard(connection, epoch, "new")
+            await connection.execute("DELETE FROM cutovers WHERE source IN ('old', 'new')")
+
+
+async def test_a_catalog_that_is_there_is_not_made_again_nor_its_moves_ended(slots: Slots) -> None:
+    before = await users_rows(slots)
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    patient = Slots(slots.cluster, {**slots.settings, "rollback_window_s": 600})
+    async with patient.mover("move", "--first", str(first), "--last", str(first + 99), "--to", "shard-1") as running:
+        await running.until("active")
+        running.send()
+        await running.process.wait()
+    under_way, left = (await slots.moves())[-1], await slots.left_over()
+    assert under_way.step is Step.ACTIVE
+    addresses = [f"--shard={shard.shard_id}={shard.address}" for shard in (await slots.topology()).shards]
+    assert "holds a cluster" in await failed(slots, "rebuild", *addresses)
+    assert await slots.left_over() == left
+    await slots.move("rollback", "--move", str(under_way.move_id))
+    assert await users_rows(slots) == before
+    assert await slots.left_over() == []
+
+
+@pytest.mark.parametrize("mover_is", ["at work", "killed"])
+async def test_a_source_takes_writes_again_in_good_time_when_the_target_hangs(slots: Slots, mover_is: str) -> None:
+    """Whatever becomes of the mover. Nothing else is kept by the target: the source has the slots."""
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    before = await users_rows(slots)
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    timeout_s = 5.0
+    hasty = Slots(slots.cluster, {**slots.settings, "fence_timeout_s": timeout_s})
+
+    async def fenced(connection: Connection) -> bool:
+        return bool(await connection.fetchval(_COUNT_FENCED))
+
+    frozen: list[psutil.Process] = []
+    async with (
+        database(slots.cluster.shard_dsn("shard-0", owner=True)) as source,
+        hasty.mover("move", "--first", str(first), "--last", str(first + 99), "--to", "shard-1") as running,
+    ):
+        await running.until("reversing")
+        held = source.transaction()
+        await held.start()
+        await source.execute(_HOLD_OFF)
+        await running.until("fenced")
+        await eventually(lambda: source.fetchval(_IS_HELD_OFF))
+        try:
+            postmaster = psutil.Process(slots.cluster.pid(slots.cluster.primary("shard-1")))
+            for process in (postmaster, *postmaster.children(recursive=True)):
+                process.suspend()
+                frozen.append(process)
+            await held.rollback()
+            await eventually(lambda: fenced(source))
+            if mover_is == "killed":
+                running.send()
+            began = time.monotonic()
+            while await fenced(source):
+                assert time.monotonic() - began < timeout_s + 10
+                await asyncio.sleep(0.05)
+            # Nobody has to look after it any more.
+            await eventually(lambda: settled(slots), within_s=10)
+        finally:
+            for process in frozen:
+                process.resume()
+        print(f"it took {time.monotonic() - began:.1f} s")
+        if mover_is == "killed":
+            await running.process.wait()
+    await slots.move("resume")
+    assert (await slots.moves())[-1].step is Step.DONE
+    assert await slots.left_over() == []
+    await slots.move("move", "--first", str(first), "--last", str(first + 99), "--to", "shard-0")
+    assert await users_rows(slots) == before
+
+
+async def settled(slots: Slots) -> bool:
+    """Whether the last move leaves nobody without a shard that takes writes, and says so."""
+    move = (await slots.moves())[-1]
+    return move.fenced_at is None and not move.may_be_fenced
+
+
+async def test_a_fence_is_looked_after_for_as_long_as_no_shard_says_that_it_takes_writes(slots: Slots) -> None:
+    """Whatever step is recorded by then: a mover may die between the two."""
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    async with (
+        database(slots.cluster.catalog_dsn(owner=True)) as connection,
+        database(slots.cluster.shard_dsn("shard-0", owner=True)) as source,
+    ):
+        for step in (Step.PLANNED, Step.VERIFYING, Step.ROLLING_BACK):
+            await source.execute(_SET_STATE, first, "fenced")
+            move_id = await connection.fetchval(_STALE_MOVE, first, first, "shard-0", "shard-1", step.value)
+            await connection.execute(_SET_FENCED_AT, move_id)
+
+            async def is_written() -> bool:
+                return not await source.fetchval(_COUNT_FENCED) and await settled(slots)
+
+            await eventually(is_written, within_s=15)
+            assert (await catalog_moves.read_move(connection, move_id)).step is step
+            await slots.move("rollback", "--move", str(move_id))
+    assert await slots.left_over() == []

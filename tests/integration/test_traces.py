@@ -3,26 +3,34 @@
 The cluster and its users write a marker wherever a user can; it is then looked for in everything that comes out.
 """
 
+import asyncio
 import os
 import secrets
 import signal
 import uuid
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import grpc
-import pytest
 import pytest_asyncio
+from google.protobuf import field_mask_pb2
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
+from opentelemetry.proto.trace.v1 import trace_pb2
+from redis.asyncio import Redis
 
 from common.topology import Topology
 from memshard.v1 import memory_pb2 as pb
+from router.balance import PRIMARY
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.metrics import page_of
-from tests.support.otlp import Node, OtlpReceiver, Received
-from tests.support.wire import memory_service, topology_of, user_slot
+from tests.support.otlp import Node, OtlpReceiver, Received, values_of
+from tests.support.wire import memory_service, store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
     from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
 ROUTER, SHARD = "memshard-router", "memshard-shard"
 PUBLIC, INTERNAL = "memshard.v1.MemoryService", "memshard.internal.v1.ShardService"
 SHARDS = ("shard-0", "shard-1", "shard-2")
+SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"]
 EVENTUAL = pb.ReadOptions(level=pb.READ_LEVEL_EVENTUAL)
 
 
@@ -40,6 +49,22 @@ class Traced:
     cluster: LocalCluster
     receiver: OtlpReceiver
     api: "MemoryServiceAsyncStub"
+
+    async def comes(self, caller: "Caller", expected: Node) -> None:
+        """Returns once this is all that there is of the caller's trace."""
+        below = caller.span_id
+        with suppress(AssertionError):
+            await eventually(lambda: self.receiver.tree(caller.trace_id, below) == (expected,))
+        assert self.receiver.tree(caller.trace_id, below) == (expected,)
+
+    def named(self, caller: "Caller", name: str) -> list[Received]:
+        """The spans with this name, of the caller's trace."""
+        return [found for found in self.receiver.of_trace(caller.trace_id) if found.span.name == name]
+
+    def events(self, caller: "Caller", event: str) -> list[tuple[Received, dict[str, Any]]]:
+        """The spans of the caller's trace that have such an event, and its attributes."""
+        spans = self.receiver.of_trace(caller.trace_id)
+        return [(found, values_of(had.attributes)) for found in spans for had in found.span.events if had.name == event]
 
 
 class Caller:
@@ -113,22 +138,64 @@ async def test_a_store_shows_its_statement_and_a_user_that_is_hashed(traced: Tra
     assert user not in root.attributes["enduser.pseudo.id"]
 
 
+async def test_a_look_by_id_alone_shows_what_redis_knew_and_what_was_asked_then(traced: Traced, user: str) -> None:
+    """The ids are old ones, of which a store keeps no location: this router knows nothing of them."""
+    unknown, known = str(uuid.uuid4()), str(uuid.uuid4())
+    for memory_id in (unknown, known):
+        await traced.api.StoreMemory(store_request(user, "Alice drinks green tea", memory_id))
+    async with Redis.from_url(traced.cluster.redis_url()) as redis:
+        # As another router would, to which somebody came with this id.
+        await redis.set(f"loc:{known}", str(user_slot(user)))
+    read = asked("Get", "SELECT memories")
+    everywhere = Node(ROUTER, "fan-out", tuple(Node(ROUTER, f"ask {shard}", (read,)) for shard in SHARDS))
+    redis_asked = Node(ROUTER, "look into Redis")
+    for memory_id, children, of_redis, of_call in (
+        (unknown, (everywhere, redis_asked), [False], False),
+        (unknown, (read,), [], True),
+        (known, (redis_asked, read), [True], True),
+    ):
+        caller = Caller()
+        await traced.api.GetMemory(pb.GetMemoryRequest(id=memory_id), metadata=caller.metadata)
+        expected = server(ROUTER, "GetMemory", *children)
+        await traced.comes(caller, expected)
+        (root,) = traced.named(caller, f"{PUBLIC}/GetMemory")
+        assert root.attributes["memshard.cache.hit"] is of_call
+        looks = traced.named(caller, "look into Redis")
+        assert [look.attributes["memshard.cache.hit"] for look in looks] == of_redis
+        assert all(look.attributes["memshard.cache.layer"] == "redis" for look in looks)
+
+
 async def test_a_retry_is_an_event_and_its_failure_keeps_a_trace_that_was_not_sampled(traced: Traced) -> None:
     topology = await topology_of(traced.cluster.catalog_dsn())
     user = next(u for u in (f"user-{uuid.uuid4()}" for _ in range(100)) if on(topology, u) == "shard-1")
-    caller = Caller(sampled=False)
+    storing, searching = Caller(sampled=False), Caller(sampled=False)
     memory = pb.Memory(user_id=user, content="Bob drinks coffee")
+    search = pb.SearchMemoriesRequest(query="coffee", read=pb.ReadOptions(level=pb.READ_LEVEL_STRONG))
     dead = traced.cluster.kill("shard-1")
     # Whether the last of its attempts finds the shard there again is not what this is about.
     with suppress(grpc.aio.AioRpcError):
-        await traced.api.StoreMemory(pb.StoreMemoryRequest(memory=memory), metadata=caller.metadata, timeout=30)
-
-    def retries() -> list[str]:
-        spans = traced.receiver.of_trace(caller.trace_id)
-        return [event.name for found in spans for event in found.span.events]
-
-    assert "retry" in await eventually(retries)
-    attempts = [f for f in traced.receiver.of_trace(caller.trace_id) if f.span.name == f"{INTERNAL}/Store"]
+        await asyncio.gather(
+            traced.api.StoreMemory(pb.StoreMemoryRequest(memory=memory), metadata=storing.metadata, timeout=30),
+            traced.api.SearchMemories(search, metadata=searching.metadata, timeout=30),
+            return_exceptions=True,
+        )
+    for caller, holder, rpc in (
+        (storing, f"{PUBLIC}/StoreMemory", f"{INTERNAL}/Store"),
+        (searching, "ask shard-1", f"{INTERNAL}/Search"),
+    ):
+        retries = await eventually(partial(traced.events, caller, "retry"))
+        assert {found.span.name for found, _ in retries} == {holder}
+        (span,) = {found.span.span_id for found, _ in retries}
+        assert [values["memshard.attempt"] for _, values in retries] == list(range(2, len(retries) + 2))
+        assert all(values["error.type"] and values["memshard.retry.delay_ms"] >= 0 for _, values in retries)
+        # A breaker that has opened meanwhile refuses what would have been an attempt.
+        attempts = [found for found in traced.named(caller, rpc) if found.span.parent_span_id == span]
+        assert 1 <= len(attempts) <= len(retries) + 1
+        assert {found.attributes["memshard.server"] for found in attempts} == {"shard-1"}
+        first = min(attempts, key=lambda found: found.span.start_time_unix_nano)
+        assert first.span.status.code == trace_pb2.Status.STATUS_CODE_ERROR
+        assert first.attributes["error.type"]
+    attempts = traced.named(storing, f"{INTERNAL}/Store")
     assert len(attempts) >= 2
     assert any(found.attributes.get("error.type") == "OUTCOME_UNKNOWN" or found.span.status.code for found in attempts)
     await eventually(lambda: traced.cluster.pid("shard-1") != dead)
@@ -152,52 +219,153 @@ async def test_a_hedge_is_an_event_and_both_servers_are_in_the_tree(traced: Trac
     def servers() -> dict[str, bool]:
         spans = traced.receiver.of_trace(caller.trace_id)
         calls = [found for found in spans if (found.service, found.span.name) == (ROUTER, f"{INTERNAL}/List")]
-        return {f.attributes["memshard.server"]: bool(f.attributes.get("memshard.abandoned")) for f in calls}
+        # Whichever was noticed first: that nobody waits for it, or that its task was ended.
+        given_up = ("memshard.abandoned", "memshard.cancelled")
+        return {f.attributes["memshard.server"]: any(f.attributes.get(how) for how in given_up) for f in calls}
 
     assert await eventually(servers) == {"shard-0": False, "shard-0/shard-0-replica-1": True}
-    spans = traced.receiver.of_trace(caller.trace_id)
-    assert "hedge" in [event.name for found in spans for event in found.span.events]
+    # Of the call that both were for, which is the span above theirs.
+    ((holder, values),) = traced.events(caller, "hedge")
+    assert holder.span.name == f"{PUBLIC}/ListMemories"
+    assert values["memshard.server"] == PRIMARY
+    assert values["memshard.after_ms"] > 0
+    both = [found for found in traced.named(caller, f"{INTERNAL}/List") if found.service == ROUTER]
+    assert {found.span.parent_span_id for found in both} == {holder.span.span_id}
     await eventually(traced.cluster.healthy, within_s=60)
 
 
-async def test_what_users_store_is_in_no_output(traced: Traced) -> None:
-    """A marker in every field that a caller fills, in what succeeds and in what fails, and then everywhere."""
-    marker = f"marker{secrets.token_hex(8)}"
+async def test_what_callers_send_is_in_no_output(traced: Traced, user: str) -> None:
+    """A marker in every text that a request has, one at a time, in what succeeds and in what fails, is then looked for.
+
+    An agent's id may be in a span, under its name.
+    """
+    marker, agent, number = f"marker{secrets.token_hex(8)}", f"agent{secrets.token_hex(8)}", 0.76543213
     caller = Caller()
-
-    def memory() -> pb.Memory:
-        made = pb.Memory(user_id=f"u-{marker}", content=f"content {marker}", session_id=f"s-{marker}")
-        made.metadata.update({marker: marker})
-        return made
-
-    stored = await traced.api.StoreMemory(pb.StoreMemoryRequest(memory=memory()), metadata=caller.metadata)
-    wrong = memory()
-    wrong.embedding.extend([0.1, 0.2])
-    bad = pb.StoreMemoryRequest(memory=wrong)
-    search = pb.SearchMemoriesRequest(user_id=f"u-{marker}", query=f"query {marker}")
-    for call in (
-        traced.api.BatchStoreMemories(pb.BatchStoreMemoriesRequest(memories=[memory()] * 3), metadata=caller.metadata),
-        traced.api.SearchMemories(search, metadata=caller.metadata),
-        traced.api.GetMemory(pb.GetMemoryRequest(id=stored.memory.id, user_id=f"u-{marker}"), metadata=caller.metadata),
-    ):
-        await call
-    for failing in (
-        traced.api.StoreMemory(bad, metadata=caller.metadata),
-        traced.api.GetMemory(pb.GetMemoryRequest(id=marker), metadata=caller.metadata),
-    ):
-        with pytest.raises(Exception, match="INVALID_ARGUMENT"):
-            await failing
-    await eventually(lambda: len(traced.receiver.of_trace(caller.trace_id)) > 10)
+    headers = (*caller.metadata, ("tracestate", f"a={marker}"), ("authorization", f"Bearer {marker}"))
+    garbled = (*caller.metadata, ("tracestate", f"{marker} likes tea"))
+    stored = await traced.api.StoreMemory(store_request(user, f"content {marker}"), metadata=headers)
+    requests = requests_of(user, stored.memory.id)
+    assert requests.keys() == {rpc.name for rpc in SERVICE.methods}
+    outcomes: Counter[str] = Counter()
+    sent: set[str] = set()
+    for rpc, plain in requests.items():
+        for path in texts(SERVICE.methods_by_name[rpc].input_type):
+            # With a tracestate that travels, and with one that does not.
+            for metadata in (headers, garbled):
+                outcomes[await outcome(traced, rpc, marked(plain, path, marker, agent), metadata)] += 1
+            sent.add(f"{rpc} {'.'.join(path)}")
+    for rpc, request in rich_requests(user, marker, agent, number):
+        outcomes[await outcome(traced, rpc, request, headers)] += 1
+    assert sent >= {
+        "StoreMemory memory.content",
+        "BatchStoreMemories memories.session_id",
+        "UpdateMemory request_id",
+        "UpdateMemory update_mask.paths",
+        "ListMemories page_token",
+        "SearchMemories filter.comparison.value.string_value",
+        "SearchMemories read.consistency_tokens",
+        "EraseUser user_id",
+    }
+    assert outcomes["OK"] >= 20, outcomes
+    assert outcomes["INVALID_ARGUMENT"] >= 20, outcomes
+    assert not outcomes.keys() & {"INTERNAL", "UNKNOWN"}, outcomes
+    await eventually(lambda: len(traced.receiver.of_trace(caller.trace_id)) > sum(outcomes.values()))
     names = ["router-0", *SHARDS, *(f"{shard}-replica-1" for shard in SHARDS)]
     pages = [await page_of(traced.cluster, name) for name in names]
     services = [file for file in traced.cluster.layout.logs.glob("*.log*") if not file.name.startswith("postgres")]
     assert services
-    for text in (
-        *pages,
-        *(file.read_text() for file in services),
-        *(raw.decode("latin-1") for raw in traced.receiver.raw),
-    ):
+    written = [*pages, *(file.read_text() for file in services)]
+    for text in (*written, *(raw.decode("latin-1") for raw in traced.receiver.raw)):
         assert marker not in text
+        assert str(number)[:8] not in text
+    assert agent not in "".join(written)
+    agents = 0
+    for found in traced.receiver.received:
+        kept = [item for item in found.span.attributes if item.key != "gen_ai.agent.id"]
+        agents += len(found.span.attributes) - len(kept)
+        rest = trace_pb2.Span()
+        rest.CopyFrom(found.span)
+        del rest.attributes[:]
+        rest.attributes.extend(kept)
+        assert agent not in str(rest)
+    assert agents >= 3
+
+
+def requests_of(user: str, memory_id: str) -> dict[str, Message]:
+    """A request of each rpc that would be answered."""
+    memory = pb.Memory(user_id=user, content="tea")
+    change = pb.Memory(user_id=user, id=memory_id, content="coffee")
+    mask = field_mask_pb2.FieldMask(paths=["content"])
+    return {
+        "StoreMemory": pb.StoreMemoryRequest(memory=memory),
+        "BatchStoreMemories": pb.BatchStoreMemoriesRequest(memories=[memory]),
+        "GetMemory": pb.GetMemoryRequest(id=memory_id),
+        "UpdateMemory": pb.UpdateMemoryRequest(memory=change, update_mask=mask),
+        "ListMemories": pb.ListMemoriesRequest(user_id=user),
+        "ListMemoryVersions": pb.ListMemoryVersionsRequest(id=memory_id, user_id=user),
+        "SearchMemories": pb.SearchMemoriesRequest(user_id=user, query="tea"),
+        "DeleteMemory": pb.DeleteMemoryRequest(id=str(uuid.uuid4()), user_id=user),
+        "EraseUser": pb.EraseUserRequest(user_id=f"{user} who is erased"),
+    }
+
+
+def rich_requests(user: str, marker: str, agent: str, number: float) -> Iterator[tuple[str, Message]]:
+    """What has its text in maps, which no path leads to; and numbers."""
+    memory = pb.Memory(user_id=f"{user}-{marker}", content=marker, agent_id=agent, session_id=marker)
+    memory.metadata.update({marker: {marker: [marker]}})
+    has = pb.Comparison(field=f"metadata.{marker}", operator=pb.OPERATOR_EQ)
+    has.value.string_value = marker
+    either = pb.Filter(any_of=pb.FilterList(filters=[pb.Filter(comparison=has), pb.Filter(comparison=has)]))
+    yield "StoreMemory", pb.StoreMemoryRequest(memory=memory)
+    yield "BatchStoreMemories", pb.BatchStoreMemoriesRequest(memories=[memory] * 3)
+    for mode in pb.SearchMode.values():
+        yield "SearchMemories", pb.SearchMemoriesRequest(user_id=memory.user_id, query=marker, filter=either, mode=mode)
+    yield "ListMemories", pb.ListMemoriesRequest(user_id=memory.user_id, filter=pb.Filter(negation=either))
+    yield "EraseUser", pb.EraseUserRequest(user_id=memory.user_id, request_id=marker)
+    for embedding in ([number] * 2, [number] * 256, [number] * 384):
+        memory.embedding[:] = embedding
+        yield "StoreMemory", pb.StoreMemoryRequest(memory=memory)
+        yield "SearchMemories", pb.SearchMemoriesRequest(user_id=user, embedding=embedding)
+
+
+def texts(kind: Descriptor, above: tuple[Descriptor, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where a message of this kind may have text or bytes. A kind within itself has none that is not there already, and
+    maps are left out."""
+    for field in kind.fields:
+        if field.type in {field.TYPE_STRING, field.TYPE_BYTES}:
+            yield (field.name,)
+        below = field.message_type
+        if below is not None and below not in (*above, kind) and not below.GetOptions().map_entry:
+            for path in texts(below, (*above, kind)):
+                yield (field.name, *path)
+
+
+def marked(plain: Message, path: tuple[str, ...], marker: str, agent: str) -> Message:
+    """The same with a marker at the end of the path."""
+    made = type(plain)()
+    made.CopyFrom(plain)
+    at: Any = made
+    for name in path[:-1]:
+        at = getattr(at, name)
+        if not isinstance(at, Message):
+            at = at[0] if len(at) else at.add()
+    field = at.DESCRIPTOR.fields_by_name[path[-1]]
+    text = agent if field.name == "agent_id" else marker
+    value = text.encode() if field.type == field.TYPE_BYTES else text
+    if isinstance(getattr(at, field.name), str | bytes):
+        setattr(at, field.name, value)
+    else:
+        getattr(at, field.name).append(value)
+    return made
+
+
+async def outcome(traced: Traced, rpc: str, request: Message, metadata: tuple[tuple[str, str], ...]) -> str:
+    """The status of a call."""
+    try:
+        await getattr(traced.api, rpc)(request, metadata=metadata, timeout=30)
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+    return "OK"
 
 
 def on(topology: Topology, user: str) -> str:

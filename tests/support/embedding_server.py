@@ -21,6 +21,8 @@ class EmbeddingServer:
         self.at_work.set()
         self.refused = ""
         """A word that makes it answer 400, as models do to texts beyond their length."""
+        self.fails_at = ""
+        """A word that makes it answer 500, as servers do whose model chokes on a text."""
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05})
 
@@ -59,6 +61,9 @@ def _handler(server: EmbeddingServer) -> type[BaseHTTPRequestHandler]:
             server.at_work.wait()
             if server.down:
                 self.send_error(503)
+                return
+            if server.fails_at and any(server.fails_at in text for text in request["input"]):
+                self.send_error(500)
                 return
             if server.refused and any(server.refused in text for text in request["input"]):
                 self.send_error(400)

@@ -25,6 +25,13 @@ async def page_of(cluster: LocalCluster, service: str) -> str:
     return await asyncio.to_thread(_get, f"http://127.0.0.1:{port}/metrics")
 
 
+async def total_of(port: int, counter: str) -> float:
+    """What a counter without labels has come to, on the page at a port."""
+    page = await asyncio.to_thread(_get, f"http://127.0.0.1:{port}/metrics")
+    (family,) = (one for one in text_string_to_metric_families(page) if one.name == counter)  # type: ignore[no-untyped-call]
+    return float(family.samples[0].value)
+
+
 async def families_of(cluster: LocalCluster, service: str) -> dict[str, Metric]:
     """The same, parsed, by name."""
     return {

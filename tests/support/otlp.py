@@ -1,7 +1,7 @@
 """A receiver of traces, as Jaeger or a collector is one: real gRPC, OTLP, on a free port."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.common.v1 import common_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 
@@ -21,6 +22,12 @@ class Node:
     children: tuple["Node", ...] = ()
 
 
+def values_of(attributes: Iterable[common_pb2.KeyValue]) -> dict[str, Any]:
+    """Attributes, of a span or an event, by name."""
+    values = {item.key: item.value for item in attributes}
+    return {key: getattr(value, value.WhichOneof("value") or "string_value") for key, value in values.items()}
+
+
 @dataclass(frozen=True)
 class Received:
     """One span, and the service that it came from."""
@@ -30,8 +37,7 @@ class Received:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        values = {item.key: item.value for item in self.span.attributes}
-        return {key: getattr(value, value.WhichOneof("value") or "string_value") for key, value in values.items()}
+        return values_of(self.span.attributes)
 
 
 class OtlpReceiver:

@@ -83,6 +83,7 @@ class Proxy:
         self._forth, self._back = _Way(), _Way()
         self._connections: set[asyncio.StreamWriter] = set()
         self._broken: set[asyncio.StreamWriter] = set()
+        self._lost: set[asyncio.StreamWriter] = set()
         self._serving: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._heal_ways()
@@ -145,6 +146,12 @@ class Proxy:
         """From now on requests go through, and nothing comes back."""
         self._back.passing.clear()
 
+    def lose(self) -> None:
+        """Nothing comes over the connections that are open now any more, and nobody is told, as when the machine at
+        their other end was switched off. New ones pass.
+        """
+        self._lost |= self._connections
+
     def cut(self) -> None:
         """Closes every connection, with what was held back in it; later ones pass again."""
         for writer in self._connections:
@@ -192,6 +199,7 @@ class Proxy:
         finally:
             self._connections.difference_update(ends)
             self._broken.discard(writer)
+            self._lost.difference_update(ends)
             for end in ends:
                 end.close()
 
@@ -235,6 +243,8 @@ class Proxy:
                     if (early_s := due - loop.time()) > 0:
                         await asyncio.sleep(early_s)
                     await way.passing.wait()
+                    if connection in self._lost:
+                        await loop.create_future()
                     if way.swallows:
                         self._broken.add(connection)
                         if not data:  # That there is an end is not seen either.

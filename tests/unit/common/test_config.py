@@ -101,6 +101,12 @@ def test_two_services_in_one_process_keep_their_own_files(tmp_path: Path) -> Non
         (RouterSettings, {"max_message_bytes": 1024}, "max_message_bytes"),
         (RouterSettings, {"fanout_concurrency": 0}, "fanout_concurrency"),
         (RouterSettings, {"location_cache_entries": -1}, "location_cache_entries"),
+        (RouterSettings, {"metrics_port": 50051, "port": 50051}, "metrics_port must be another than port"),
+        (
+            RouterSettings,
+            {"admin_port": 9100, "admin_token_file": "token", "metrics_port": 9100},
+            "metrics_port must be another than admin_port",
+        ),
         (RouterSettings, {"embedder": "http"}, "embedder_url is required with embedder: http"),
         (RouterSettings, {"embedder": "http", "embedder_url": ""}, "embedder_url"),
         (RouterSettings, {"embedder": "http", "embedder_url": "api.example.com/v1"}, "embedder_url"),

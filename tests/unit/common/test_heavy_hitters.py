@@ -23,6 +23,56 @@ def test_counts_are_bounded_as_the_paper_says(items: list[int], capacity: int) -
         assert item in found or count <= len(items) / capacity
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "add", "add", "add", "forget", "halve"]), st.integers(0, 12)), max_size=200
+    ),
+    st.integers(1, 6),
+)
+def test_no_count_is_too_low_or_much_too_high_whatever_is_forgotten(
+    steps: list[tuple[str, int]], capacity: int
+) -> None:
+    clock = Clock()
+    hitters: HeavyHitters[int] = HeavyHitters(capacity, 1.0, clock)
+    true = dict.fromkeys(range(13), 0.0)
+    for what, item in steps:
+        if what == "add":
+            hitters.add(item)
+            true[item] += 1
+        elif what == "forget":
+            hitters.forget(lambda other, item=item: other == item)  # type: ignore[misc]  # mypy takes no default here.
+            true[item] = 0.0
+        else:
+            # Counts are halved with the next call.
+            clock.pass_(1.0)
+            hitters.add(item)
+            true = {other: count / 2 for other, count in true.items()}
+            true[item] += 1
+        for hitter in hitters.top(capacity):
+            assert true[hitter.item] <= hitter.count <= true[hitter.item] + hitter.error
+            assert hitter.error <= hitters.total / capacity
+
+
+def test_who_was_put_out_and_comes_into_room_that_an_erasure_made_is_not_counted_too_low() -> None:
+    hitters: HeavyHitters[str] = HeavyHitters(1, 60.0, Clock())
+    for item in ("a", "a", "b"):
+        hitters.add(item)
+    hitters.forget(lambda item: item == "b")
+    hitters.add("a")
+    assert [(hitter.item, hitter.count, hitter.error) for hitter in hitters.top(1)] == [("a", 3, 2)]
+
+
+def test_what_those_may_have_been_counted_who_are_not_on_the_list_counts_half_too() -> None:
+    clock = Clock()
+    hitters: HeavyHitters[str] = HeavyHitters(1, 60.0, clock)
+    for item in ("a", "a", "a", "a", "b"):
+        hitters.add(item)
+    hitters.forget(lambda item: item == "b")
+    clock.pass_(120.0)
+    hitters.add("c")
+    assert [(hitter.item, hitter.count, hitter.error) for hitter in hitters.top(1)] == [("c", 2, 1)]
+
+
 def test_who_makes_a_tenth_of_the_calls_is_found_among_ten_thousand() -> None:
     hitters: HeavyHitters[str] = HeavyHitters(100, 300.0, Clock())
     for number in range(20_000):

@@ -7,12 +7,13 @@ import socket
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -225,26 +226,81 @@ async def test_an_aged_connection_ends_in_order_and_its_calls_are_finished(tmp_p
         await service.memories.DeleteMemory(pb.DeleteMemoryRequest())
 
 
-async def test_a_successor_takes_the_port_over_while_its_predecessor_finishes(tmp_path: Path) -> None:
+async def test_a_successor_listens_before_its_predecessor_ends_and_nobody_is_refused_in_between(
+    tmp_path: Path,
+) -> None:
     old, new, file = tmp_path / "old", tmp_path / "new", tmp_path / "handover"
     old.mkdir()
     new.mkdir()
+    (new / "release").touch()
     async with (
         _serving(old) as predecessor,
         _started(new, port=predecessor.port, handover_file=file) as successor,
+        asyncio.TaskGroup() as group,
     ):
+        knocking = group.create_task(_knock(predecessor.port))
+        health = predecessor.watch()
+        assert (await health.read()).status == _SERVING
         in_flight = asyncio.ensure_future(predecessor.memories.GetMemory(pb.GetMemoryRequest(id="kept")))
         await eventually((old / "entered").exists)
         await eventually(file.exists, within_s=20)
+        assert _listens(predecessor)
+        assert _listens(successor)
+        await eventually(lambda: _reaches(new, predecessor.port), within_s=20)
+        (new / "entered").unlink()
+
         predecessor.process.send_signal(signal.SIGTERM)
-        # A new connection is the successor's.
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{successor.port}") as channel:
-            stub: MemoryServiceAsyncStub = memory_pb2_grpc.MemoryServiceStub(channel)
-            taken = asyncio.ensure_future(stub.GetMemory(pb.GetMemoryRequest(id="taken"), wait_for_ready=True))
-            await eventually((new / "entered").exists)
-            assert not in_flight.done()
-            (new / "release").touch()
-            assert (await taken).memory.id == "taken"
+        assert (await health.read()).status == _NOT_SERVING
+        # Calls are the successor's, while the old one has one to finish.
+        await eventually(lambda: _reaches(new, predecessor.port), within_s=20)
+        assert not in_flight.done()
         (old / "release").touch()
         assert (await in_flight).memory.id == "kept"
         assert await predecessor.process.wait() == 0
+        (new / "entered").unlink()
+        assert await _reaches(new, predecessor.port)
+        knocking.cancel()
+
+
+def _listens(service: _Service) -> bool:
+    open_ = psutil.Process(service.process.pid).net_connections("tcp")
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == service.port for c in open_)
+
+
+async def _knock(port: int) -> None:
+    """One connection after the other, for ever. Raises ConnectionRefusedError when nobody listens."""
+    while True:
+        # One that the predecessor had not accepted yet is reset, which clients take for a first try.
+        with suppress(ConnectionResetError):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+            await writer.wait_closed()
+
+
+async def _reaches(folder: Path, port: int) -> bool:
+    """Whether a call on a connection of its own has come to the service of that folder."""
+    # Channels with equal options would share a connection.
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+        stub: MemoryServiceAsyncStub = memory_pb2_grpc.MemoryServiceStub(channel)
+        with suppress(grpc.aio.AioRpcError):
+            await stub.GetMemory(pb.GetMemoryRequest(), timeout=1.0)
+    return (folder / "entered").exists()
+
+
+async def test_a_successor_too_says_that_the_port_is_a_strangers(tmp_path: Path) -> None:
+    """Who does not share the port is no predecessor."""
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        async with _started(tmp_path, port=port, handover_file=tmp_path / "handover") as service:
+            output = await service.output()
+    assert service.process.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}: is something else using the port?" in output
+    assert not (tmp_path / "handover").exists()
+
+
+async def test_a_service_on_every_address_does_not_start_on_a_port_that_another_has_on_one(tmp_path: Path) -> None:
+    async with _serving(tmp_path) as first, _started(tmp_path, port=first.port, host="0.0.0.0") as second:
+        output = await second.output()
+        assert second.process.returncode == 1
+        assert f"cannot listen on 0.0.0.0:{first.port}: is something else using the port?" in output

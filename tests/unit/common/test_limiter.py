@@ -81,7 +81,15 @@ def test_degradation_leaves_less_room_for_batches() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"least": 0}, {"initial": 3}, {"most": 63}, {"batch_share": 0.0}, {"batch_share": 1.1}, {"tolerance": 0.9}],
+    [
+        {"least": 0},
+        {"initial": 3},
+        {"most": 63},
+        {"usual": 1001},
+        {"batch_share": 0.0},
+        {"batch_share": 1.1},
+        {"tolerance": 0.9},
+    ],
     ids=str,
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, float]) -> None:
@@ -174,6 +182,31 @@ def test_a_tenfold_slowdown_lowers_the_limit() -> None:
     _one_after_the_other(limiter, clock, {"get": 0.02}, times=600)
     _all_at_once(limiter, clock, "get", 0.2, times=5)
     assert limiter.limit < 40
+
+
+def test_below_the_usual_limit_only_what_is_unbearable_lowers_it() -> None:
+    clock = Clock()
+    limiter = Limiter(clock, LimiterSettings(least=16, usual=64, initial=64))
+    _one_after_the_other(limiter, clock, {"get": 0.02}, times=600)
+    _all_at_once(limiter, clock, "get", 0.4, times=5)
+    assert limiter.limit == 64
+    _all_at_once(limiter, clock, "get", 0.8, times=8)
+    assert 16 <= limiter.limit < 40
+    _all_at_once(limiter, clock, "get", 0.4, times=20)
+    assert limiter.limit >= 64
+
+
+def test_how_many_calls_can_end_in_a_second_is_known_of_a_busy_service_only() -> None:
+    clock = Clock()
+    limiter = Limiter(clock, LimiterSettings(initial=40, least=40, most=40))
+    _serve(limiter, clock, 19, 0.02, seconds=2)
+    assert limiter.busy_per_s is None
+    places = [limiter.admit() for _ in range(40)]
+    for _ in range(500):
+        clock.pass_(0.002)
+        places.pop(0).release(0.08)
+        places.append(limiter.admit())
+    assert limiter.busy_per_s == pytest.approx(500, rel=0.05)
 
 
 @pytest.mark.parametrize(("quiet_calls", "known"), [(9, False), (10, True)])

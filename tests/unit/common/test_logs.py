@@ -85,3 +85,46 @@ def test_lines_about_a_call_have_its_trace() -> None:
     ours, library, outside = map(json.loads, done.stdout.splitlines())
     assert ours["trace_id"] == library["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
     assert "trace_id" not in outside
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_an_exception_that_a_library_logs_is_described_by_type_and_place_too(log_format: str) -> None:
+    program = (
+        "import asyncio, gc, logging\n"
+        "from common import logs\n"
+        f"logs.configure('router', '{log_format}', 'info')\n"
+        "async def fail(content):\n"
+        "    raise ValueError('bad: ' + content)\n"
+        "def answer(content):\n"
+        "    raise LookupError(content)\n"
+        "async def main(secret):\n"
+        "    failed = asyncio.create_task(fail(secret))\n"
+        "    asyncio.get_running_loop().call_soon(answer, secret)\n"
+        "    await asyncio.wait([failed])\n"
+        "    del failed\n"
+        "    gc.collect()\n"
+        f"asyncio.run(main('{_SECRET}'))\n"
+        "try:\n"
+        f"    answer('{_SECRET}')\n"
+        "except LookupError as error:\n"
+        "    logging.getLogger('library').exception('failed for %s', error)\n"
+        "    logging.getLogger('library').error(f'failed again: {error}', exc_info=error)\n"
+        "    logs.get_logger('part').exception('ours', count=3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert _SECRET not in done.stdout
+    lines = done.stdout.splitlines()
+    said = [
+        "Exception in callback answer",
+        "Task exception was never retrieved",
+        "failed for %s",
+        "failed again",
+        "ours",
+    ]
+    assert [phrase in line for phrase, line in zip(said, lines, strict=True)] == [True] * 5
+    errors = ["builtins.LookupError", "builtins.ValueError", *3 * ["builtins.LookupError"]]
+    assert [error in line for error, line in zip(errors, lines, strict=True)] == [True] * 5
+    assert all("<string>:" in line for line in lines)
+    if log_format == "json":
+        assert [json.loads(line)["event"] for line in lines] == said

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from common import tracing
-from common.errors import InvalidArgument, Unavailable
+from common.errors import InvalidArgument, ResourceExhausted, Unavailable
+from common.telemetry.registry import REGISTRY
 from common.trace_export import Export
-from common.tracing import Kind, parse
+from common.tracing import Kind, parse, parse_state
+from tests.support.clock import Clock
 
 SAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 UNSAMPLED = SAMPLED[:-1] + "0"
@@ -23,7 +25,8 @@ class Recording:
 
     def __init__(self, *, sample_ratio: float = 0.0, slow_s: float = 60.0) -> None:
         self.exporter = InMemorySpanExporter()
-        self._export = Export("router", self.exporter, sample_ratio=sample_ratio, slow_s=slow_s)
+        self.clock = Clock()
+        self._export = Export("router", self.exporter, sample_ratio=sample_ratio, slow_s=slow_s, clock=self.clock)
 
     async def __aenter__(self) -> "Recording":
         tracing.record(self._export)
@@ -40,6 +43,11 @@ class Recording:
 
 def call(traceparent: str = "", *, begins: bool = True) -> tracing.Span:
     return tracing.received("Service/Rpc", [("traceparent", traceparent)] if traceparent else [], begins=begins)
+
+
+def dropped() -> dict[str, float]:
+    name = "memory_traces_dropped_total"
+    return {cause: REGISTRY.get_sample_value(name, {"cause": cause}) or 0.0 for cause in ("failed", "slow", "shed")}
 
 
 async def test_a_sampled_call_is_kept_with_its_children_under_the_span_of_its_caller() -> None:
@@ -86,7 +94,48 @@ async def test_in_an_outage_some_of_the_failures_are_kept_and_not_all() -> None:
         for _ in range(500):
             with call(UNSAMPLED) as span:
                 span.end(Unavailable("gone"))
-        assert 20 <= len(recording.names()) <= 60
+        assert len(recording.names()) == 20
+        recording.clock.pass_(1.0)
+        with call(UNSAMPLED) as span:
+            span.end(Unavailable("gone"))
+        assert len(recording.names()) == 21
+
+
+async def test_a_flood_of_refusals_leaves_room_for_what_failed_or_was_slow() -> None:
+    before = dropped()
+    async with Recording(slow_s=0.05) as recording:
+        for _ in range(500):
+            with call(UNSAMPLED), pytest.raises(ResourceExhausted), tracing.span("was refused, and then not"):
+                raise ResourceExhausted("too much")
+        with call(UNSAMPLED), tracing.span("failed"):
+            with pytest.raises(ResourceExhausted), tracing.span("refused"):
+                raise ResourceExhausted("too much")
+            with pytest.raises(Unavailable), tracing.span("gone"):
+                raise Unavailable("gone")
+        for refused in (True, False):
+            with call(UNSAMPLED) as span:
+                span.started_ns -= 100_000_000
+                if refused:
+                    span.end(ResourceExhausted("too much"))
+        assert recording.names() == [
+            *("Service/Rpc", "was refused, and then not"),
+            *("Service/Rpc", "failed", "refused", "gone"),
+            "Service/Rpc",
+        ]
+    assert dropped() == {"shed": before["shed"] + 500, "failed": before["failed"], "slow": before["slow"]}
+
+
+async def test_slow_calls_and_failed_ones_leave_each_other_room() -> None:
+    before = dropped()
+    async with Recording(slow_s=0.05) as recording:
+        for _ in range(30):
+            with call(UNSAMPLED) as span:
+                span.end(Unavailable("gone"))
+        for _ in range(30):
+            with call(UNSAMPLED) as span:
+                span.started_ns -= 100_000_000
+        assert len(recording.names()) == 20 + 10
+    assert dropped() == {"shed": before["shed"], "failed": before["failed"] + 10, "slow": before["slow"] + 20}
 
 
 async def test_calls_without_a_trace_are_sampled_at_the_ratio_and_internal_ones_not_at_all() -> None:
@@ -108,6 +157,24 @@ async def test_what_travels_names_the_span_that_calls() -> None:
                 ("traceparent", f"00-{TRACE:032x}-{client.span_id:016x}-01"),
                 ("tracestate", "a=b"),
             )
+
+
+async def test_a_tracestate_travels_and_is_in_no_span_and_what_is_none_is_dropped_without_a_word(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Recording() as recording:
+        for state, travels in (("a=alice,b=tea", "a=alice,b=tea"), ("alice@example.com likes tea", "")):
+            with tracing.received("Service/Rpc", [("traceparent", SAMPLED), ("tracestate", state)], begins=True):
+                assert dict(tracing.outgoing() or ()).get("tracestate", "") == travels
+        assert len(recording.names()) == 2
+        assert "alice" not in "".join(span.to_json() for span in recording.exporter.get_finished_spans())
+    assert caplog.records == []
+
+
+async def test_lines_of_a_tracestate_are_one_list() -> None:
+    headers = [("traceparent", SAMPLED), ("tracestate", "a=1"), ("tracestate", "b=2")]
+    with tracing.received("Service/Rpc", headers, begins=True):
+        assert dict(tracing.outgoing() or ())["tracestate"] == "a=1,b=2"
 
 
 async def test_what_is_still_open_at_the_end_of_the_call_is_ended_and_marked() -> None:
@@ -166,3 +233,40 @@ def test_a_traceparent_is_read_as_the_standard_says() -> None:
 @given(st.text(max_size=80))
 def test_any_text_is_a_traceparent_or_is_not(text: str) -> None:
     assert parse(text) is None or len(text) >= 55
+
+
+def test_a_tracestate_is_read_as_the_standard_says() -> None:
+    most = ",".join(f"k{number}=v" for number in range(32))
+    for good in (
+        "",
+        "a=b",
+        "rojo=00f067aa0ba902b7,congo=t61rcWkgMzE",
+        "0tenant@system-1/x*_=a b:;",
+        most,
+        "a=" + 256 * "v",
+    ):
+        assert parse_state(good) == good
+    assert parse_state(" a=b \t,, c=d,") == "a=b,c=d"
+    for bad in (
+        "a",
+        "a=",
+        "=b",
+        "A=b",
+        "a b=c",
+        "a=b=c",
+        "a=é",
+        "a=b\n",
+        "a=b,a=c",
+        "a=b,alice@example.com likes tea",
+        "@a=b",
+        "k" * 257 + "=v",
+        "a=" + 257 * "v",
+        most + ",k=v",
+        ",".join(f"k{number}={'v' * 60}" for number in range(9)),
+    ):
+        assert parse_state(bad) == "", bad
+
+
+@given(st.text(max_size=600))
+def test_what_travels_of_any_text_travels_on(text: str) -> None:
+    assert parse_state(parse_state(text)) == parse_state(text)

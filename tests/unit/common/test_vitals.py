@@ -49,7 +49,8 @@ def test_one_shard_brings_the_cluster_at_worst_to_where_another_is(
     assert seen.open_breakers <= max(own.open_breakers, *(other.open_breakers for other in others))
     assert seen.writes_down <= any(other.writes_down for other in others)
     # The rest is the router's own.
-    for name in ("shed_share", "pool_use", "cpu", "memory"):
+    assert seen.shed_share <= max(own.shed_share, *(other.shed_share for other in others))
+    for name in ("pool_use", "cpu", "memory"):
         assert getattr(seen, name) == getattr(own, name)
 
 

@@ -117,6 +117,21 @@ async def test_the_queue_has_an_end() -> None:
     await asyncio.gather(*waiting, return_exceptions=True)
 
 
+async def test_who_could_not_have_a_turn_in_time_does_not_wait_for_one() -> None:
+    place = Place()
+    held = [await place.enter() for _ in range(4)]
+    place.limiter.busy_per_s = 30.0  # Three in a tenth of a second.
+    waiting = [asyncio.create_task(place.enter()) for _ in range(3)]
+    await asyncio.sleep(0)
+    began = time.monotonic()
+    with pytest.raises(ResourceExhausted):
+        await place.enter()
+    assert time.monotonic() - began < 0.05
+    for one in held[:3]:
+        one.release(0.001)
+    assert len(await asyncio.wait_for(asyncio.gather(*waiting), 1)) == 3
+
+
 async def test_a_batch_that_waits_keeps_nobody_else_out() -> None:
     limiter = Limiter(time.monotonic, LimiterSettings(initial=10, least=10, most=10))
     queue = WaitingRoom(limiter)

@@ -23,7 +23,21 @@ from router.consistency import EVENTUAL, STRONG
 from router.guard import Kind
 from router.retries import Retries
 from tests.support.eventually import eventually
+from tests.support.proxy import Proxy
 from tests.unit.router.scripted import Router, Server, router, servers
+
+
+class Behind(Server):
+    """A server that is reached through a proxy."""
+
+    def __init__(self, server: Server, proxy: Proxy) -> None:
+        super().__init__(server.name, server.shard_id, writable=server.writable)
+        self._proxy = proxy
+
+    @property
+    def address(self) -> str:
+        return self._proxy.address
+
 
 # What opens a shard's breaker (common/breaker_settings.py).
 _IN_A_ROW = 5
@@ -266,3 +280,22 @@ async def test_a_hedge_that_is_refused_does_not_fail_a_read_that_goes_well() -> 
         await read_until_hedging(reader)
         replicas[0].delay_s, primary.error = 0.3, ResourceExhausted("too much", reason=OVERLOADED)
         assert await reader.get(EVENTUAL) == "replica-0"
+
+
+async def test_a_server_whose_connection_was_lost_without_a_word_is_reached_by_a_new_one_within_seconds() -> None:
+    async with (
+        Server("primary", writable=True) as primary,
+        Proxy("127.0.0.1", primary.port) as proxy,
+        router(Behind(primary, proxy)) as reader,
+    ):
+        assert await reader.get(STRONG) == "primary"
+        proxy.lose()
+
+        async def answered() -> bool:
+            try:
+                return await reader.get(STRONG, timeout_s=0.4) == "primary"
+            except (DeadlineExceeded, Unavailable):
+                return False
+
+        assert not await answered()
+        await eventually(answered, within_s=8)

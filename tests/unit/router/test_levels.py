@@ -1,6 +1,6 @@
 """What a router makes of what it sees of its shards, and where the levels take effect."""
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -8,7 +8,7 @@ from common.breaker import State
 from common.breaker_log import logged
 from common.breaker_settings import CACHE, SHARD
 from common.errors import DeadlineExceeded, MemshardError, NotFound, ReadOnly, ResourceExhausted, Unavailable
-from common.level import Level
+from common.level import WHAT_EACH_LEVEL_DOES, Level
 from common.limiter import Priority
 from common.topology import CLUSTER
 from router.consistency import STRONG
@@ -39,15 +39,23 @@ class Watched:
         took_s: float = 0.01,
         times: int = 30,
     ) -> None:
-        """Makes calls that end so."""
+        """Makes calls that end so: all at once, or those that fail one after the other."""
         guard = self.guards.of(shard_id)
+        if error is None:
+            with ExitStack() as stack:
+                for _ in range(times):
+                    with suppress(MemshardError):
+                        stack.enter_context(guard.passing(kind, kind.value, Priority.INTERACTIVE))
+                self.clock.pass_(took_s)
+            return
         for _ in range(times):
             with suppress(MemshardError), guard.passing(kind, kind.value, Priority.INTERACTIVE):
                 self.clock.pass_(took_s)
-                if error is not None:
-                    raise error
+                raise error
 
-    def watch(self, seconds: int, *failing: str, error: Exception | None = None, took_s: float = 0.01) -> None:
+    def watch(
+        self, seconds: int, *failing: str, error: Exception | None = None, took_s: float = 0.01, cpu: float = 0.0
+    ) -> None:
         """Lets calls go on for a while, those to the shards named with an error or slowly."""
         for _ in range(seconds):
             over = self.clock() + 1
@@ -55,7 +63,7 @@ class Watched:
                 bad = shard_id in failing
                 self.call(shard_id, error if bad else None, took_s=took_s if bad else 0.001)
             self.clock.now = max(self.clock.now, over)
-            self.levels.look()
+            self.levels.look(cpu=cpu)
 
 
 def test_one_shards_failures_set_its_level_and_never_the_clusters() -> None:
@@ -106,6 +114,60 @@ def test_a_slow_shard_is_reduced_and_its_limit_with_it() -> None:
     patient, hurried = (watched.guards.of(shard_id).limiter for shard_id in ("shard-0", "shard-2"))
     assert hurried.patience < patient.patience == 1.0
     assert hurried.batch_share < patient.batch_share == patient.settings.batch_share
+
+
+def test_one_moment_is_no_level() -> None:
+    watched = Watched()
+    watched.watch(15)
+    watched.call("shard-1", took_s=0.6, times=10)
+    for _ in range(10):
+        watched.watch(1)
+        assert watched.levels.of(_SHARDS) is Level.NORMAL
+    for _ in range(10):
+        # Again and again is another thing.
+        watched.call("shard-1", took_s=0.6, times=10)
+        watched.watch(1)
+    assert watched.levels.of(["shard-1"]) is Level.ESSENTIAL
+
+
+def test_a_replica_that_is_asked_little_does_not_speak_for_its_shard() -> None:
+    watched = Watched()
+    replica = watched.guards.of("shard-0", "replica-0")
+    for _ in range(20):
+        with replica.passing(Kind.SEARCH, "Search", Priority.INTERACTIVE):
+            watched.clock.pass_(0.6)
+        watched.watch(1)
+    assert watched.levels.of(_SHARDS) is Level.NORMAL
+
+
+def test_what_one_shard_refuses_is_not_the_clusters_even_on_a_busy_machine() -> None:
+    watched = Watched()
+    for _ in range(30):
+        watched.guards.of("shard-0").lately.shed.add(20)
+        watched.watch(1, cpu=1.0)
+    assert watched.levels.of() is Level.NORMAL
+
+
+def test_what_the_router_refuses_by_itself_is_the_clusters_on_a_busy_machine() -> None:
+    watched = Watched()
+    for _ in range(30):
+        watched.levels.shed.add(20)
+        watched.watch(1, cpu=1.0)
+    assert watched.levels.of() is Level.REDUCED
+
+
+def test_degradation_leaves_batches_less_room() -> None:
+    limiter = Guards(Clock()).of("shard-0").limiter
+    rooms = []
+    for level in (Level.NORMAL, Level.REDUCED, Level.ESSENTIAL):
+        limiter.batch_share = limiter.settings.batch_share * WHAT_EACH_LEVEL_DOES[level].batch_factor
+        places = []
+        while limiter.has_room(Priority.BATCH):
+            places.append(limiter.admit("", Priority.BATCH))
+        rooms.append(len(places))
+        for place in places:
+            place.ignore()
+    assert rooms == [45, 23, 12]
 
 
 def test_a_busy_machine_that_keeps_up_changes_nothing() -> None:

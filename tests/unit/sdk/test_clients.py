@@ -6,7 +6,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -372,7 +372,9 @@ class _EndsAllTheSame:
     def __init__(self, outcome: pb.StoreMemoryResponse | grpc.RpcError) -> None:
         self._outcome = outcome
 
-    def __call__(self, request: pb.StoreMemoryRequest, *, timeout: float, metadata: object) -> "_EndsAllTheSame":
+    def __call__(
+        self, request: pb.StoreMemoryRequest, *, timeout: float, metadata: Sequence[tuple[str, str]]
+    ) -> "_EndsAllTheSame":
         return self
 
     def __await__(self) -> Generator[Any, None, pb.StoreMemoryResponse]:

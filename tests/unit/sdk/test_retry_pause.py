@@ -1,6 +1,8 @@
 """The one retry of both clients comes when the service says, and not at all when that is too late."""
 
 import asyncio
+import select
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -14,6 +16,7 @@ from common.rpc import methods_of
 from common.status import pushback_ms
 from memshard import AsyncMemoryClient, MemoryClient, OutcomeUnknown, Unavailable
 from memshard.v1 import memory_pb2 as pb
+from tests.support.eventually import eventually
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"]
 
@@ -32,11 +35,16 @@ class _FailsFirst:
         return pb.GetMemoryResponse(memory=pb.Memory(id=request.id))
 
 
+class _Answers:
+    async def GetMemory(self, request: pb.GetMemoryRequest, deadline: Deadline) -> pb.GetMemoryResponse:  # noqa: N802
+        return pb.GetMemoryResponse(memory=pb.Memory(id=request.id))
+
+
 @asynccontextmanager
-async def _serving(service: object) -> AsyncIterator[str]:
+async def _serving(service: object, port: int = 0) -> AsyncIterator[str]:
     server = grpc.aio.server()
     methods_of(_SERVICE, service, default_deadline_s=60).add_to(server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     try:
         yield f"127.0.0.1:{port}"
@@ -89,6 +97,22 @@ async def test_no_retry_where_the_wait_is_the_callers_to_decide(get: Get) -> Non
         with pytest.raises(Unavailable):
             await get(address, 7200)
     assert len(service.calls) == 1
+
+
+@both
+async def test_the_retry_comes_after_the_connection_has_been_tried_again(get: Get) -> None:
+    """A router that ends resets the connections that it has not accepted yet, though its successor listens already."""
+    for _ in range(5):
+        with socket.socket() as door:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            door.bind(("127.0.0.1", 0))
+            door.listen()
+            port = door.getsockname()[1]
+            getting = asyncio.ensure_future(get(f"127.0.0.1:{port}", 10))
+            await eventually(lambda: select.select([door], [], [], 0)[0])
+            async with _serving(_Answers(), port):
+                door.close()
+                await getting
 
 
 @pytest.mark.parametrize(

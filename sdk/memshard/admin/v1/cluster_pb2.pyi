@@ -607,18 +607,30 @@ class ResumeMoveRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MOVE_ID_FIELD_NUMBER: _builtins.int
+    MAX_RATE_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_FIELD_NUMBER: _builtins.int
+    ROLLBACK_WINDOW_S_FIELD_NUMBER: _builtins.int
     move_id: _builtins.int
     """0: all that are open."""
+    max_rate: _builtins.int
+    """As in RebalanceRequest, like the other two."""
+    concurrency: _builtins.int
+    rollback_window_s: _builtins.float
     def __init__(
         self,
         *,
         move_id: _builtins.int = ...,
+        max_rate: _builtins.int = ...,
+        concurrency: _builtins.int = ...,
+        rollback_window_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "rollback_window_s", b"rollback_window_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["move_id", b"move_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s", "concurrency", b"concurrency", "max_rate", b"max_rate", "move_id", b"move_id", "rollback_window_s", b"rollback_window_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__rollback_window_s: _TypeAlias = _typing.Literal["rollback_window_s"]  # noqa: Y015
+    _WhichOneofArgType__rollback_window_s: _TypeAlias = _typing.Literal["_rollback_window_s", b"_rollback_window_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rollback_window_s) -> _WhichOneofReturnType__rollback_window_s | None: ...
 
 Global___ResumeMoveRequest: _TypeAlias = ResumeMoveRequest  # noqa: Y015
 

@@ -1,0 +1,90 @@
+"""Whose timeouts speak of a server, and whose of nobody but themselves."""
+
+from contextlib import suppress
+
+import pytest
+
+from common.breaker import State
+from common.errors import DeadlineExceeded
+from common.limiter import Priority
+from router.guard import Guard, Guards, Kind
+from tests.support.clock import Clock
+
+
+class Watched:
+    """A guard on a clock of the test's own."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.guard: Guard = Guards(self.clock).of("shard-0")
+
+    def answered(self, slot: int, took_s: float = 0.005) -> None:
+        with self.guard.passing(Kind.SEARCH, "Search", Priority.INTERACTIVE, slot):
+            self.clock.pass_(took_s)
+
+    def timed_out(self, slot: int | None, after_s: float = 0.5) -> None:
+        error = DeadlineExceeded("it took too long")
+        with (
+            suppress(DeadlineExceeded),
+            self.guard.passing(Kind.SEARCH, "Search", Priority.INTERACTIVE, slot),
+        ):
+            self.clock.pass_(after_s)
+            raise error
+
+    def state(self) -> State:
+        return self.guard.breakers[Kind.SEARCH].state
+
+
+@pytest.mark.parametrize("slot", [1, None], ids=["a large user", "searches of all users"])
+def test_who_times_out_alone_cuts_off_nobody_else(slot: int | None) -> None:
+    watched = Watched()
+    for _ in range(300):
+        for other in (2, 3):
+            watched.answered(other)
+        for _ in range(4):
+            watched.timed_out(slot)
+        assert watched.state() is State.CLOSED
+    assert watched.guard.limiter.limit >= 64
+
+
+def test_timeouts_of_several_open_the_breaker() -> None:
+    watched = Watched()
+    for number in range(200):
+        watched.answered(1)
+        watched.timed_out(100 + number % 20)
+        if watched.state() is State.OPEN:
+            return
+    pytest.fail("a server that fails half of all calls was asked on")
+
+
+def test_where_there_is_nobody_else_a_few_in_a_row_open_it() -> None:
+    watched = Watched()
+    for _ in range(5):
+        assert watched.state() is State.CLOSED
+        watched.timed_out(1)
+    assert watched.state() is State.OPEN
+
+
+def test_who_tries_a_breaker_that_is_half_open_counts() -> None:
+    watched = Watched()
+    for _ in range(5):
+        watched.timed_out(1)
+    watched.guard.heard()
+    assert watched.state() is State.HALF_OPEN
+    watched.timed_out(1)
+    assert watched.state() is State.OPEN
+
+
+def test_timeouts_count_again_after_a_while() -> None:
+    watched = Watched()
+    for _ in range(4):
+        watched.timed_out(1)
+    watched.answered(2)
+    for _ in range(10):
+        watched.timed_out(1)
+    assert watched.state() is State.CLOSED
+    watched.clock.pass_(60)
+    watched.answered(2)
+    for _ in range(5):
+        watched.timed_out(1)
+    assert watched.state() is State.OPEN
