@@ -52,6 +52,7 @@ async def search(
         filter=request.filter if request.HasField("filter") else None,
     )
     slot = parts.placement.user_slot(user_id) if user_id else None
+    question.index_suffices = bool(user_id) and _index_suffices(parts, slot)
     if slot is not None:
         answered = await parts.dispatch.read(slot, SEARCH, question, consistency, deadline)
         answers, origin = [answered.answer], answered.origin
@@ -80,6 +81,12 @@ async def search(
         # One shard's answer is in order already, and copied as a whole.
         response.results.MergeFrom(answers[0].results)
     return response
+
+
+def _index_suffices(parts: Parts, slot: int | None) -> bool:
+    """Whether a level has a large user's index answer, though an exact search was possible."""
+    shard_id = parts.dispatch.owner(slot).shard_id if slot is not None else CLUSTER
+    return parts.levels.effects(shard_id).index_instead_of_exact
 
 
 async def _most_recent(

@@ -26,7 +26,7 @@ from shard.rows import (
     to_microseconds,
     to_vector,
 )
-from shard.schema import words_of
+from shard.schema import USER_KEY, words_of
 
 _LIVE = "deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())"
 _SERVED = "state IN ('own', 'fenced')"
@@ -45,6 +45,8 @@ WITH owned AS MATERIALIZED (
 SELECT (SELECT count(*) FROM owned) AS served, {beside}, found.* FROM (VALUES (1)) AS one
 LEFT JOIN LATERAL ({found}) AS found ON true
 """
+_SIMILARITY = "(1 - (embedding <=> {vector}))::real"
+_UNEMBEDDED = f"(SELECT count(*) FROM memories WHERE {{whose}} AND embedding IS NULL AND {_LIVE})"  # noqa: S608
 # Any word of the query, as PostgreSQL's parser and dictionaries see them; no word at all matches nothing.
 _ANY_WORD = """(SELECT string_agg(quote_literal(lexeme), ' | ')::tsquery
                 FROM (SELECT lexeme FROM unnest(tsvector_to_array(to_tsvector({language}::regconfig, {text})))
@@ -140,12 +142,12 @@ async def search(
 ) -> shard_pb2.SearchResponse:
     """The k best memories, best first; ties by id, then user. By cosine similarity, or by how well words match.
 
-    Exact by construction: no index holds embeddings, so the ORDER BY sees every row that is asked for.
+    Exact by construction: no index has the order of an expression, so the ORDER BY sees every row that is asked for.
     """
     question = _Question(request.route.ranges, request.user_id)
     if request.embedding:
         vector = question.add(to_vector(request.embedding, identity.precision))
-        score, matches = f"(1 - (embedding <=> {vector}))::real", "embedding IS NOT NULL"
+        score, matches = _SIMILARITY.format(vector=vector), "embedding IS NOT NULL"
     else:
         words = _ANY_WORD.format(
             language=question.add(identity.text_language),
@@ -160,8 +162,49 @@ async def search(
         connection,
         f"SELECT {_columns(request.include_embedding)}, {score} AS score FROM memories "  # noqa: S608
         f"WHERE {' AND '.join(conditions)} ORDER BY score DESC, id, user_id LIMIT {question.add(request.k)}",
-        f"(SELECT count(*) FROM memories WHERE {question.whose} AND embedding IS NULL AND {_LIVE})",  # noqa: S608
+        _UNEMBEDDED.format(whose=question.whose),
     )
+    return _found(request, rows, unembedded)
+
+
+async def search_index(
+    connection: Connection,
+    identity: Identity,
+    request: shard_pb2.SearchRequest,
+    key: int,
+    *,
+    candidates: int,
+    filter_inside: bool,
+) -> shard_pb2.SearchResponse | None:
+    """The k best of a user's memories by the user's own index, with `key` in its predicate; None when fewer than k were
+    found, which does not mean that there are no more.
+
+    `candidates` are taken from the index: of those that pass the filter, with `filter_inside`; else the filter is
+    applied to them. Without the index the answer is the same, and takes as long as an exact one.
+    """
+    question = _Question(request.route.ranges, request.user_id)
+    vector = question.add(to_vector(request.embedding, identity.precision))
+    conditions = [question.whose, f"{USER_KEY} = {question.add(key)}", "embedding IS NOT NULL", _LIVE]
+    wanted = question.filter(request.filter)
+    inside, outside = (wanted, "true") if filter_inside else ("true", wanted)
+    rows, unembedded = await question.ask_beside(
+        connection,
+        f"SELECT * FROM (SELECT {_columns(request.include_embedding)}, "  # noqa: S608
+        f"{_SIMILARITY.format(vector=vector)} AS score FROM memories WHERE {' AND '.join([*conditions, inside])} "
+        f"ORDER BY embedding <=> {vector} LIMIT {question.add(candidates)}) AS nearest "
+        f"WHERE {outside} ORDER BY score DESC, id, user_id LIMIT {question.add(request.k)}",
+        _UNEMBEDDED.format(whose=question.whose),
+    )
+    if len(rows) < request.k:
+        return None
+    if request.HasField("min_score"):
+        rows = [row for row in rows if row["score"] >= request.min_score]
+    return _found(request, rows, unembedded)
+
+
+def _found(
+    request: shard_pb2.SearchRequest, rows: Sequence[asyncpg.Record], unembedded: int
+) -> shard_pb2.SearchResponse:
     response = shard_pb2.SearchResponse(unembedded=unembedded)
     for row in rows:
         result = response.results.add()

@@ -23,6 +23,10 @@ CREATE INDEX memories_of_user ON memories (user_id, create_time DESC, id DESC) W
 """
 
 
+USER_KEY = "hashtextextended(user_id, 0)"
+"""What the predicate of a large user's own index knows the user by (docs/decisions/0018-large-users.md)."""
+
+
 def words_of(text: str) -> str:
     """The SQL expression whose words are searched, for a text expression of ours.
 
@@ -107,6 +111,27 @@ _MOVES = Migration(
 )
 
 
+# The indexes that large users have of their own (shard/large_users). They are of this database alone: nothing of this
+# moves with a slot.
+_OWN_INDEXES = Migration(
+    6,
+    "large users' own indexes",
+    """
+    CREATE TABLE own_indexes (
+        name text COLLATE "C" PRIMARY KEY,
+        key bigint NOT NULL UNIQUE,
+        user_hash bytea NOT NULL,
+        -- The one slot of the user's memories; NULL where they are in many.
+        slot int,
+        -- With what hnsw.ef_search few and many results are what an exact search finds. NULL: with none, or not known.
+        ef_few int,
+        ef_many int,
+        measured_rows bigint
+    );
+    """,
+)
+
+
 class Shape(Protocol):
     """What of a shard's identity its tables depend on."""
 
@@ -125,7 +150,7 @@ def migrations(shape: Shape) -> tuple[Migration, ...]:
 
     Numbers and names of this module and the shape go into these statements; nothing from outside does.
     """
-    return _memories(shape), _whole_api(shape), _ACROSS_SLOTS, _HEARTBEATS, _MOVES
+    return _memories(shape), _whole_api(shape), _ACROSS_SLOTS, _HEARTBEATS, _MOVES, _OWN_INDEXES
 
 
 def _memories(shape: Shape) -> Migration:

@@ -21,6 +21,7 @@ from shard.disk import Disk
 from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
 from shard.identity import Identity
+from shard.large_users.keeper import Keeper
 from shard.ownership import NotOwnedError
 from shard.position import read_position
 from shard.primary import timeline_of
@@ -58,8 +59,10 @@ class ShardServicer(ReadServicer):
         durability: Durability,
         queue: EmbeddingQueue,
         disk: Disk,
+        keeper: Keeper,
     ) -> None:
-        super().__init__(known, settings.page_bytes)
+        super().__init__(known, settings.page_bytes, keeper.known)
+        self._keeper = keeper
         self._database = database
         self._durability = durability
         self._writes = Writes(database, commits, durability)
@@ -196,6 +199,7 @@ class ShardServicer(ReadServicer):
             return response, erased.repeated
 
         response = await self._receipted(write, request.route, deadline)
+        self._keeper.erased(request.user_id)
         # Of a repeated request as well: the first may have ended before they had.
         response.unconfirmed.extend(await standbys_behind(self._database, response.commit.lsn, deadline))
         return response

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import asyncpg
 from common import catalog
 from loadtest.bench import straight
 from loadtest.bench.contender import Endpoint
-from local.cluster import Plan
+from local.cluster import Plan, metrics_of
 from local.layout import Layout
 from local.postgres import SUPERUSER
 from local.record import load_record, load_secrets
@@ -88,6 +88,38 @@ async def contenders(dimensions: int, others: str, without: Collection[str]) -> 
         if "mem0" not in without:
             sides.append(await _mem0(others, server.port, secrets.postgres))
         yield sides
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """A cluster of one shard, with nobody beside it."""
+
+    address: str
+    dsn: str
+    """Of the shard's database, as its owner."""
+    metrics_port: int
+    """Of the shard's service."""
+
+
+@asynccontextmanager
+async def alone(dimensions: int, environment: Mapping[str, str]) -> AsyncIterator[Alone]:
+    """A cluster of one shard, whose services have the variables of `environment`."""
+    with tempfile.TemporaryDirectory(prefix="memshard-bench-") as directory:
+        root, port = Path(directory), _free_port()
+        await _memshard(
+            "up", "--detach", "--shards", "1", "--replicas", "0", "--embedder", "none", "--dimensions",
+            str(dimensions), "--port", str(port), "--data-dir", str(root), environment=environment,
+        )  # fmt: skip
+        try:
+            layout = Layout.of(root)
+            plan = Plan(layout, load_record(layout), load_secrets(layout), (port,))
+            yield Alone(
+                f"127.0.0.1:{port}",
+                plan.shard_server("shard-0").owner_dsn(plan.secrets),
+                plan.record.ports[metrics_of("shard-0")],
+            )
+        finally:
+            await _memshard("down", "--data-dir", str(root))
 
 
 async def vacuum(sides: list[Side]) -> None:
@@ -186,10 +218,11 @@ async def _can_import(python: str, module: str) -> bool:
     return await process.wait() == 0
 
 
-async def _memshard(*arguments: str) -> None:
+async def _memshard(*arguments: str, environment: Mapping[str, str] | None = None) -> None:
     process = await asyncio.create_subprocess_exec(
-        str(_MEMSHARD), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
+        str(_MEMSHARD), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        env={**os.environ, **(environment or {})},
+    )  # fmt: skip
     output, _ = await process.communicate()
     if process.returncode:
         raise SystemExit(f"memshard {arguments[0]} failed: {output.decode(errors='replace')}")
