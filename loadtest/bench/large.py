@@ -70,7 +70,7 @@ class Line:
 
 
 class Embeddings:
-    """Like those of texts: of `inner` independent directions, and a little noise. `inner` = all of them: random ones."""
+    """Like those of texts: of `inner` independent directions, and a little noise; random ones if those are all."""
 
     def __init__(self, dimensions: int, inner: int) -> None:
         self._shape = inner, dimensions

@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from local.postgres import SUPERUSER
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from shard import identity, reads
+from shard.identity import Identity
 from shard.large_users.searching import by_index
 from tests.integration.test_plans import Explaining
 from tests.support.cluster import LocalCluster
@@ -207,6 +209,16 @@ async def test_nothing_in_the_catalog_has_the_users_name(sea: Sea) -> None:
         assert "brien" not in f"{text} {[dict(one) for one in await connection.fetch(_INDEXES)]}"
 
 
+@asynccontextmanager
+async def as_the_service(sea: Sea) -> AsyncIterator[tuple[Any, Identity]]:
+    """A connection that the service of the whale's shard could have, and who that is."""
+    async with pool_of_one(sea.cluster.shard_dsn(await sea.owner(WHALE))) as pool, pool.acquire() as connection:
+        await register_vector(connection)  # type: ignore[arg-type]  # What a pool lends will do.
+        known = await identity.read(connection)
+        assert known is not None
+        yield connection, known
+
+
 async def plan_of(sea: Sea, ranges: list[tuple[int, int]], **effort: Any) -> str:
     """The plan of a search of the whale's, of a connection that the service could have."""
     index = (await sea.indexes(WHALE))[0]
@@ -217,18 +229,15 @@ async def plan_of(sea: Sea, ranges: list[tuple[int, int]], **effort: Any) -> str
         k=10,
         filter=effort.pop("filter", None),
     )
-    async with pool_of_one(sea.cluster.shard_dsn(await sea.owner(WHALE))) as pool, pool.acquire() as connection:
-        await register_vector(connection)
-        known = await identity.read(connection)
-        assert known is not None
-        explaining: Any = Explaining(connection)  # type: ignore[arg-type]
+    async with as_the_service(sea) as (connection, known):
+        explaining: Any = Explaining(connection)
         if effort:
             async with by_index(connection, 40):
                 found = await reads.search_index(explaining, known, request, index["key"], **effort)
             assert found is None or len(found.results) == 10
         else:
             assert len((await reads.search(explaining, known, request)).results) == 10
-    return explaining.plan.replace(index["relname"], "THE INDEX")
+    return str(explaining.plan).replace(index["relname"], "THE INDEX")
 
 
 async def test_the_plan_goes_by_the_index_and_an_exact_search_never_does(sea: Sea) -> None:
@@ -241,6 +250,26 @@ async def test_the_plan_goes_by_the_index_and_an_exact_search_never_does(sea: Se
                 assert "Index Scan using THE INDEX on memories" in plan
                 assert "Order By: (embedding <=>" in plan
         assert "THE INDEX" not in await plan_of(sea, ranges)
+
+
+async def test_the_index_is_used_however_often_it_was(sea: Sea) -> None:
+    """PostgreSQL has a plan for everybody after some runs, which can use no user's own index."""
+    index = await sea.proven(WHALE)
+    scans = "SELECT pg_stat_get_numscans($1)"
+    async with as_the_service(sea) as (connection, known):
+        before = await connection.fetchval(scans, index["oid"])
+        for query in structured(8, 20):
+            route = shard_pb2.Route(ranges=[shard_pb2.SlotRange(first=slot_of(WHALE.encode()))])
+            route.ranges[0].last = route.ranges[0].first
+            request = shard_pb2.SearchRequest(route=route, user_id=WHALE, embedding=query.tolist(), k=10)
+            async with by_index(connection, 40):
+                await reads.search_index(connection, known, request, index["key"], candidates=10, filter_inside=True)
+        await connection.execute("SELECT pg_stat_force_next_flush()")
+
+        async def counted() -> bool:
+            return bool(await connection.fetchval(scans, index["oid"]) >= before + 20)
+
+        await eventually(counted)
 
 
 async def test_the_plan_goes_by_the_index_when_statistics_know_nothing_of_the_user(sea: Sea) -> None:
