@@ -26,7 +26,7 @@ from shard.rows import (
     to_microseconds,
     to_vector,
 )
-from shard.schema import USER_KEY, words_of
+from shard.schema import words_of
 
 _LIVE = "deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())"
 _SERVED = "state IN ('own', 'fenced')"
@@ -174,25 +174,22 @@ async def search_index(
     key: int,
     *,
     candidates: int,
-    filter_inside: bool,
+    effort: int,
 ) -> shard_pb2.SearchResponse | None:
-    """The k best of a user's memories by the user's own index, with `key` in its predicate; None when fewer than k were
-    found, which does not mean that there are no more.
+    """The k best of the `candidates` nearest by the user's own index, with `key` in its predicate; None when fewer than
+    k pass the filter, which does not mean that there are no more.
 
-    `candidates` are taken from the index: of those that pass the filter, with `filter_inside`; else the filter is
-    applied to them. Without the index the answer is the same, and takes as long as an exact one.
+    Without the index the answer is the same, and takes as long as an exact one.
     """
     question = _Question(request.route.ranges, request.user_id)
     vector = question.add(to_vector(request.embedding, identity.precision))
-    conditions = [question.whose, f"{USER_KEY} = {question.add(key)}", "embedding IS NOT NULL", _LIVE]
-    wanted = question.filter(request.filter)
-    inside, outside = (wanted, "true") if filter_inside else ("true", wanted)
+    given = [question.add(value) for value in (request.user_id, key, candidates, effort)]
+    nearest = "own_index_nearest({}, {}, {vector}, {}, {})".format(*given, vector=vector)
     rows, unembedded = await question.ask_beside(
         connection,
-        f"SELECT * FROM (SELECT {_columns(request.include_embedding)}, "  # noqa: S608
-        f"{_SIMILARITY.format(vector=vector)} AS score FROM memories WHERE {' AND '.join([*conditions, inside])} "
-        f"ORDER BY embedding <=> {vector} LIMIT {question.add(candidates)}) AS nearest "
-        f"WHERE {outside} ORDER BY score DESC, id, user_id LIMIT {question.add(request.k)}",
+        f"SELECT {_columns(request.include_embedding)}, {_SIMILARITY.format(vector=vector)} AS score "  # noqa: S608
+        f"FROM {nearest} AS memories WHERE {question.whose} AND {question.filter(request.filter)} "
+        f"ORDER BY score DESC, id, user_id LIMIT {question.add(request.k)}",
         _UNEMBEDDED.format(whose=question.whose),
     )
     if len(rows) < request.k:

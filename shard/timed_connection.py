@@ -49,8 +49,7 @@ class TimedConnection(_Base):
             return
         try:
             async with asyncio.timeout(_SETTLE_S):
-                # A transaction whose end was cut off as well.
-                await self.execute("ROLLBACK" if self.is_in_transaction() else "SELECT")
+                await self.execute("SELECT")
         except TimeoutError:
             raise ConnectionAbortedError("the server does not answer") from None
         self._left_midway = False

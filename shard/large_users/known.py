@@ -25,6 +25,8 @@ FEW, MANY = 10, 100
 # As many candidates as an unmeasured index is looked through for, and pgvector's most.
 _UNMEASURED_EF = 100
 _MAX_EF = 1000
+# What a filter is applied to where less than the recall promised will do.
+_FILTERED = 500
 
 _READ = """
 SELECT user_hash, key, ef_few, ef_many FROM own_indexes
@@ -40,10 +42,7 @@ class Effort:
     """Candidates that are kept while the graph is walked (`hnsw.ef_search`)."""
 
     candidates: int
-    """How many of the nearest are taken from the index."""
-
-    filter_inside: bool
-    """The index goes on until as many pass the filter; else the filter is applied to the candidates."""
+    """How many of the nearest are taken from the index; a filter is applied to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +59,13 @@ class OwnIndex:
         """How to look for `k`; None: not here, but exactly. `index_suffices`: less than the recall promised will do."""
         if self.ef_few is not None and self.ef_many is not None and k <= MANY:
             if not filtered:
-                return Effort(self.ef_few if k <= FEW else self.ef_many, k, filter_inside=True)
+                return Effort(self.ef_few if k <= FEW else self.ef_many, k)
             if not index_suffices:
-                return Effort(self.ef_many, MANY, filter_inside=False)
+                return Effort(self.ef_many, MANY)
         if not index_suffices:
             return None
-        return Effort(min(max(_UNMEASURED_EF, 2 * k), _MAX_EF), k, filter_inside=True)
+        candidates = max(k, _FILTERED) if filtered else k
+        return Effort(min(max(_UNMEASURED_EF, 2 * candidates), _MAX_EF), candidates)
 
 
 class OwnIndexes:

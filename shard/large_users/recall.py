@@ -17,7 +17,6 @@ from common.postgres import Connection
 from shard.identity import Identity
 from shard.large_users.known import FEW, MANY
 from shard.large_users.plan import LargeUser
-from shard.large_users.searching import by_index
 from shard.rows import to_vector
 from shard.schema import USER_KEY
 
@@ -33,10 +32,11 @@ _SAME = 1e-6
 
 _WHOSE = f"user_id = $1 AND {USER_KEY} = $2 AND embedding IS NOT NULL AND deleted_at IS NULL"
 _SAMPLE = f"SELECT embedding FROM memories WHERE {_WHOSE} {{slot}} ORDER BY random() LIMIT $3"  # noqa: S608  # Constants.
-# An index gives the order of distances; the order of a sum is to be computed.
-_NEAREST = f"""
-SELECT embedding <=> $3 AS distance FROM memories WHERE {_WHOSE} {{slot}} ORDER BY (embedding <=> $3){{plus}} LIMIT $4
+# No index has the order of a sum.
+_EXACT = f"""
+SELECT embedding <=> $3 AS distance FROM memories WHERE {_WHOSE} {{slot}} ORDER BY (embedding <=> $3) + 0 LIMIT $4
 """  # noqa: S608
+_BY_INDEX = "SELECT embedding <=> $3 AS distance FROM own_index_nearest($1, $2, $3, $4, $5)"
 # Where a user's memories are in one slot, that is how they are found.
 _IN_ONE_SLOT = "AND slot = ${number}"
 
@@ -58,21 +58,17 @@ async def measure(connection: Connection, identity: Identity, user: LargeUser) -
     half = len(vectors) // 2
     near, far = _unit(vectors[:half]), _unit(vectors[half : 2 * half])
     questions = [to_vector(question, identity.precision) for question in _unit(near + _ASTRAY * far)]
-    in_slot = _IN_ONE_SLOT.format(number=5) if slots else ""
-    exact, by_distance = (_NEAREST.format(slot=in_slot, plus=plus) for plus in (" + 0", ""))
+    exact = _EXACT.format(slot=_IN_ONE_SLOT.format(number=5) if slots else "")
 
-    async def ask(statement: str, count: int) -> tuple[list[list[float]], float]:
-        return await _ask(
-            connection, statement, [(user.user_id, user.key, question, count, *slots) for question in questions]
-        )
+    async def ask(statement: str, *more: int) -> tuple[list[list[float]], float]:
+        return await _ask(connection, statement, [(user.user_id, user.key, question, *more) for question in questions])
 
-    truths, exact_s = await ask(exact, MANY)
+    truths, exact_s = await ask(exact, MANY, *slots)
     found: dict[int, int | None] = {}
     for count in (FEW, MANY):
         found[count] = None
         for ef in (ef for ef in _EFFORTS if ef >= count):
-            async with by_index(connection, ef):
-                answers, index_s = await ask(by_distance, count)
+            answers, index_s = await ask(_BY_INDEX, count, ef)
             if index_s >= exact_s:
                 break
             if recall(answers, truths, count) >= _WANTED:

@@ -12,7 +12,6 @@ from common.errors import InvalidArgument, OutcomeUnknown, Unavailable
 from common.postgres import Connection
 from memshard.v1 import memory_pb2 as pb
 from shard.database import Database
-from shard.large_users.searching import by_index
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.proxies import Proxies
@@ -113,46 +112,6 @@ async def test_a_use_that_ended_midway_leaves_no_transaction_open(cluster: Local
                 await connection.fetch("SELECT id FROM memories WHERE version = $1", "no number")
         held = "SELECT count(*) FROM pg_locks WHERE pid = $1 AND relation = 'memories'::regclass"
         assert await watcher.fetchval(held, pid) == 0
-
-
-async def test_a_transaction_whose_end_was_cut_off_is_ended(cluster: LocalCluster) -> None:
-    """As when a caller leaves, and its search by an index of its own is cancelled, twice over."""
-    async with pool_of_one(cluster.shard_dsn("shard-0")) as pool:
-        here = Database(pool)
-
-        async def broken_off() -> None:
-            async with here.reading(Deadline.after(5)) as connection:
-                await connection.execute("BEGIN; SET LOCAL enable_sort = off")
-                raise ZeroDivisionError
-
-        with pytest.raises(ZeroDivisionError):
-            await broken_off()
-        async with here.reading(Deadline.after(5)) as connection:
-            assert not connection.is_in_transaction()
-            assert await connection.fetchval("SHOW enable_sort") == "on"
-
-
-async def test_a_search_by_an_index_that_is_cancelled_leaves_its_connection_as_it_was(cluster: LocalCluster) -> None:
-    async with (
-        pool_of_one(cluster.shard_dsn("shard-0")) as pool,
-        database(cluster.shard_dsn("shard-0")) as watcher,
-    ):
-        here = Database(pool)
-
-        async def search() -> None:
-            async with here.reading(Deadline.after(30)) as connection, by_index(connection, 40):
-                assert await connection.fetchval("SHOW enable_sort") == "off"
-                await connection.execute("SELECT pg_sleep(30)")
-
-        searching = asyncio.create_task(search())
-        sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(30)' AND state = 'active'"
-        await eventually(lambda: watcher.fetchval(sleeping))
-        searching.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await searching
-        async with here.reading(Deadline.after(5)) as connection:
-            assert not connection.is_in_transaction()
-            assert await connection.fetchval("SHOW enable_sort") == "on"
 
 
 async def test_a_connection_to_a_server_that_is_silent_is_given_up_at_once(cluster: LocalCluster) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import pytest_asyncio
+from pgvector import HalfVector
 from pgvector.asyncpg import register_vector
 
 from common.slots import slot_of
@@ -20,8 +21,7 @@ from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from shard import identity, reads
 from shard.identity import Identity
-from shard.large_users.searching import by_index
-from tests.integration.test_plans import Explaining
+from shard.schema import INDEX_SETTINGS, NEAREST_IN_INDEX
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.metrics import families_of
@@ -162,6 +162,13 @@ def is_of(of: int) -> pb.Filter:
     return pb.Filter(comparison=comparison)
 
 
+def half_of_them() -> pb.Filter:
+    """Those with an even number."""
+    half = pb.Filter(comparison=pb.Comparison(field="type", operator=pb.OPERATOR_EQ))
+    half.comparison.value.string_value = "EPISODIC"
+    return half
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def sea() -> AsyncIterator[Sea]:
     with pytest.MonkeyPatch.context() as patch:
@@ -219,65 +226,64 @@ async def as_the_service(sea: Sea) -> AsyncIterator[tuple[Any, Identity]]:
         yield connection, known
 
 
-async def plan_of(sea: Sea, ranges: list[tuple[int, int]], **effort: Any) -> str:
-    """The plan of a search of the whale's, of a connection that the service could have."""
-    index = (await sea.indexes(WHALE))[0]
-    request = shard_pb2.SearchRequest(
-        route=shard_pb2.Route(ranges=[shard_pb2.SlotRange(first=first, last=last) for first, last in ranges]),
-        user_id=WHALE,
-        embedding=structured(3, 1)[0].tolist(),
-        k=10,
-        filter=effort.pop("filter", None),
-    )
-    async with as_the_service(sea) as (connection, known):
-        explaining: Any = Explaining(connection)
-        if effort:
-            async with by_index(connection, 40):
-                found = await reads.search_index(explaining, known, request, index["key"], **effort)
-            assert found is None or len(found.results) == 10
-        else:
-            assert len((await reads.search(explaining, known, request)).results) == 10
-    return str(explaining.plan).replace(index["relname"], "THE INDEX")
+def asked(ranges: list[tuple[int, int]], query: Vectors) -> shard_pb2.SearchRequest:
+    """A search of the whale's as a router sends it."""
+    route = shard_pb2.Route(ranges=[shard_pb2.SlotRange(first=first, last=last) for first, last in ranges])
+    return shard_pb2.SearchRequest(route=route, user_id=WHALE, embedding=query.tolist(), k=10)
 
 
-async def test_the_plan_goes_by_the_index_and_an_exact_search_never_does(sea: Sea) -> None:
-    slot, shard_id = slot_of(WHALE.encode()), await sea.owner(WHALE)
+async def scans_of(connection: Any, index: asyncpg.Record) -> int:
+    """How often the index was used, by this connection up to now among others."""
+    await connection.execute("SELECT pg_stat_force_next_flush()")
+    count: int = await connection.fetchval("SELECT pg_stat_get_numscans($1)", index["oid"])
+    return count
+
+
+async def test_a_search_by_the_index_uses_it_every_time_and_an_exact_one_never(sea: Sea) -> None:
+    """After some runs PostgreSQL prefers a plan for everybody, which can use no user's own index."""
+    index, shard_id, slot = await sea.proven(WHALE), await sea.owner(WHALE), slot_of(WHALE.encode())
     everywhere = [(r.first, r.last) for r in (await sea.slots.topology()).ranges if r.shard_id == shard_id]
-    for ranges in ([(slot, slot)], everywhere):
-        for filter in (None, is_of(7)):
-            for inside in (True, False):
-                plan = await plan_of(sea, ranges, candidates=100, filter_inside=inside, filter=filter)
-                assert "Index Scan using THE INDEX on memories" in plan
-                assert "Order By: (embedding <=>" in plan
-        assert "THE INDEX" not in await plan_of(sea, ranges)
-
-
-async def test_the_index_is_used_however_often_it_was(sea: Sea) -> None:
-    """PostgreSQL has a plan for everybody after some runs, which can use no user's own index."""
-    index = await sea.proven(WHALE)
-    scans = "SELECT pg_stat_get_numscans($1)"
     async with as_the_service(sea) as (connection, known):
-        before = await connection.fetchval(scans, index["oid"])
-        for query in structured(8, 20):
-            route = shard_pb2.Route(ranges=[shard_pb2.SlotRange(first=slot_of(WHALE.encode()))])
-            route.ranges[0].last = route.ranges[0].first
-            request = shard_pb2.SearchRequest(route=route, user_id=WHALE, embedding=query.tolist(), k=10)
-            async with by_index(connection, 40):
-                await reads.search_index(connection, known, request, index["key"], candidates=10, filter_inside=True)
-        await connection.execute("SELECT pg_stat_force_next_flush()")
+        for ranges in ([(slot, slot)], everywhere):
+            before = await scans_of(connection, index)
+            for query in structured(8, 20):
+                found = await reads.search_index(
+                    connection, known, asked(ranges, query), index["key"], candidates=10, effort=200
+                )
+                assert found is not None
+                exact = await reads.search(connection, known, asked(ranges, query))
+                nearest = {result.memory.id for result in exact.results}
+                assert len(nearest & {result.memory.id for result in found.results}) >= 9
+            # Every search by the index, and no exact one.
+            assert await scans_of(connection, index) == before + 20
 
-        async def counted() -> bool:
-            return bool(await connection.fetchval(scans, index["oid"]) >= before + 20)
 
-        await eventually(counted)
+async def test_what_a_search_by_the_index_sets_ends_with_it(sea: Sea) -> None:
+    index, slot = await sea.proven(WHALE), slot_of(WHALE.encode())
+    async with as_the_service(sea) as (connection, known):
+        settings = ("plan_cache_mode", "enable_sort", "jit", "hnsw.ef_search", "hnsw.iterative_scan")
+        await connection.fetch("SELECT '[1]'::vector")  # It has the last two.
+        before = [await connection.fetchval("SELECT current_setting($1)", name) for name in settings]
+        await reads.search_index(
+            connection, known, asked([(slot, slot)], structured(8, 1)[0]), index["key"], candidates=10, effort=77
+        )
+        assert [await connection.fetchval("SELECT current_setting($1)", name) for name in settings] == before
 
 
 async def test_the_plan_goes_by_the_index_when_statistics_know_nothing_of_the_user(sea: Sea) -> None:
-    slot = slot_of(WHALE.encode())
+    index = await sea.proven(WHALE)
     async with database(sea.cluster.shard_dsn(await sea.owner(WHALE), owner=True)) as connection:
         await connection.execute("SELECT pg_clear_attribute_stats('public', 'memories', 'user_id', false)")
-    plan = await plan_of(sea, [(slot, slot)], candidates=10, filter_inside=True)
-    assert "Index Scan using THE INDEX on memories" in plan
+    statement = NEAREST_IN_INDEX
+    for number, name in enumerate(("for_user", "for_key", "query", "candidates"), 1):
+        statement = statement.replace(name, f"${number}")
+    values = (WHALE, index["key"], HalfVector(structured(3, 1)[0]), 10)
+    async with as_the_service(sea) as (connection, _), connection.transaction():
+        for name, value in INDEX_SETTINGS.items():
+            await connection.execute("SELECT set_config($1, $2, true)", name, value)
+        plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {statement}", *values))
+    assert f"Index Scan using {index['relname']} on memories" in plan
+    assert "Order By: (embedding <=>" in plan
 
 
 async def test_filters_are_exact_whatever_share_of_the_memories_passes_them(sea: Sea) -> None:
@@ -288,12 +294,10 @@ async def test_filters_are_exact_whatever_share_of_the_memories_passes_them(sea:
     only.comparison.value.number_value = 4321
     assert numbers(await sea.search(WHALE, structured(3, 1)[0], 10, only)) == [4321]
     # Half of them pass: those are found among the nearest.
-    half = pb.Filter(comparison=pb.Comparison(field="type", operator=pb.OPERATOR_EQ))
-    half.comparison.value.string_value = "EPISODIC"
     before = await sea.answered("index")
     for query in structured(97, _QUERIES):
         wanted = [n for n in sea.nearest(WHALE, query, 100) if n % 2 == 0][:10]
-        found = numbers(await sea.search(WHALE, query, 10, half))
+        found = numbers(await sea.search(WHALE, query, 10, half_of_them()))
         assert len(set(found) & set(wanted)) >= 9
     assert await sea.answered("index") > before
 
@@ -315,15 +319,16 @@ async def test_the_level_reduced_goes_by_an_index_that_is_not_proven(sea: Sea) -
 
         async def went(how: str) -> bool:
             before = await sea.answered(how)
-            assert len(await sea.search(WHALE, structured(4, 1)[0], 10, is_of(3))) == 10
+            assert len(await sea.search(WHALE, structured(4, 1)[0], 10, half_of_them())) == 10
             return await sea.answered(how) > before
 
         await eventually(lambda: went("exact"), within_s=10)
         await sea.cluster.run("degrade", "reduced")
         try:
             await eventually(lambda: went("index"), within_s=10)
-            # Also for a filter that few pass, which the index goes on for until there are enough.
-            assert await sea.recall(WHALE, 10, of=3) >= 0.9
+            assert await sea.recall(WHALE, 100) >= 0.9
+            # A filter that few pass is left to an exact search all the same, so that all results are there.
+            assert await sea.recall(WHALE, 10, of=3) >= 0.99
         finally:
             await sea.cluster.run("degrade", "normal")
             await connection.execute(

@@ -75,17 +75,19 @@ def test_there_are_never_more_than_the_bound_and_nothing_is_made_and_dropped_at_
 
 
 def test_a_search_looks_as_hard_as_was_found_to_be_enough_and_else_elsewhere() -> None:
-    assert PROVEN.effort(FEW, filtered=False, index_suffices=False) == Effort(70, FEW, filter_inside=True)
-    assert PROVEN.effort(FEW + 1, filtered=False, index_suffices=False) == Effort(220, FEW + 1, filter_inside=True)
-    assert PROVEN.effort(FEW, filtered=True, index_suffices=False) == Effort(220, MANY, filter_inside=False)
+    assert PROVEN.effort(FEW, filtered=False, index_suffices=False) == Effort(70, FEW)
+    assert PROVEN.effort(FEW + 1, filtered=False, index_suffices=False) == Effort(220, FEW + 1)
+    assert PROVEN.effort(FEW, filtered=True, index_suffices=False) == Effort(220, MANY)
     assert PROVEN.effort(MANY + 1, filtered=False, index_suffices=False) is None
     assert UNPROVEN.effort(1, filtered=False, index_suffices=False) is None
 
 
 def test_where_less_will_do_an_index_that_is_not_proven_answers_too() -> None:
-    assert UNPROVEN.effort(1, filtered=False, index_suffices=True) == Effort(100, 1, filter_inside=True)
-    assert UNPROVEN.effort(200, filtered=True, index_suffices=True) == Effort(400, 200, filter_inside=True)
-    assert PROVEN.effort(1000, filtered=False, index_suffices=True) == Effort(1000, 1000, filter_inside=True)
+    assert UNPROVEN.effort(1, filtered=False, index_suffices=True) == Effort(100, 1)
+    assert UNPROVEN.effort(200, filtered=False, index_suffices=True) == Effort(400, 200)
+    assert PROVEN.effort(1000, filtered=False, index_suffices=True) == Effort(1000, 1000)
+    # Of more of them there are enough that pass a filter.
+    assert PROVEN.effort(10, filtered=True, index_suffices=True) == Effort(1000, 500)
 
 
 def test_recall_counts_what_is_as_near_as_the_farthest_that_should_be_found() -> None:
