@@ -28,6 +28,8 @@ _LONGEST_S = 12 * 3600.0
 # Counting everybody's memories must not be what the server does.
 _MOST_OF_TIME = 0.01
 _LEAST_PAUSE_S = 0.5
+# What fails again and again, for want of disk or memory, is tried more seldom: so many intervals apart.
+_LONGEST_BACKOFF = 16
 
 _SETTINGS = {
     "application_name": "memshard own indexes",
@@ -61,15 +63,19 @@ class Keeper:
 
     async def run(self) -> None:
         """Looks until cancelled; a database that is away is tried again the next time."""
+        failures = 0
         while True:
             began = time.monotonic()
             self._wake.clear()
             try:
                 async with asyncio.timeout(_LONGEST_S):
                     await self._look()
+                failures = 0
             except CONNECT_ERRORS as error:
+                failures += 1
                 _log.warning("put off", error=type(error).__name__)
-            next_at = began + max(self._interval_s, self._counting_s / _MOST_OF_TIME)
+            longer = min(2**failures, _LONGEST_BACKOFF)
+            next_at = began + max(self._interval_s * longer, self._counting_s / _MOST_OF_TIME)
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(_LEAST_PAUSE_S, next_at - time.monotonic())):
                     await self._wake.wait()

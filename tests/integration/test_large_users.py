@@ -4,7 +4,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -15,12 +15,15 @@ import pytest_asyncio
 from pgvector import HalfVector
 from pgvector.asyncpg import register_vector
 
+from common.catalog import PlacementStrategy
 from common.slots import slot_of
 from local.postgres import SUPERUSER
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from shard import identity, reads
 from shard.identity import Identity
+from shard.large_users import indexes, recall
+from shard.large_users.plan import Bounds
 from shard.schema import INDEX_SETTINGS, NEAREST_IN_INDEX
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
@@ -374,6 +377,19 @@ async def test_writes_and_searches_go_on_while_an_index_is_made_and_one_whose_ma
         assert new["oid"] != old["oid"]
     await sea.known()
     assert await sea.recall(WHALE, 10) >= 0.99
+
+
+async def test_a_user_in_many_slots_is_counted_and_measured_as_one(sea: Sea) -> None:
+    """As with the placements that spread users."""
+    async with database(sea.cluster.shard_dsn(await sea.owner(WHALE), owner=True)) as connection:
+        await register_vector(connection)
+        known = await identity.read(connection)
+        assert known is not None
+        spread = replace(known, placement=PlacementStrategy.CONTENT_HASH)
+        users = await indexes.large_users(connection, spread, Bounds(_THRESHOLD, 2))
+        (whale,) = (user for user in users if user.user_id == WHALE)
+        assert (whale.slot, whale.rows) == (None, SIZES[WHALE])
+        assert (await recall.measure(connection, spread, whale)).ef_many
 
 
 async def test_a_moved_users_index_is_there_before_the_user_is_and_goes_from_where_the_user_was(sea: Sea) -> None:
