@@ -145,13 +145,14 @@ async def _index(cluster: Alone) -> dict[str, Any]:
     began = time.monotonic()
     connection = await asyncpg.connect(cluster.dsn)
     try:
-        await connection.execute("ANALYZE memories")
         async with asyncio.timeout(_INDEX_TIMEOUT_S):
             while (row := await connection.fetchrow(_INDEX)) is None:  # noqa: ASYNC110  # Nobody tells us.
                 await asyncio.sleep(_POLL_S)
             if row["ef_few"] is None or row["ef_many"] is None:
                 _tell("the index is not good enough for these embeddings; searches stay exact")
             else:
+                # As autovacuum does in time. By hand and before, it would be in the way of the index.
+                await connection.execute("ANALYZE memories")
                 await _until(lambda: _sample(cluster, 'memory_own_indexes{shard="shard-0",use="proven"}') >= 1)
     finally:
         await connection.close()
