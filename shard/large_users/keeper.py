@@ -55,6 +55,7 @@ class Keeper:
         self._interval_s = settings.own_index_interval_s
         self._memory_mb = settings.own_index_build_mb
         self._wake = asyncio.Event()
+        self._rows: dict[int, int] = {}
 
     def erased(self, user_id: str) -> None:
         """A user's memories have gone, and an index of theirs should go at once."""
@@ -98,7 +99,8 @@ class Keeper:
         began = time.monotonic()
         users = await indexes.large_users(connection, self._identity, self._bounds) if self._bounds.most else []
         self._counting_s = time.monotonic() - began
-        plan = decide(users, await indexes.existing(connection), self._bounds)
+        plan = decide(users, await indexes.existing(connection), self._bounds, self._rows)
+        self._rows = {user.key: user.rows for user in users}
         for index in plan.drop:
             await indexes.drop(connection, index.name)
         for user in plan.measure:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 _KEPT_SHARE = 0.5
 _KEPT_WEIGHT = 1.5
+# Nobody gets one in the middle of an import: what comes while it is made is added one by one, a hundred times as slowly.
+_SETTLED = 0.9
 # What was found out about an index is found out again when the user has grown or shrunk by so much.
 _DRIFT = 1.5
 
@@ -61,8 +63,10 @@ class Plan:
     build: tuple[LargeUser, ...]
 
 
-def decide(users: Sequence[LargeUser], existing: Sequence[Existing], bounds: Bounds) -> Plan:
-    """What is to be done for `users`, who are all those with `bounds.kept_rows` memories or more."""
+def decide(users: Sequence[LargeUser], existing: Sequence[Existing], bounds: Bounds, before: Mapping[int, int]) -> Plan:
+    """What is to be done for `users`, who are all those with `bounds.kept_rows` memories or more; `before` are the rows
+    of the same by `key` as of the last look.
+    """
     there: Mapping[int, Existing] = {index.key: index for index in existing}
 
     def weight(user: LargeUser) -> float:
@@ -78,7 +82,9 @@ def decide(users: Sequence[LargeUser], existing: Sequence[Existing], bounds: Bou
     return Plan(
         drop=tuple(index for index in existing if index.key not in chosen),
         measure=tuple(user for user in wanted if user.key in there and _has_drifted(user, there[user.key])),
-        build=tuple(user for user in wanted if user.key not in there),
+        build=tuple(
+            user for user in wanted if user.key not in there and user.rows * _SETTLED <= before.get(user.key, 0)
+        ),
     )
 
 

@@ -20,37 +20,50 @@ def index(key: int, measured_rows: int | None = 1000) -> Existing:
     return Existing(f"memories_own_{key:016x}", key, measured_rows)
 
 
+def decided(users: list[LargeUser], have: list[Existing], bounds: Bounds = BOUNDS) -> Plan:
+    """For users who had as many memories at the last look."""
+    return decide(users, have, bounds, {one.key: one.rows for one in users})
+
+
 def keys(plan: Plan) -> tuple[list[int], list[int], list[int]]:
     return [one.key for one in plan.drop], [one.key for one in plan.measure], [one.key for one in plan.build]
 
 
 def test_the_largest_get_one_from_the_threshold_on_the_largest_first() -> None:
-    plan = decide([user(1, 999), user(2, 1000), user(3, 5000), user(4, 3000)], [], BOUNDS)
+    plan = decided([user(1, 999), user(2, 1000), user(3, 5000), user(4, 3000)], [])
     assert keys(plan) == ([], [], [3, 4])
 
 
 def test_one_is_kept_until_its_user_is_half_as_large() -> None:
-    assert keys(decide([user(1, 500)], [index(1, 500)], BOUNDS)) == ([], [], [])
-    assert keys(decide([], [index(1)], BOUNDS)) == ([1], [], [])
-    assert keys(decide([user(1, 499)], [index(1)], BOUNDS)) == ([1], [], [])
+    assert keys(decided([user(1, 500)], [index(1, 500)])) == ([], [], [])
+    assert keys(decided([], [index(1)])) == ([1], [], [])
+    assert keys(decided([user(1, 499)], [index(1)])) == ([1], [], [])
 
 
 def test_users_of_about_the_same_size_do_not_take_it_from_each_other() -> None:
     have = [index(1, 2000), index(2, 2000)]
-    assert keys(decide([user(1, 2000), user(2, 2000), user(3, 2900)], have, BOUNDS)) == ([], [], [])
-    assert keys(decide([user(1, 2000), user(2, 2100), user(3, 3200)], have, BOUNDS)) == ([1], [], [3])
+    assert keys(decided([user(1, 2000), user(2, 2000), user(3, 2900)], have)) == ([], [], [])
+    assert keys(decided([user(1, 2000), user(2, 2100), user(3, 3200)], have)) == ([1], [], [3])
 
 
 def test_rows_that_are_on_their_way_promote_nobody_and_keep_what_the_mover_has_made() -> None:
-    assert keys(decide([user(1, 9000, own=False)], [], BOUNDS)) == ([], [], [])
-    assert keys(decide([user(1, 9000, own=False)], [index(1, 9000)], BOUNDS)) == ([], [], [])
+    assert keys(decided([user(1, 9000, own=False)], [])) == ([], [], [])
+    assert keys(decided([user(1, 9000, own=False)], [index(1, 9000)])) == ([], [], [])
+
+
+def test_nobody_gets_one_while_an_import_is_under_way() -> None:
+    assert keys(decide([user(1, 5000)], [], BOUNDS, {})) == ([], [], [])
+    assert keys(decide([user(1, 5000)], [], BOUNDS, {1: 4000})) == ([], [], [])
+    assert keys(decide([user(1, 5000)], [], BOUNDS, {1: 4600})) == ([], [], [1])
+    # It keeps what it has.
+    assert keys(decide([user(1, 5000)], [index(1, 5000)], BOUNDS, {})) == ([], [], [])
 
 
 def test_recall_is_measured_again_when_a_user_has_grown_or_shrunk() -> None:
-    assert keys(decide([user(1, 1400)], [index(1, None)], BOUNDS)) == ([], [1], [])
-    assert keys(decide([user(1, 1400)], [index(1, 1000)], BOUNDS)) == ([], [], [])
-    assert keys(decide([user(1, 1600)], [index(1, 1000)], BOUNDS)) == ([], [1], [])
-    assert keys(decide([user(1, 600)], [index(1, 1000)], BOUNDS)) == ([], [1], [])
+    assert keys(decided([user(1, 1400)], [index(1, None)])) == ([], [1], [])
+    assert keys(decided([user(1, 1400)], [index(1, 1000)])) == ([], [], [])
+    assert keys(decided([user(1, 1600)], [index(1, 1000)])) == ([], [1], [])
+    assert keys(decided([user(1, 600)], [index(1, 1000)])) == ([], [1], [])
 
 
 @given(
@@ -63,14 +76,14 @@ def test_there_are_never_more_than_the_bound_and_nothing_is_made_and_dropped_at_
 ) -> None:
     users = [user(key, count) for key, count in rows.items()]
     have = [index(key) for key in there]
-    plan = decide(users, have, Bounds(1000, most))
+    plan = decided(users, have, Bounds(1000, most))
     dropped, _, built = (set(some) for some in keys(plan))
     assert dropped <= there
     assert not built & there
     assert len(there - dropped | built) <= most
     # What it leads to is left as it is.
     after = [index(key) for key in there - dropped | built]
-    again = decide(users, after, Bounds(1000, most))
+    again = decided(users, after, Bounds(1000, most))
     assert (again.drop, again.build) == ((), ())
 
 
