@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 _KEPT_SHARE = 0.5
 _KEPT_WEIGHT = 1.5
-# Nobody gets one in the middle of an import: what comes while it is made is added one by one, a hundred times as slowly.
+# Nobody gets one in the middle of an import: what comes while it is made is added one by one, far more slowly.
 _SETTLED = 0.9
 # What was found out about an index is found out again when the user has grown or shrunk by so much.
 _DRIFT = 1.5
@@ -72,19 +72,19 @@ def decide(users: Sequence[LargeUser], existing: Sequence[Existing], bounds: Bou
     def weight(user: LargeUser) -> float:
         return user.rows * (_KEPT_WEIGHT if user.key in there else 1.0)
 
-    wanted = [
-        user
-        for user in users
-        if (user.rows >= bounds.kept_rows if user.key in there else user.own and user.rows >= bounds.rows)
-    ]
+    def deserves(user: LargeUser) -> bool:
+        if user.key in there:
+            return user.rows >= bounds.kept_rows
+        has_settled = before.get(user.key, 0) >= user.rows * _SETTLED
+        return user.own and user.rows >= bounds.rows and has_settled
+
+    wanted = [user for user in users if deserves(user)]
     wanted = sorted(wanted, key=weight, reverse=True)[: bounds.most]
     chosen = {user.key for user in wanted}
     return Plan(
         drop=tuple(index for index in existing if index.key not in chosen),
         measure=tuple(user for user in wanted if user.key in there and _has_drifted(user, there[user.key])),
-        build=tuple(
-            user for user in wanted if user.key not in there and user.rows * _SETTLED <= before.get(user.key, 0)
-        ),
+        build=tuple(user for user in wanted if user.key not in there),
     )
 
 

@@ -55,7 +55,9 @@ def test_nobody_gets_one_while_an_import_is_under_way() -> None:
     assert keys(decide([user(1, 5000)], [], BOUNDS, {})) == ([], [], [])
     assert keys(decide([user(1, 5000)], [], BOUNDS, {1: 4000})) == ([], [], [])
     assert keys(decide([user(1, 5000)], [], BOUNDS, {1: 4600})) == ([], [], [1])
-    # It keeps what it has.
+    # Nor does anybody lose theirs for it; and who has one keeps it.
+    have = [index(2, 2000), index(3, 2000)]
+    assert keys(decide([user(1, 9000), user(2, 2000), user(3, 2000)], have, BOUNDS, {})) == ([], [], [])
     assert keys(decide([user(1, 5000)], [index(1, 5000)], BOUNDS, {})) == ([], [], [])
 
 
