@@ -9,7 +9,7 @@ RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up test check lint types layers proto docs faults image clean
+.PHONY: help setup up test check lint types layers proto docs faults bench image clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ docs: $(STAMP)  ## Generate docs/api.md from the contract's comments, and Promet
 
 faults: $(STAMP)  ## The slow fault scenarios; their figures go into docs/reliability.md
 	MEMSHARD_FIGURES=1 $(BIN)/pytest -m slow -s tests/faults tests/cluster $(ARGS)
+
+bench: $(STAMP)  ## Side by side with what people use instead; its tables go into docs/performance.md (ARGS="--only search")
+	@$(BIN)/python -m loadtest.bench $(ARGS)
 
 image:  ## Build the container image (BASE=image)
 	docker build -f deploy/Dockerfile $(if $(BASE),--build-arg BASE=$(BASE)) -t memshard .

@@ -11,7 +11,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import typer
 
-from cli import changes, cluster, data, data_import, provision
+from cli import changes, cluster, data, data_import, load, provision
 
 app = typer.Typer(
     name="memshard",
@@ -46,3 +46,4 @@ data.register(app)
 changes.register(app)
 data_import.register(app)
 provision.register(app)
+load.register(app)

@@ -332,6 +332,22 @@ class ShardSettings(EmbedderSettings):
     page_bytes: Annotated[int, Field(ge=1024, le=64 * MIB)] = 3 * MIB
     """Bytes after which a page of a listing ends early. Below the 4 MiB that gRPC clients take by default."""
 
+    own_index_memories: Annotated[int, Field(ge=100, le=10**9)] = 10_000
+    """Memories with an embedding from which on a user gets an index of their own; below half as many it is dropped. An
+    exact search takes about 10 ms for 10,000 memories."""
+
+    own_index_most: Annotated[int, Field(ge=0, le=64)] = 16
+    """Most users that have one, the largest; 0: nobody. PostgreSQL locks every index of a table for each statement that
+    it plans."""
+
+    own_index_interval_s: Seconds = 60.0
+    """Seconds between looks for users who have become large. Where counting takes long they are fewer, so that it takes
+    no more than a hundredth of the time."""
+
+    own_index_build_mb: Annotated[int, Field(ge=8, le=65536)] = 256
+    """MiB that the graph of an index may take while it is made (`maintenance_work_mem`). 100,000 memories take 150 with
+    384 numbers each; what does not fit takes several times as long."""
+
     heartbeat_interval_s: Annotated[float, Field(ge=0.05, le=60)] = 0.5
     """Seconds between heartbeats in the log, by which replicas know how old what they have is."""
 

@@ -19,7 +19,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
+from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.status import Status, StatusCode
 
 from common import logs, tracing
@@ -126,6 +126,7 @@ class Export:
             attributes=span.attributes,
             # Jaeger's exporter asks these how many were dropped.
             events=[Event(name, BoundedAttributes(attributes=values), at_ns) for name, at_ns, values in span.events],
+            links=[Link(SpanContext(*ids, is_remote=False, trace_flags=_SAMPLED)) for ids in span.links],
             kind=_KINDS[span.kind],
             status=Status(StatusCode.ERROR, str(span.attributes.get("error.type", ""))) if span.failed else _UNSET,
             start_time=span.started_ns,

@@ -91,8 +91,8 @@ class Span:
     """`with` it: a piece of work. What it is entered in, its children are children of."""
 
     __slots__ = (
-        "_token", "attributes", "ended_ns", "events", "failed", "is_kept", "kind", "name", "parent_id", "shed",
-        "span_id", "started_ns", "trace",
+        "_token", "attributes", "ended_ns", "events", "failed", "is_kept", "kind", "links", "name", "parent_id",
+        "shed", "span_id", "started_ns", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -105,6 +105,7 @@ class Span:
         self.span_id = random.getrandbits(64) or 1
         self.attributes = attributes
         self.events: list[tuple[str, int, dict[str, Value]]] = []
+        self.links: tuple[tuple[int, int], ...] = ()
         self.failed = False
         # It failed for being too much.
         self.shed = False
@@ -122,6 +123,11 @@ class Span:
         """Whether anybody may ever see it: what takes an effort to find out need not be said otherwise."""
         return self.trace is not None and self.trace.recorder is not None
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its trace is kept whatever becomes of it."""
+        return self.trace is not None and self.trace.sampled
+
     def set(self, name: str, value: Value) -> None:
         """An attribute."""
         if not self.ended_ns:
@@ -131,6 +137,11 @@ class Span:
         """Something that happened at this moment."""
         if not self.ended_ns:
             self.events.append((name, time.time_ns(), attributes))
+
+    def link(self, other: "Span") -> None:
+        """That another span, of another trace, has something to do with this one."""
+        if not self.ended_ns and other.trace is not None:
+            self.links += ((other.trace.id, other.span_id),)
 
     def end(self, error: BaseException | None = None) -> None:
         """Ends it, once, with the error that it ended with."""
@@ -183,6 +194,9 @@ class _NoSpan(Span):
         """Nothing."""
 
     def event(self, name: str, attributes: dict[str, Value]) -> None:
+        """Nothing."""
+
+    def link(self, other: Span) -> None:
         """Nothing."""
 
     def end(self, error: BaseException | None = None) -> None:

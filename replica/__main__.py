@@ -22,6 +22,7 @@ from replica.service import ReplicaServicer
 from shard import identity
 from shard.database import Database, close_pool, open_pool
 from shard.identity import Identity
+from shard.large_users.known import OwnIndexes
 from shard.read_service import admission
 
 _log = logs.get_logger("replica")
@@ -47,15 +48,16 @@ async def main(settings: ReplicaSettings) -> None:
         probe = Probe(dsn, settings.max_lag_s)
         stack.callback(probe.close)
         database = Database(pool)
-        servicer = ReplicaServicer(settings, known, database)
+        own_indexes = OwnIndexes(database)
+        servicer = ReplicaServicer(settings, known, database, own_indexes)
         server = lifecycle.Server(
             settings,
             [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission())],
         )
-        metrics = ReplicaMetrics(settings.shard_id, database, probe)
+        metrics = ReplicaMetrics(settings.shard_id, database, probe, own_indexes)
         await stack.enter_async_context(Exposition(settings, [metrics.look]))
         await server.start()
-        await server.run_until_stopped([partial(_watch_health, server, probe, database)])
+        await server.run_until_stopped([partial(_watch_health, server, probe, database), own_indexes.run])
 
 
 async def _identity(settings: ReplicaSettings) -> Identity:

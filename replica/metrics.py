@@ -8,7 +8,8 @@ from prometheus_client.core import GaugeMetricFamily
 
 from replica.lag import Probe
 from shard.database import Database
-from shard.metrics import of_pool
+from shard.large_users.known import OwnIndexes
+from shard.metrics import of_own_indexes, of_pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +19,12 @@ class ReplicaMetrics:
     shard_id: str
     database: Database
     probe: Probe
+    own_indexes: OwnIndexes
 
     def look(self) -> Iterable[Metric]:
         """All of it."""
         yield from of_pool(self.shard_id, self.database)
+        yield of_own_indexes(self.shard_id, self.own_indexes)
         if (age_s := self.probe.age_s) is not None:
             lag = GaugeMetricFamily(
                 "memory_replica_age_seconds", "How old the data of this standby is, by its own look.", labels=["shard"]

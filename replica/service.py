@@ -14,6 +14,7 @@ from replica.freshness import is_fresh
 from shard import identity
 from shard.database import Database
 from shard.identity import Identity
+from shard.large_users.known import OwnIndexes
 from shard.read_service import Read, ReadServicer
 
 T = TypeVar("T")
@@ -30,8 +31,8 @@ _RETRY_AFTER_S = 0.1
 class ReplicaServicer(ReadServicer):
     """The replica's side of memshard.internal.v1.ShardService."""
 
-    def __init__(self, settings: ReplicaSettings, known: Identity, database: Database) -> None:
-        super().__init__(known, settings.page_bytes)
+    def __init__(self, settings: ReplicaSettings, known: Identity, database: Database, own_indexes: OwnIndexes) -> None:
+        super().__init__(known, settings.page_bytes, own_indexes)
         self._database = database
         self._owned: list[tuple[int, int]] | None = None
         self._owned_at = 0.0

@@ -8,7 +8,7 @@ import hashlib
 import json
 
 import numpy as np
-from google.protobuf import json_format
+from google.protobuf import json_format, struct_pb2
 
 from memshard.v1 import memory_pb2 as pb
 
@@ -27,7 +27,7 @@ def digest_of(memory: pb.Memory) -> bytes:
         memory.session_id.encode(),
         str(memory.type).encode(),
         memory.content.encode(),
-        json.dumps(json_format.MessageToDict(memory.metadata), sort_keys=True).encode(),
+        _canonical(memory.metadata),
         np.float32(memory.importance).tobytes(),
         np.array(memory.embedding, dtype="<f4").tobytes(),
         memory.embedding_model.encode(),
@@ -38,3 +38,10 @@ def digest_of(memory: pb.Memory) -> bytes:
         digest.update(len(part).to_bytes(8, "big"))
         digest.update(part)
     return digest.digest()
+
+
+def _canonical(metadata: struct_pb2.Struct) -> bytes:
+    """As JSON, with the keys in order."""
+    if not metadata.fields:
+        return b"{}"  # What json makes of it, without making it.
+    return json.dumps(json_format.MessageToDict(metadata), sort_keys=True).encode()

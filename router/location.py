@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
@@ -26,7 +27,9 @@ from common import logs, tracing
 from common.breaker_log import logged
 from common.breaker_settings import CACHE
 from common.config import RouterSettings
+from common.deadline import Deadline
 from common.errors import Unavailable
+from common.gathering import Gathering
 from common.slots import SLOT_COUNT
 from router.cache_layer import CacheLayer
 
@@ -40,6 +43,8 @@ _MAX_SLOTS = 8
 _MAX_CONNECTIONS = 64
 # Keys in one command: some milliseconds of Redis' one thread.
 _MAX_KEYS = 1000
+# What this many entries are written for may share a command with fifty others.
+_FEW_KEYS = 20
 
 # Seconds. A turn of the event loop that takes longer is one with a lot to do; usual ones take a tenth of it.
 _LATE_S = 0.01
@@ -75,6 +80,14 @@ class Moment:
     era: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Entries to write in one era."""
+
+    entries: Mapping[str, Slots]
+    era: bytes
+
+
 # The era of a router that does not hear the others, which is none of Redis'.
 _UNKNOWN = b""
 
@@ -100,6 +113,7 @@ class LocationCache:
         self._timeout_s = settings.redis_timeout_s
         self._redis = _connect(settings)
         self._write = self._redis.register_script(_WRITE) if self._redis is not None else None
+        self._keeping = Gathering("tell Redis together", self._keep_alone, self._keep_together)
         self.breaker = logged("Redis", CACHE)
         self._of_memory, self._of_redis = CacheLayer("memory"), CacheLayer("redis")
 
@@ -255,14 +269,42 @@ class LocationCache:
             self._memory[memory_id] = slots
 
     async def _keep(self, entries: Mapping[str, Slots], since: Moment) -> dict[str, Slots]:
-        """Writes entries to Redis, if nothing was erased `since`; what each was before, as far as Redis says."""
+        """Writes entries to Redis, if nothing was erased `since`; what each was before, as far as Redis says.
+
+        Of a few entries, together with those of others who come at the same time: an exchange with Redis costs this
+        process more than Redis itself.
+        """
         if not entries or self._write is None:
             return {}
-        keys = [self._era_key, *map(_key, entries)]
-        arguments: list[Any] = [since.era, self._ttl_s, *map(render, entries.values())]
+        wanted = _Kept(entries, since.era)
+        if len(entries) > _FEW_KEYS:
+            return await self._keep_alone(wanted)
+        return await self._keeping.serve(wanted, Deadline.after(self._timeout_s))
+
+    async def _keep_alone(self, wanted: "_Kept", _: Deadline | None = None) -> dict[str, Slots]:
+        (before,) = await self._keep_together([wanted])
+        return before or {}
+
+    async def _keep_together(
+        self, wanted: Sequence["_Kept"], _: Deadline | None = None
+    ) -> list[dict[str, Slots] | None]:
+        """Of those that are of the first one's era, what each entry was before; None for the others."""
+        era = wanted[0].era
+        together = [(memory_id, slots) for one in wanted if one.era == era for memory_id, slots in one.entries.items()]
+        keys = [self._era_key, *(_key(memory_id) for memory_id, _ in together)]
+        arguments: list[Any] = [era, self._ttl_s, *(render(slots) for _, slots in together)]
         write = self._write
+        assert write is not None
         replies = await self._ask(lambda _: write(keys=keys, args=arguments))
-        return dict(zip(entries, map(parse, replies), strict=True)) if isinstance(replies, list) else {}
+        before = map(parse, replies) if isinstance(replies, list) else None
+        return [
+            None
+            if one.era != era
+            else dict(zip(one.entries, islice(before, len(one.entries)), strict=True))
+            if before is not None
+            else {}
+            for one in wanted
+        ]
 
     async def _ask(self, command: Callable[[Redis], Awaitable[object]]) -> object:
         """Redis' reply, None to what it refuses, or _SILENCE when there is no Redis, or it failed, or its breaker is

@@ -52,6 +52,7 @@ async def search(
         filter=request.filter if request.HasField("filter") else None,
     )
     slot = parts.placement.user_slot(user_id) if user_id else None
+    question.index_suffices = bool(user_id) and _index_suffices(parts, slot)
     if slot is not None:
         answered = await parts.dispatch.read(slot, SEARCH, question, consistency, deadline)
         answers, origin = [answered.answer], answered.origin
@@ -68,11 +69,24 @@ async def search(
             return recent
     if unembedded := sum(answer.unembedded for answer in answers):
         add_trailer(UNEMBEDDED_TRAILER, str(unembedded))
-    return pb.SearchMemoriesResponse(
-        results=merge([answer.results for answer in answers], window),
+    response = pb.SearchMemoriesResponse(
         score_kind=pb.SCORE_KIND_TEXT_RANK if query.words else pb.SCORE_KIND_COSINE,
         report=report(parts.levels, origin, fallback=query.fallback),
     )
+    if len(answers) > 1:
+        response.results.extend(merge([answer.results for answer in answers], window))
+    elif window.offset:
+        response.results.extend(answers[0].results[window.offset :])
+    else:
+        # One shard's answer is in order already, and copied as a whole.
+        response.results.MergeFrom(answers[0].results)
+    return response
+
+
+def _index_suffices(parts: Parts, slot: int | None) -> bool:
+    """Whether a level has a large user's index answer, though an exact search was possible."""
+    shard_id = parts.dispatch.owner(slot).shard_id if slot is not None else CLUSTER
+    return parts.levels.effects(shard_id).index_instead_of_exact
 
 
 async def _most_recent(

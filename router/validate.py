@@ -45,6 +45,9 @@ _TIMESTAMP_SECONDS = range(-62_135_596_800, 253_402_300_800)
 # pgvector sums squares in float32, where those of lengths beyond about 1e-19 and 1e19 vanish or overflow: without an
 # error, [1e20, 1e20] scores 0 against [1, 2]. Half precision cannot get that far.
 _SINGLE_LENGTHS = (1e-15, 1e18)
+# Rounded to the nearest half (IEEE 754 binary16, ties to even), from here on a number is infinite, and up to here zero.
+_HALF_OVERFLOWS = 65520.0
+_HALF_VANISHES = 2.0**-25
 
 bad = InvalidArgument.field
 
@@ -204,16 +207,16 @@ def embedding(values: Sequence[float], cluster: Cluster, field: str) -> None:
     if len(values) != cluster.dimensions:
         raise bad(field, "WRONG_DIMENSION", f"has {len(values)} numbers; this cluster's have {cluster.dimensions}")
     array = np.array(values, dtype=np.float32)
-    if not np.isfinite(array).all():
+    # One look at all numbers says everything: it is NaN if any of them is.
+    greatest = float(np.abs(array).max())
+    if not math.isfinite(greatest):
         raise bad(field, "NOT_FINITE", "has a NaN or infinite number")
-    if not array.any():
+    if not greatest:
         raise bad(field, "ZERO_VECTOR", "is all zeros, which has no direction to compare")
     if cluster.precision is Precision.HALF:
-        with np.errstate(over="ignore"):
-            rounded = array.astype(np.float16)
-        if not np.isfinite(rounded).all():
+        if greatest >= _HALF_OVERFLOWS:
             raise bad(field, "OUT_OF_RANGE", "has a number beyond ±65504, the range of half precision")
-        if not rounded.any():
+        if greatest <= _HALF_VANISHES:
             raise bad(field, "ZERO_VECTOR", "is all zeros once rounded to half precision")
     else:
         low, high = _SINGLE_LENGTHS

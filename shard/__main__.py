@@ -20,6 +20,8 @@ from shard.disk import Disk
 from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
 from shard.figures import FiguresWatch
+from shard.large_users.keeper import Keeper
+from shard.large_users.known import OwnIndexes
 from shard.metrics import ShardMetrics
 from shard.primary import Newest, Primary
 from shard.purge import Retention
@@ -37,7 +39,8 @@ async def main(settings: ShardSettings) -> None:
     """Settles who it is, serves until SIGTERM, and lets writes under way end before the pool closes."""
     newest = Newest()
     primary = Primary(settings.database_dsn.get_secret_value(), newest)
-    owner = Primary((settings.migration_dsn or settings.database_dsn).get_secret_value(), newest)
+    owner_dsn = (settings.migration_dsn or settings.database_dsn).get_secret_value()
+    owner = Primary(owner_dsn, newest)
     known = await identity.settle(settings, owner, primary)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(exporting("shard", settings))
@@ -60,7 +63,10 @@ async def main(settings: ShardSettings) -> None:
         primary.on_change(durability.set_local)
         keeper = SyncKeeper(settings, owner, durability)
         disk = Disk(settings.data_path)
-        servicer = ShardServicer(settings, known, database, commits, durability, queue, disk)
+        own_indexes = OwnIndexes(database)
+        # It looks for the primary itself: once a look, and not with the sync set's keeper.
+        large_users = Keeper(settings, known, Primary(owner_dsn, newest), own_indexes)
+        servicer = ShardServicer(settings, known, database, commits, durability, queue, disk, large_users)
         server = lifecycle.Server(
             settings,
             [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission())],
@@ -69,7 +75,7 @@ async def main(settings: ShardSettings) -> None:
             tombstone_s=settings.tombstone_ttl_s, version_s=max(settings.version_ttl_s, settings.tombstone_ttl_s)
         )
         figures = FiguresWatch(database)
-        metrics = ShardMetrics(settings.shard_id, database, commits, durability, primary, disk, figures)
+        metrics = ShardMetrics(settings.shard_id, database, commits, durability, primary, disk, figures, own_indexes)
         await stack.enter_async_context(Exposition(settings, [metrics.look]))
         await server.start()
         await server.run_until_stopped(
@@ -81,6 +87,8 @@ async def main(settings: ShardSettings) -> None:
                 queue.run,
                 disk.run,
                 figures.run,
+                own_indexes.run,
+                large_users.run,
                 *([keeper.run] if settings.sync_set == "managed" else []),
             ]
         )

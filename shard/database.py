@@ -132,7 +132,9 @@ class Database:
             await self._release(connection, finished=True)
 
     async def _lend(self, deadline: Deadline) -> "PoolConnectionProxy[asyncpg.Record]":
-        connection = await self._pool.acquire(timeout=deadline.remaining_s())
+        # Not the pool's own timeout, which takes a task for each connection that is lent.
+        async with deadline.bound():
+            connection = await self._pool.acquire()
         self._lent.add(connection)
         try:
             timed: Any = connection  # The pool's proxy has the methods of what it was told to make.

@@ -58,7 +58,8 @@ GROUP BY gaps ORDER BY first
 # format's %I quotes the role's name; the statements are made by the server from a parameter. Who owns which slot, and
 # what the schema is, the serving role can only read.
 _GRANTS = """
-SELECT format('GRANT SELECT ON identity, owned_slots, departures TO %1$I; GRANT UPDATE (held) ON owned_slots TO %1$I;
+SELECT format('GRANT SELECT ON identity, owned_slots, departures, own_indexes TO %1$I;
+               GRANT UPDATE (held) ON owned_slots TO %1$I;
                GRANT SELECT, INSERT, UPDATE, DELETE
                ON memories, memory_versions, applied_requests, request_claims, claims, erasures, erased_ids TO %1$I;
                GRANT SELECT, INSERT, UPDATE ON heartbeats TO %1$I', $1::text)

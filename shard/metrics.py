@@ -11,6 +11,7 @@ from shard.database import Database
 from shard.disk import Disk
 from shard.durability import Durability
 from shard.figures import FiguresWatch
+from shard.large_users.known import OwnIndexes
 from shard.primary import Primary
 
 
@@ -25,6 +26,7 @@ class ShardMetrics:
     primary: Primary
     disk: Disk
     figures: FiguresWatch
+    own_indexes: OwnIndexes
 
     def look(self) -> Iterable[Metric]:
         """All of it."""
@@ -40,6 +42,7 @@ class ShardMetrics:
                 "Memories that wait for their embedding, 10,000 at most.",
                 figures.waiting_for_embedding,
             )
+        yield of_own_indexes(self.shard_id, self.own_indexes)
         if (room := self.disk.room).size_bytes:
             yield self._of("memory_disk_size_bytes", "Size of the file system with the data.", room.size_bytes)
             yield self._of("memory_disk_free_bytes", "What is free of it.", room.free_bytes)
@@ -57,6 +60,18 @@ def of_sync_set(shard_id: str, durability: Durability) -> Iterable[Metric]:
             "Standbys of which commits wait for a quorum.",
             len(durability.members),
         )
+
+
+def of_own_indexes(shard_id: str, own_indexes: OwnIndexes) -> Metric:
+    """The large users' own indexes that can be used, of a shard or of a replica."""
+    family = GaugeMetricFamily(
+        "memory_own_indexes",
+        "Large users' own indexes: proven as good as an exact search, or for the level reduced alone.",
+        labels=["shard", "use"],
+    )
+    family.add_metric([shard_id, "proven"], own_indexes.proven)
+    family.add_metric([shard_id, "reduced"], own_indexes.count - own_indexes.proven)
+    return family
 
 
 def of_pool(shard_id: str, database: Database) -> Iterable[Metric]:

@@ -12,6 +12,8 @@ from common.slots import SLOT_COUNT
 from memshard.internal.v1 import shard_pb2
 from shard import claims, identity, reads
 from shard.identity import Identity
+from shard.large_users import searching
+from shard.large_users.known import OwnIndexes
 from shard.ownership import NotOwnedError
 from shard.refusal import refusal
 
@@ -28,8 +30,9 @@ def admission() -> Admission:
 class ReadServicer(ABC):
     """The reading side of memshard.internal.v1.ShardService."""
 
-    def __init__(self, known: Identity, page_bytes: int) -> None:
+    def __init__(self, known: Identity, page_bytes: int, own_indexes: OwnIndexes) -> None:
         self._identity = known
+        self._own_indexes = own_indexes
         self._page_bytes = page_bytes
 
     @abstractmethod
@@ -74,7 +77,9 @@ class ReadServicer(ABC):
     async def Search(self, request: shard_pb2.SearchRequest, deadline: Deadline) -> shard_pb2.SearchResponse:
         self._check_route(request.route)
         self._check_dimensions(len(request.embedding))
-        return await self._read(request.route, lambda c: reads.search(c, self._identity, request), deadline)
+        return await self._read(
+            request.route, lambda c: searching.search(c, self._identity, request, self._own_indexes), deadline
+        )
 
     async def _read(self, route: shard_pb2.Route, read: Read[T], deadline: Deadline) -> T:
         async def checked(connection: Connection) -> T:

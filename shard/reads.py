@@ -17,7 +17,15 @@ from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from shard.filters import compile_filter
 from shard.identity import Identity
-from shard.rows import COLUMNS, KEPT_COLUMNS, from_microseconds, to_memory, to_microseconds, to_vector
+from shard.rows import (
+    COLUMNS,
+    KEPT_COLUMNS,
+    fill_memory,
+    from_microseconds,
+    to_memory,
+    to_microseconds,
+    to_vector,
+)
 from shard.schema import words_of
 
 _LIVE = "deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())"
@@ -39,6 +47,8 @@ WITH asked AS MATERIALIZED (
 SELECT (SELECT served FROM owned) AS served, {beside}, found.* FROM (VALUES (1)) AS one
 LEFT JOIN LATERAL ({found}) AS found ON true
 """
+_SIMILARITY = "(1 - (embedding <=> {vector}))::real"
+_UNEMBEDDED = f"(SELECT count(*) FROM memories WHERE {{whose}} AND embedding IS NULL AND {_LIVE})"  # noqa: S608
 # Any word of the query, as PostgreSQL's parser and dictionaries see them; no word at all matches nothing.
 _ANY_WORD = """(SELECT string_agg(quote_literal(lexeme), ' | ')::tsquery
                 FROM (SELECT lexeme FROM unnest(tsvector_to_array(to_tsvector({language}::regconfig, {text})))
@@ -92,8 +102,8 @@ async def list_page(connection: Connection, request: shard_pb2.ListRequest, page
             if len(page.memories) == request.page_size or size > page_bytes:
                 page.next.CopyFrom(shard_pb2.ListPosition(create_time_us=to_microseconds(after[0]), id=after[1]))
                 return page
-            memory = to_memory(row, include_embedding=request.include_embedding)
-            page.memories.append(memory)
+            memory = page.memories.add()
+            fill_memory(memory, row, include_embedding=request.include_embedding)
             size += memory.ByteSize()
             after = (row["create_time"], row["id"].bytes)
         if len(rows) < wanted:
@@ -122,7 +132,7 @@ async def list_versions(
     )
     page = shard_pb2.ListVersionsResponse()
     for row in rows[: request.page_size]:
-        page.versions.append(to_memory(row))
+        fill_memory(page.versions.add(), row)
         if page.ByteSize() > page_bytes:
             break
     page.more = len(rows) > len(page.versions)
@@ -134,12 +144,12 @@ async def search(
 ) -> shard_pb2.SearchResponse:
     """The k best memories, best first; ties by id, then user. By cosine similarity, or by how well words match.
 
-    Exact by construction: no index holds embeddings, so the ORDER BY sees every row that is asked for.
+    Exact by construction: no index has the order of an expression, so the ORDER BY sees every row that is asked for.
     """
     question = _Question(request.route.ranges, request.user_id)
     if request.embedding:
         vector = question.add(to_vector(request.embedding, identity.precision))
-        score, matches = f"(1 - (embedding <=> {vector}))::real", "embedding IS NOT NULL"
+        score, matches = _SIMILARITY.format(vector=vector), "embedding IS NOT NULL"
     else:
         words = _ANY_WORD.format(
             language=question.add(identity.text_language),
@@ -154,13 +164,52 @@ async def search(
         connection,
         f"SELECT {_columns(request.include_embedding)}, {score} AS score FROM memories "  # noqa: S608
         f"WHERE {' AND '.join(conditions)} ORDER BY score DESC, id, user_id LIMIT {question.add(request.k)}",
-        f"(SELECT count(*) FROM memories WHERE {question.whose} AND embedding IS NULL AND {_LIVE})",  # noqa: S608
+        _UNEMBEDDED.format(whose=question.whose),
     )
-    results = [
-        pb.ScoredMemory(memory=to_memory(row, include_embedding=request.include_embedding), score=row["score"])
-        for row in rows
-    ]
-    return shard_pb2.SearchResponse(results=results, unembedded=unembedded)
+    return _found(request, rows, unembedded)
+
+
+async def search_index(
+    connection: Connection,
+    identity: Identity,
+    request: shard_pb2.SearchRequest,
+    key: int,
+    *,
+    candidates: int,
+    effort: int,
+) -> shard_pb2.SearchResponse | None:
+    """The k best of the `candidates` nearest by the user's own index, with `key` in its predicate; None when fewer than
+    k pass the filter, which does not mean that there are no more.
+
+    Without the index the answer is the same, and takes as long as an exact one.
+    """
+    question = _Question(request.route.ranges, request.user_id)
+    vector = question.add(to_vector(request.embedding, identity.precision))
+    given = [question.add(value) for value in (request.user_id, key, candidates, effort)]
+    nearest = "own_index_nearest({}, {}, {vector}, {}, {})".format(*given, vector=vector)
+    rows, unembedded = await question.ask_beside(
+        connection,
+        f"SELECT {_columns(request.include_embedding)}, {_SIMILARITY.format(vector=vector)} AS score "  # noqa: S608
+        f"FROM {nearest} AS memories WHERE {question.whose} AND {question.filter(request.filter)} "
+        f"ORDER BY score DESC, id, user_id LIMIT {question.add(request.k)}",
+        _UNEMBEDDED.format(whose=question.whose),
+    )
+    if len(rows) < request.k:
+        return None
+    if request.HasField("min_score"):
+        rows = [row for row in rows if row["score"] >= request.min_score]
+    return _found(request, rows, unembedded)
+
+
+def _found(
+    request: shard_pb2.SearchRequest, rows: Sequence[asyncpg.Record], unembedded: int
+) -> shard_pb2.SearchResponse:
+    response = shard_pb2.SearchResponse(unembedded=unembedded)
+    for row in rows:
+        result = response.results.add()
+        fill_memory(result.memory, row, include_embedding=request.include_embedding)
+        result.score = row["score"]
+    return response
 
 
 def slot_count(ranges: Ranges) -> int:

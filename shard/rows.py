@@ -25,33 +25,38 @@ create_time, update_time, expire_time, version
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_DAY_S = 86_400
 _LATEST = datetime.max.replace(tzinfo=UTC) - _MICROSECOND
 
 
 def to_memory(row: asyncpg.Record, *, include_embedding: bool = False) -> pb.Memory:
     """A row with COLUMNS, and `embedding` when it is wanted, as a message."""
-    memory = pb.Memory(
-        id=str(row["id"]),
-        user_id=row["user_id"],
-        agent_id=row["agent_id"],
-        session_id=row["session_id"],
-        type=row["type"],
-        content=row["content"],
-        importance=row["importance"],
-        embedding_model=row["embedding_model"],
-        embedding_state=pb.EMBEDDING_STATE_PENDING if row["pending"] else pb.EMBEDDING_STATE_READY,
-        create_time=to_timestamp(row["create_time"]),
-        update_time=to_timestamp(row["update_time"]),
-        version=row["version"],
-    )
+    memory = pb.Memory()
+    fill_memory(memory, row, include_embedding=include_embedding)
+    return memory
+
+
+def fill_memory(memory: pb.Memory, row: asyncpg.Record, *, include_embedding: bool = False) -> None:
+    """The same into an empty message, such as a new element of an answer: made there, none has to be copied."""
+    memory.id = str(row["id"])
+    memory.user_id = row["user_id"]
+    memory.agent_id = row["agent_id"]
+    memory.session_id = row["session_id"]
+    memory.type = row["type"]
+    memory.content = row["content"]
+    memory.importance = row["importance"]
+    memory.embedding_model = row["embedding_model"]
+    memory.embedding_state = pb.EMBEDDING_STATE_PENDING if row["pending"] else pb.EMBEDDING_STATE_READY
+    set_timestamp(memory.create_time, row["create_time"])
+    set_timestamp(memory.update_time, row["update_time"])
+    memory.version = row["version"]
     if row["metadata"] != "{}":
         memory.metadata.update(json.loads(row["metadata"]))
     if row["expire_time"] is not None:
-        memory.expire_time.CopyFrom(to_timestamp(row["expire_time"]))
+        set_timestamp(memory.expire_time, row["expire_time"])
     if include_embedding and row["embedding"] is not None:
         # `.tolist()`, because protobuf fills a repeated field from an array ten times more slowly.
         memory.embedding.extend(row["embedding"].to_numpy().astype(np.float32).tolist())
-    return memory
 
 
 def to_vector(embedding: Any, precision: Precision) -> HalfVector | Vector:
@@ -68,8 +73,15 @@ def to_json(metadata: struct_pb2.Struct) -> str:
 def to_timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
     """An aware datetime as a message, exact to the microsecond."""
     timestamp = timestamp_pb2.Timestamp()
-    timestamp.FromMicroseconds(to_microseconds(moment))
+    set_timestamp(timestamp, moment)
     return timestamp
+
+
+def set_timestamp(timestamp: timestamp_pb2.Timestamp, moment: datetime) -> None:
+    """The same into an existing message."""
+    since = (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)) - _EPOCH
+    timestamp.seconds = since.days * _DAY_S + since.seconds
+    timestamp.nanos = since.microseconds * 1000
 
 
 def to_microseconds(moment: datetime) -> int:

@@ -23,6 +23,10 @@ CREATE INDEX memories_of_user ON memories (user_id, create_time DESC, id DESC) W
 """
 
 
+USER_KEY = "hashtextextended(user_id, 0)"
+"""What the predicate of a large user's own index knows the user by (docs/decisions/0018-large-users.md)."""
+
+
 def words_of(text: str) -> str:
     """The SQL expression whose words are searched, for a text expression of ours.
 
@@ -107,6 +111,34 @@ _MOVES = Migration(
 )
 
 
+# The indexes that large users have of their own (shard/large_users). They are of this database alone: nothing of this
+# moves with a slot.
+_OWN_INDEXES = """
+CREATE TABLE own_indexes (
+    name text COLLATE "C" PRIMARY KEY,
+    key bigint NOT NULL UNIQUE,
+    user_hash bytea NOT NULL,
+    -- The one slot of the user's memories; NULL where they are in many.
+    slot int,
+    -- With what hnsw.ef_search few and many results are what an exact search finds. NULL: with none, or not known.
+    ef_few int,
+    ef_many int,
+    measured_rows bigint
+);
+"""
+NEAREST_IN_INDEX = f"""
+SELECT * FROM memories
+WHERE user_id = for_user AND {USER_KEY} = for_key AND embedding IS NOT NULL AND deleted_at IS NULL
+    AND (expire_time IS NULL OR expire_time > now())
+ORDER BY embedding <=> query LIMIT candidates
+"""  # noqa: S608
+"""What `own_index_nearest` asks, with its parameters by name."""
+INDEX_SETTINGS = {"plan_cache_mode": "force_custom_plan", "enable_sort": "off", "jit": "off"}
+"""What it asks it with. Only a plan for these very values can use the index, and only without the alternative is it
+used for a user whom statistics do not know. PostgreSQL up to 17 counts what is switched off as so dear that it would
+compile the statement (jit)."""
+
+
 class Shape(Protocol):
     """What of a shard's identity its tables depend on."""
 
@@ -125,7 +157,7 @@ def migrations(shape: Shape) -> tuple[Migration, ...]:
 
     Numbers and names of this module and the shape go into these statements; nothing from outside does.
     """
-    return _memories(shape), _whole_api(shape), _ACROSS_SLOTS, _HEARTBEATS, _MOVES
+    return _memories(shape), _whole_api(shape), _ACROSS_SLOTS, _HEARTBEATS, _MOVES, _own_indexes(shape)
 
 
 def _memories(shape: Shape) -> Migration:
@@ -194,6 +226,29 @@ def _memories(shape: Shape) -> Migration:
         );
         CREATE INDEX applied_requests_by_age ON applied_requests (applied_at);
         """,  # noqa: S608  # The numbers and names from above.
+    )
+
+
+def _own_indexes(shape: Shape) -> Migration:
+    settings = " ".join(f"SET {name} = {value}" for name, value in INDEX_SETTINGS.items())
+    return Migration(
+        6,
+        "large users' own indexes",
+        f"""
+        {_OWN_INDEXES}
+        -- The memories of a user nearest to `query` by the user's own index; without it the same by sorting. STABLE: it
+        -- sees what the statement sees that it is part of. The other two settings concern nothing but such indexes, and
+        -- last until the end of the transaction.
+        CREATE FUNCTION own_index_nearest(
+            for_user text, for_key bigint, query {VECTOR_TYPE[shape.precision]}, candidates int, effort int
+        ) RETURNS SETOF memories LANGUAGE plpgsql STABLE ROWS 10 {settings} AS $body$
+        BEGIN
+            PERFORM set_config('hnsw.ef_search', effort::text, true),
+                    set_config('hnsw.iterative_scan', 'strict_order', true);
+            RETURN QUERY {NEAREST_IN_INDEX};
+        END
+        $body$;
+        """,
     )
 
 

@@ -9,6 +9,7 @@ from common import logs
 from common.config import ShardSettings
 from common.deadline import Deadline
 from common.errors import MemshardError, Unavailable, WrongShard
+from common.gathering import Gathering
 from common.postgres import Connection
 from common.status import to_status
 from memshard.internal.v1 import shard_pb2
@@ -20,6 +21,7 @@ from shard.disk import Disk
 from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
 from shard.identity import Identity
+from shard.large_users.keeper import Keeper
 from shard.ownership import NotOwnedError
 from shard.position import read_position
 from shard.primary import timeline_of
@@ -57,25 +59,49 @@ class ShardServicer(ReadServicer):
         durability: Durability,
         queue: EmbeddingQueue,
         disk: Disk,
+        keeper: Keeper,
     ) -> None:
-        super().__init__(known, settings.page_bytes)
+        super().__init__(known, settings.page_bytes, keeper.known)
+        self._keeper = keeper
         self._database = database
         self._durability = durability
         self._writes = Writes(database, commits, durability)
         self._queue = queue
         self._disk = disk
+        self._stores = Gathering("store together", self._store_alone, self._store_together)
 
     async def Store(self, request: shard_pb2.StoreRequest, deadline: Deadline) -> shard_pb2.StoreResponse:
-        slot = self._slot(request.route)
+        self._slot(request.route)
         self._check_embedding(request.memory)
+        return await self._stores.serve(request, deadline)
 
+    async def _store_alone(self, request: shard_pb2.StoreRequest, deadline: Deadline) -> shard_pb2.StoreResponse:
         async def write(connection: Connection) -> tuple[shard_pb2.StoreResponse, bool]:
+            slot = request.route.ranges[0].first
             stored = await store.store(connection, self._identity, slot, request.memory, request.digest)
             if not request.memory.embedding:
                 self._queue.wake()
             return shard_pb2.StoreResponse(memory=stored.memory, deleted=stored.deleted), stored.repeated
 
         return await self._receipted(write, request.route, deadline)
+
+    async def _store_together(
+        self, requests: Sequence[shard_pb2.StoreRequest], deadline: Deadline
+    ) -> list[shard_pb2.StoreResponse | None]:
+        """What of several requests can be stored in one statement, with one commit; None for each of the others."""
+        items = [
+            shard_pb2.StoreItem(slot=request.route.ranges[0].first, memory=request.memory, digest=request.digest)
+            for request in requests
+        ]
+
+        async def write(connection: Connection) -> tuple[list[store.Stored | None], bool]:
+            stored = await store.store_together(connection, self._identity, items)
+            if not all(item.memory.embedding for item in items):
+                self._queue.wake()
+            return stored, False
+
+        stored, commit = await self._writes.run(write, deadline, acknowledges=_stored)
+        return [one and shard_pb2.StoreResponse(memory=one.memory, commit=commit) for one in stored]
 
     async def StoreBatch(
         self, request: shard_pb2.StoreBatchRequest, deadline: Deadline
@@ -173,6 +199,7 @@ class ShardServicer(ReadServicer):
             return response, erased.repeated
 
         response = await self._receipted(write, request.route, deadline)
+        self._keeper.erased(request.user_id)
         # Of a repeated request as well: the first may have ended before they had.
         response.unconfirmed.extend(await standbys_behind(self._database, response.commit.lsn, deadline))
         return response
@@ -243,6 +270,10 @@ class ShardServicer(ReadServicer):
         if not any(isinstance(outcome, NotOwnedError) for outcome in outcomes):
             return None
         return await refusal(connection, self._identity, route.ranges)
+
+
+def _stored(outcomes: Sequence[store.Stored | None]) -> int:
+    return sum(outcome is not None for outcome in outcomes)
 
 
 def _item_error(outcome: MemshardError | NotOwnedError | None, refused: WrongShard | None) -> status_pb2.Status | None:

@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 # A change, wherever it is among the parts of a statement; a row lock is none.
 _CHANGE = re.compile(r"\b(?<!FOR )(INSERT INTO|UPDATE|DELETE FROM)\s+(?:ONLY\s+)?([a-z_]+)", re.IGNORECASE)
+_DEFINITION = re.compile(r"^\s*(CREATE|DROP) INDEX\b", re.IGNORECASE)
 _TABLE = re.compile(
     r"\bFROM (memories|memory_versions|claims|request_claims|applied_requests|owned_slots|heartbeats|erased_ids)\b",
     re.IGNORECASE,
@@ -34,6 +35,8 @@ def summary(statement: str) -> str:
     """Like `INSERT memories` (OpenTelemetry's db.query.summary); `SELECT` where no table says more."""
     if change := _CHANGE.search(statement):
         return f"{change[1].split()[0].upper()} {change[2].lower()}"
+    if definition := _DEFINITION.match(statement):
+        return f"{definition[1].upper()} INDEX"
     tables = [table.lower() for table in _TABLE.findall(statement)]
     # Nearly every statement asks for ownership as well as for what it is about.
     about = next((table for table in tables if table != _OWNERSHIP), tables[0] if tables else "")

@@ -19,7 +19,7 @@ from memshard.v1 import memory_pb2 as pb
 from shard.expiry import is_past, too_late
 from shard.identity import Identity
 from shard.ownership import NotOwnedError
-from shard.rows import COLUMNS, from_microseconds, to_json, to_memory, to_timestamp, to_vector
+from shard.rows import COLUMNS, from_microseconds, set_timestamp, to_json, to_memory, to_vector
 
 _STORE = """
 WITH own AS MATERIALIZED (
@@ -60,6 +60,27 @@ WITH items AS (
 )
 SELECT ARRAY(SELECT slot FROM own) AS owned,
        ARRAY(SELECT ROW(slot, user_id, id) FROM stored) AS stored
+"""
+# The same for memories that are new, whoever asked for them. A slot that is being handed over is passed by: it would
+# hold up all the others. What this does not store, for that or any other cause, is stored by itself.
+_STORE_TOGETHER = """
+WITH items AS (
+    SELECT * FROM unnest($1::int[], $2::text[], $3::uuid[], $4::bytea[], $5::text[], $6::text[], $7::smallint[],
+                         $8::real[], $9::text[], $10::jsonb[], $11::{vector}[], $12::text[],
+                         $13::timestamptz[])
+    AS item (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
+             embedding, embedding_model, expire_time)
+), own AS MATERIALIZED (
+    SELECT slot FROM owned_slots WHERE slot = ANY ($1::int[]) AND state = 'own' ORDER BY slot FOR SHARE SKIP LOCKED
+)
+INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
+                      embedding, embedding_model, expire_time)
+SELECT slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata, embedding,
+       embedding_model, expire_time
+FROM items JOIN own USING (slot) WHERE expire_time IS NULL OR expire_time > now()
+ORDER BY slot, user_id, id
+ON CONFLICT (slot, user_id, id) DO NOTHING
+RETURNING slot, user_id, id, create_time, update_time, version
 """
 _FIND_DIGESTS = """
 SELECT memories.slot, memories.user_id, memories.id, digest, deleted_at
@@ -148,6 +169,24 @@ async def store_many(
     return [outcomes[number] for number in range(len(items))], repeated
 
 
+async def store_together(
+    connection: Connection, identity: Identity, items: Sequence[shard_pb2.StoreItem]
+) -> list[Stored | None]:
+    """Stores those of several unrelated memories that are new, in one statement; None for each of the others."""
+    columns = zip(*(_row(item, identity) for item in items), strict=True)
+    statement = _STORE_TOGETHER.format(vector=identity.vector_type)
+    rows = await connection.fetch(statement, *(list(column) for column in columns))
+    stored = {(row["slot"], row["user_id"], str(row["id"])): row for row in rows}
+    # Of two with one id it cannot be told which of them was stored.
+    times = Counter(map(_key, items))
+    return [
+        Stored(_as_stored(item.memory, stored[key]), deleted=False, repeated=False)
+        if (key := _key(item)) in stored and times[key] == 1
+        else None
+        for item in items
+    ]
+
+
 async def _digests(connection: Connection, keys: Sequence[_Key]) -> dict[_Key, tuple[bytes, datetime | None]]:
     if not keys:
         return {}
@@ -182,7 +221,7 @@ def _values(memory: pb.Memory, digest: bytes, identity: Identity) -> tuple[Any, 
         memory.type,
         memory.importance,
         memory.content,
-        to_json(memory.metadata),
+        to_json(memory.metadata) if memory.metadata.fields else "{}",
         to_vector(memory.embedding, identity.precision) if memory.embedding else None,
         memory.embedding_model,
         from_microseconds(memory.expire_time.ToMicroseconds()) if memory.HasField("expire_time") else None,
@@ -190,13 +229,26 @@ def _values(memory: pb.Memory, digest: bytes, identity: Identity) -> tuple[Any, 
 
 
 def _as_stored(memory: pb.Memory, row: asyncpg.Record) -> pb.Memory:
-    stored = pb.Memory()
-    stored.CopyFrom(memory)
-    stored.embedding_state = pb.EMBEDDING_STATE_READY if memory.embedding else pb.EMBEDDING_STATE_PENDING
-    stored.ClearField("embedding")
-    stored.create_time.CopyFrom(to_timestamp(row["create_time"]))
-    stored.update_time.CopyFrom(to_timestamp(row["update_time"]))
-    stored.version = row["version"]
+    # Field by field: a copy would carry the embedding along, only to have it cleared.
+    stored = pb.Memory(
+        id=memory.id,
+        user_id=memory.user_id,
+        agent_id=memory.agent_id,
+        session_id=memory.session_id,
+        type=memory.type,
+        content=memory.content,
+        embedding_model=memory.embedding_model,
+        embedding_state=pb.EMBEDDING_STATE_READY if memory.embedding else pb.EMBEDDING_STATE_PENDING,
+        version=row["version"],
+    )
+    if memory.HasField("importance"):
+        stored.importance = memory.importance
+    if memory.HasField("metadata"):
+        stored.metadata.CopyFrom(memory.metadata)
+    if memory.HasField("expire_time"):
+        stored.expire_time.CopyFrom(memory.expire_time)
+    set_timestamp(stored.create_time, row["create_time"])
+    set_timestamp(stored.update_time, row["update_time"])
     return stored
 
 

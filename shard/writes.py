@@ -29,6 +29,10 @@ Write: TypeAlias = Callable[[Connection], Awaitable[tuple[T, bool]]]
 _BARRIER = "SELECT pg_logical_emit_message(true, 'memshard', '')"
 
 
+def _one(_: object) -> int:
+    return 1
+
+
 class Writes:
     """Runs the shard's writes."""
 
@@ -37,8 +41,12 @@ class Writes:
         self._commits = commits
         self._durability = durability
 
-    async def run(self, write: Write[T], deadline: Deadline) -> tuple[T, shard_pb2.Commit]:
+    async def run(
+        self, write: Write[T], deadline: Deadline, acknowledges: Callable[[T], int] = _one
+    ) -> tuple[T, shard_pb2.Commit]:
         """What `write` answers, and the receipt. When the caller leaves, the write goes on without it.
+
+        `acknowledges` says how many requests' writes an answer is of.
 
         Raises Unavailable, OutcomeUnknown, and what `write` does.
         """
@@ -54,7 +62,7 @@ class Writes:
                     await connection.execute(_BARRIER)
                 here = await read_position(connection)
             durability = self._durability.of_commit(begun, here, before)
-            _ACKNOWLEDGED[durability].inc()
+            _ACKNOWLEDGED[durability].inc(acknowledges(answer))
             return answer, shard_pb2.Commit(timeline=here.timeline, lsn=here.lsn, durability=durability)
 
         # From here on the caller may leave, and the write goes on. Nothing is awaited between the two.

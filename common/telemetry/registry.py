@@ -103,6 +103,24 @@ STATEMENTS = Histogram(
     buckets=LATENCY_BUCKETS_S,
     registry=REGISTRY,
 )
+OWN_INDEX_SEARCHES = Counter(
+    "memory_own_index_searches",
+    "Searches by meaning of users with an index of their own, by how they were answered: index, or exact.",
+    ("answered",),
+    registry=REGISTRY,
+)
+OWN_INDEX_BUILDS = Counter(
+    "memory_own_index_builds",
+    "Large users' own indexes, by what became of making them: made, or failed.",
+    ("outcome",),
+    registry=REGISTRY,
+)
+OWN_INDEX_BUILD_DURATION = Histogram(
+    "memory_own_index_build_duration_seconds",
+    "How long making a large user's own index took.",
+    buckets=(1, 5, 15, 60, 300, 900, 3600),
+    registry=REGISTRY,
+)
 WRITES = Counter(
     "memory_writes_acknowledged", "Writes acknowledged, by what their receipt promises.", ("durability",),
     registry=REGISTRY,

@@ -4,6 +4,7 @@ import asyncio
 import time
 
 from common.moves import Step
+from shard.large_users import indexes
 from shard.moving.cleanup import remove_rows
 from shard.moving.moving import Comparison, MoveError, Moving
 from shard.moving.streams import Stream, StreamError
@@ -13,6 +14,8 @@ from shard.moving.verify import Verifier, count, merged
 
 _POLL_S = 0.1
 _TELL_INTERVAL_S = 0.5
+# The target's service may be at work on an index of its own.
+_INDEX_PATIENCE_S = 600.0
 # A copy that fails is begun again by PostgreSQL, for ever.
 _MAX_ERRORS = 5
 # What the taker may be behind, before it is compared with the giver.
@@ -69,6 +72,13 @@ async def copy(moving: Moving) -> None:
             raise StreamError(f"the copy fails again and again; the log of {moving.target.shard_id}'s server says why")
         await asyncio.sleep(_POLL_S)
     moving.copied = sum(total.values())
+    # Large users' indexes are there before the users are; what comes meanwhile is replicated all the same.
+    source, target, move = moving.source, moving.target, moving.move
+    made = await indexes.follow(
+        source.connection, target.connection, target.identity, move.first, move.last, patience_s=_INDEX_PATIENCE_S
+    )
+    if made:
+        moving.told(indexes=made)
     await moving.advance(Step.VERIFYING)
 
 

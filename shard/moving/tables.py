@@ -18,7 +18,7 @@ MOVED = (
     "erased_ids",
 )
 MARKS = "move_marks"
-STAYING = ("identity", "owned_slots", "departures", "heartbeats", "schema_migrations")
+STAYING = ("identity", "owned_slots", "departures", "heartbeats", "own_indexes", "schema_migrations")
 
 # Generated columns are not replicated: each side makes its own.
 _COLUMNS = """

@@ -32,6 +32,7 @@ from router.shards import Q, R, Rpc, Shards
 from router.topology_watch import TopologyWatch
 from tests.support.cluster import LocalCluster, free_port
 from tests.support.eventually import eventually
+from tests.support.metrics import families_of
 from tests.support.wire import store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
@@ -106,8 +107,26 @@ async def era(redis: Redis, topology: Topology) -> bytes:
     return bytes(await eventually(found))
 
 
+async def _uses_redis(cluster: LocalCluster) -> bool:
+    """Whether the cluster's router does at this moment: not while it takes Redis for slow, as after a crowd."""
+    families = await families_of(cluster, "router-0")
+    states = {s.labels["name"]: s.value for s in families["circuit_breaker_state"].samples}
+    believed = [s.value for s in families["memory_cache_believed"].samples]
+    return states["Redis"] == 0 and believed == [1]
+
+
 @pytest_asyncio.fixture
-async def memory_id(api: "MemoryServiceAsyncStub", user: str) -> str:
+async def memory_id(api: "MemoryServiceAsyncStub", cluster: LocalCluster, user: str) -> str:
+    """A memory that was stored while Redis was in use."""
+
+    async def in_use() -> bool:
+        if await _uses_redis(cluster):
+            return True
+        # A breaker closes when calls have shown that it may.
+        await api.StoreMemory(store_request(f"{user}-another", "of somebody else"))
+        return False
+
+    await eventually(in_use)
     return (await api.StoreMemory(store_request(user, "found by its id"))).memory.id
 
 
@@ -279,3 +298,39 @@ async def test_not_found_takes_every_shards_word_for_it(topology: Topology, memo
         with pytest.raises(Unavailable):
             await fresh.get(str(uuid.uuid4()))
         assert (await fresh.get(memory_id)).user_id == user  # Found elsewhere: an answer all the same.
+
+
+async def test_places_that_are_written_together_are_each_what_they_were(
+    cluster: LocalCluster, topology: Topology, redis: Redis, era: bytes
+) -> None:
+    async def scripts_run() -> int:
+        stats: Any = await redis.info("commandstats")
+        return int(stats["cmdstat_evalsha"]["calls"])
+
+    settings = RouterSettings(catalog_dsn="postgresql://unused", redis_url=cluster.redis_url())  # type: ignore[arg-type]
+    async with AsyncExitStack() as stack:
+        locations = LocationCache(settings, topology.cluster_id)
+        stack.push_async_callback(locations.close)
+        locations.hear_era(era)
+        ids, old = [new_id() for _ in range(200)], new_id()
+        await redis.set(f"loc:{old}", "7")
+        await locations.add(new_id(), 1, since=locations.moment())
+        before, since = await scripts_run(), locations.moment()
+        *told, others = await asyncio.gather(
+            *(locations.add(memory_id, number, since=since) for number, memory_id in enumerate(ids)),
+            locations.add(old, 9, since=since),
+        )
+        # One that somebody else has as well is told as that; the others are nobody else's.
+        assert (told, others) == ([False] * 200, True)
+        assert await redis.mget([f"loc:{memory_id}" for memory_id in ids]) == [b"%d" % n for n in range(200)]
+        assert await redis.get(f"loc:{old}") == b"7,9"
+        assert await scripts_run() - before < 50
+        # What began in another era is not written, whoever it comes together with.
+        locations.hear_era(b"another era")
+        late = [new_id() for _ in range(3)]
+        await asyncio.gather(
+            *(locations.add(memory_id, 1, since=locations.moment()) for memory_id in late),
+            *(locations.add(memory_id, 2, since=since) for memory_id in ids[:3]),
+        )
+        assert await redis.mget([f"loc:{memory_id}" for memory_id in late]) == [None] * 3
+        assert await redis.get(f"loc:{ids[0]}") is not None

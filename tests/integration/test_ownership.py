@@ -49,18 +49,20 @@ class Place:
     database: "asyncpg.Connection[asyncpg.Record]"
 
     def store(self, content: str = "fenced or not", **call: float) -> "grpc.aio.UnaryUnaryCall[object, object]":
-        request = shard_pb2.StoreRequest(
-            route=route(self.topology, self.shard, self.slot),
+        return self.stub.Store(self.request(self.user_id, content), **call)  # type: ignore[return-value, arg-type]
+
+    def request(self, user_id: str, content: str = "fenced or not") -> shard_pb2.StoreRequest:
+        return shard_pb2.StoreRequest(
+            route=route(self.topology, self.shard, user_slot(user_id)),
             memory=memory_pb2.Memory(
                 id=str(uuid.uuid4()),
-                user_id=self.user_id,
+                user_id=user_id,
                 content=content,
                 type=memory_pb2.MEMORY_TYPE_EPISODIC,
                 embedding=[0.1] * DIMENSIONS,
             ),
             digest=b"\0" * 32,
         )
-        return self.stub.Store(request, **call)  # type: ignore[return-value, arg-type]
 
     async def rows(self) -> int:
         count: int = await self.database.fetchval("SELECT count(*) FROM memories WHERE user_id = $1", self.user_id)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf import duration_pb2
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common.catalog import Precision
@@ -314,3 +314,24 @@ def test_argument_at_its_bounds_is_taken(call: Callable[[], object], expected: o
 def test_every_read_level_is_taken() -> None:
     for level in pb.ReadLevel.values():
         validate.read_options(pb.ReadOptions(level=level, max_staleness=duration_pb2.Duration(nanos=1)))
+
+
+@given(st.lists(st.floats(width=32), min_size=4, max_size=4), st.booleans())
+@example([65519.996, 0.0, 0.0, 0.0], True)
+@example([65520.0, 0.0, 0.0, 0.0], True)
+@example([-(2.0**-25), 0.0, 0.0, 0.0], True)
+@example([2.0**-25 * (1 + 2.0**-20), 0.0, 0.0, 0.0], True)
+@example([math.nan, math.inf, 1.0, 1.0], True)
+def test_an_embedding_is_refused_exactly_when_its_rounded_numbers_have_no_direction(
+    values: list[float], half: bool
+) -> None:
+    array = np.array(values, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        rounded = array.astype(np.float16) if half else array
+    usable = bool(np.isfinite(array).all() and np.isfinite(rounded).all() and rounded.any())
+    cluster = _HALF if half else _SINGLE
+    if usable and (half or 1e-15 < np.linalg.norm(array.astype(np.float64)) < 1e18):
+        validate.embedding(values, cluster, "embedding")
+    else:
+        with pytest.raises(InvalidArgument):
+            validate.embedding(values, cluster, "embedding")

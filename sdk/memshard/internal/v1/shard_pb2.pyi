@@ -471,6 +471,7 @@ class SearchRequest(_message.Message):
     INCLUDE_EMBEDDING_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     WORDS_FIELD_NUMBER: _builtins.int
+    INDEX_SUFFICES_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Empty: all users in the slots asked for."""
     k: _builtins.int
@@ -478,6 +479,8 @@ class SearchRequest(_message.Message):
     include_embedding: _builtins.bool
     words: _builtins.str
     """Any of them matches; empty for a search by embedding."""
+    index_suffices: _builtins.bool
+    """A large user's own index may answer, though its recall is not known to be enough."""
     @_builtins.property
     def route(self) -> Global___Route: ...
     @_builtins.property
@@ -499,10 +502,11 @@ class SearchRequest(_message.Message):
         include_embedding: _builtins.bool = ...,
         filter: _memory_pb2.Filter | None = ...,
         words: _builtins.str = ...,
+        index_suffices: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "filter", b"filter", "min_score", b"min_score", "route", b"route"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "embedding", b"embedding", "filter", b"filter", "include_embedding", b"include_embedding", "k", b"k", "min_score", b"min_score", "route", b"route", "user_id", b"user_id", "words", b"words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "embedding", b"embedding", "filter", b"filter", "include_embedding", b"include_embedding", "index_suffices", b"index_suffices", "k", b"k", "min_score", b"min_score", "route", b"route", "user_id", b"user_id", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_score: _TypeAlias = _typing.Literal["min_score"]  # noqa: Y015
     _WhichOneofArgType__min_score: _TypeAlias = _typing.Literal["_min_score", b"_min_score"]  # noqa: Y015

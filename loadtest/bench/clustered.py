@@ -1,0 +1,139 @@
+"""memshard: through router and shard, or through the shard's own service alone."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from common.slots import slot_of
+from loadtest.bench.contender import Endpoint, Row, Watch
+from loadtest.bench.workload import K, Vector
+from memshard import AsyncMemoryClient, Memory
+from memshard.internal.v1 import shard_pb2, shard_pb2_grpc
+from memshard.v1 import memory_pb2 as pb
+from memshard.v1 import memory_pb2_grpc
+
+if TYPE_CHECKING:
+    from memshard.internal.v1.shard_pb2_grpc import ShardServiceAsyncStub
+    from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
+
+BATCH = 500
+_TIMEOUT_S = 30.0
+_OPTIONS = [("grpc.max_receive_message_length", 64 * 1024 * 1024)]
+
+
+class Routed:
+    """The public API with its generated stubs, one channel for each worker."""
+
+    def __init__(self) -> None:
+        self.watch = Watch()
+
+    async def open(self, endpoint: Endpoint, callers: int, dimensions: int) -> None:
+        self._channel = grpc.aio.insecure_channel(endpoint["address"], options=_OPTIONS)
+        self._stub: MemoryServiceAsyncStub = memory_pb2_grpc.MemoryServiceStub(self._channel)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def search(self, caller: int, user: str, query: Vector) -> list[str]:
+        request = pb.SearchMemoriesRequest(user_id=user, embedding=query.tolist(), limit=K)
+        answer = await self._stub.SearchMemories(request, timeout=_TIMEOUT_S)
+        self._watch(answer.report.degradation_level)
+        return [result.memory.id for result in answer.results]
+
+    async def store(self, caller: int, row: Row) -> None:
+        answer = await self._stub.StoreMemory(pb.StoreMemoryRequest(memory=_memory(row)), timeout=_TIMEOUT_S)
+        self._watch(answer.receipt.degradation_level)
+
+    async def get(self, caller: int, user: str, memory_id: str) -> Any:
+        answer = await self._stub.GetMemory(pb.GetMemoryRequest(id=memory_id, user_id=user), timeout=_TIMEOUT_S)
+        self._watch(answer.report.degradation_level)
+        return answer.memory
+
+    async def bulk(self, caller: int, rows: Sequence[Row]) -> None:
+        for first in range(0, len(rows), BATCH):
+            memories = [_memory(row) for row in rows[first : first + BATCH]]
+            answer = await self._stub.BatchStoreMemories(
+                pb.BatchStoreMemoriesRequest(memories=memories), timeout=_TIMEOUT_S
+            )
+            assert all(result.id for result in answer.results), "an item of a batch was not stored"
+            self._watch(answer.receipt.degradation_level)
+
+    def _watch(self, level: "pb.DegradationLevel.ValueType") -> None:
+        if level != pb.DEGRADATION_LEVEL_NORMAL:
+            self.watch.levels[pb.DegradationLevel.Name(level)] += 1
+
+
+class WithClient:
+    """The same through the SDK's client for asyncio."""
+
+    def __init__(self) -> None:
+        self.watch = Watch()
+
+    async def open(self, endpoint: Endpoint, callers: int, dimensions: int) -> None:
+        self._client = AsyncMemoryClient(endpoint["address"], timeout_s=_TIMEOUT_S)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def search(self, caller: int, user: str, query: Vector) -> list[str]:
+        found = await self._client.search(user_id=user, embedding=query, limit=K)
+        return [result.memory.id for result in found.results]
+
+    async def store(self, caller: int, row: Row) -> None:
+        await self._client.store(row.user, row.content, id=row.id, embedding=row.embedding)
+
+    async def get(self, caller: int, user: str, memory_id: str) -> Memory:
+        return await self._client.get(memory_id, user_id=user)
+
+    async def bulk(self, caller: int, rows: Sequence[Row]) -> None:
+        raise NotImplementedError
+
+
+class ShardOnly:
+    """The shard's service without a router before it: what the router costs is the difference."""
+
+    def __init__(self) -> None:
+        self.watch = Watch()
+
+    async def open(self, endpoint: Endpoint, callers: int, dimensions: int) -> None:
+        self._channel = grpc.aio.insecure_channel(endpoint["address"], options=_OPTIONS)
+        self._stub: ShardServiceAsyncStub = shard_pb2_grpc.ShardServiceStub(self._channel)
+        self._endpoint = endpoint
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def search(self, caller: int, user: str, query: Vector) -> list[str]:
+        request = shard_pb2.SearchRequest(route=self._route(user), user_id=user, embedding=query.tolist(), k=K)
+        answer = await self._stub.Search(request, timeout=_TIMEOUT_S)
+        return [result.memory.id for result in answer.results]
+
+    async def store(self, caller: int, row: Row) -> None:
+        memory = _memory(row)
+        memory.type, memory.importance = pb.MEMORY_TYPE_EPISODIC, 0.5
+        await self._stub.Store(
+            shard_pb2.StoreRequest(route=self._route(row.user), memory=memory, digest=b"\0" * 32), timeout=_TIMEOUT_S
+        )
+
+    async def get(self, caller: int, user: str, memory_id: str) -> Any:
+        request = shard_pb2.GetRequest(route=self._route(user), id=memory_id, user_id=user)
+        answer = await self._stub.Get(request, timeout=_TIMEOUT_S)
+        return answer.found[0]
+
+    async def bulk(self, caller: int, rows: Sequence[Row]) -> None:
+        raise NotImplementedError
+
+    def _route(self, user: str) -> shard_pb2.Route:
+        slot = slot_of(user.encode())
+        return shard_pb2.Route(
+            cluster_id=self._endpoint["cluster_id"],
+            shard_id=self._endpoint["shard_id"],
+            epoch=self._endpoint["epoch"],
+            ranges=[shard_pb2.SlotRange(first=slot, last=slot)],
+        )
+
+
+def _memory(row: Row) -> pb.Memory:
+    # `.tolist()`, because protobuf fills a repeated field from an array ten times more slowly.
+    return pb.Memory(id=row.id, user_id=row.user, content=row.content, embedding=row.embedding.tolist())

@@ -1,0 +1,195 @@
+"""Making and dropping the users' own indexes, and the table that says whose they are.
+
+An index is partial, by a hash of the user's name: no name is in the database's catalog, nor need any be quoted. It is
+made and dropped CONCURRENTLY, by one session at a time, which holds an advisory lock meanwhile: so an index that is not
+valid when the lock is had is one whose maker has died.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+
+from common import logs
+from common.catalog import PlacementStrategy
+from common.postgres import Connection
+from common.telemetry.registry import OWN_INDEX_BUILD_DURATION, OWN_INDEX_BUILDS
+from shard.identity import Identity
+from shard.large_users.plan import Bounds, Existing, LargeUser
+from shard.schema import USER_KEY
+
+_log = logs.get_logger("own indexes")
+
+# The two keys of the advisory lock. Any numbers will do that nothing else here takes.
+_LOCK = (0x6F776E, 0)  # "own"
+_LOCK_POLL_S = 0.5
+_PREFIX = "memories_own_"
+# Beyond those that there may be indexes for: rows that came with a move, and are nobody's yet.
+_MOST_USERS = 1000
+# The mover has no setting for it: a graph of 100,000 embeddings of 1,536 numbers.
+_MOVED_BUILD_MB = 512
+
+_TRY_LOCK = "SELECT pg_try_advisory_lock($1, $2)"
+_UNLOCK = "SELECT pg_advisory_unlock($1, $2)"
+_LIMIT_MEMORY = "SELECT set_config('maintenance_work_mem', $1, false)"
+# One process and no more: builds take turns with what serves, and have no use for shared memory, which containers
+# have little of.
+_NO_WORKERS = "SET max_parallel_maintenance_workers = 0"
+
+# Each user's rows are together in an index, which is gone through once.
+_COUNT = """
+WITH large AS (
+    SELECT {slot} AS slot, user_id, count(*) AS rows FROM memories WHERE deleted_at IS NULL
+    GROUP BY {group} HAVING count(*) >= $1
+)
+SELECT * FROM (
+    SELECT slot, user_id, {key} AS key, sha256(convert_to(user_id, 'UTF8')) AS user_hash,
+           {own} AS own,
+           rows - (SELECT count(*) FROM memories WHERE {same} AND embedding IS NULL AND deleted_at IS NULL) AS rows
+    FROM large
+) AS counted
+WHERE rows >= $1 ORDER BY rows DESC LIMIT $2
+"""
+_COUNT_IN_ONE_SLOT = _COUNT.format(
+    slot="slot",
+    group="slot, user_id",
+    key=USER_KEY,
+    own="EXISTS (SELECT FROM owned_slots WHERE owned_slots.slot = large.slot AND state = 'own')",
+    same="memories.slot = large.slot AND memories.user_id = large.user_id",
+)
+_COUNT_IN_MANY_SLOTS = _COUNT.format(
+    slot="NULL::int",
+    group="user_id",
+    key=USER_KEY,
+    own="true",
+    same="memories.user_id = large.user_id",
+)
+
+_EXISTING = """
+SELECT name, key, measured_rows FROM own_indexes JOIN pg_index ON indexrelid = to_regclass(name) WHERE indisvalid
+"""
+# What a maker that died has left, or somebody else: an index that cannot be used, or that nobody knows.
+_LEFT_OVER = """
+SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid LEFT JOIN own_indexes ON name = relname
+WHERE indrelid = 'memories'::regclass AND starts_with(relname, $1) AND NOT (indisvalid AND name IS NOT NULL)
+"""
+_FORGET_MISSING = "DELETE FROM own_indexes WHERE to_regclass(name) IS NULL"
+_FORGET = "DELETE FROM own_indexes WHERE name = $1"
+_RECORD = """
+INSERT INTO own_indexes (name, key, user_hash, slot) VALUES ($1, $2, $3, $4) ON CONFLICT (name) DO NOTHING
+"""
+_MEASURED = "UPDATE own_indexes SET ef_few = $2, ef_many = $3, measured_rows = $4 WHERE key = $1"
+# These statements take no parameters, so the server makes them from some.
+_CREATE = f"""
+SELECT format('CREATE INDEX CONCURRENTLY %I ON memories USING hnsw (embedding %I)
+               WHERE {USER_KEY} = %L::bigint AND deleted_at IS NULL', $1::text, $2::text, $3::bigint)
+"""
+_DROP = "SELECT format('DROP INDEX CONCURRENTLY IF EXISTS %I', $1::text)"
+_OF_SLOTS = """
+SELECT key, user_hash, slot, ef_few, ef_many, measured_rows FROM own_indexes
+JOIN pg_index ON indexrelid = to_regclass(name) WHERE indisvalid AND slot BETWEEN $1 AND $2
+"""
+
+
+@asynccontextmanager
+async def alone(connection: Connection, *, patience_s: float = 0.0) -> AsyncIterator[bool]:
+    """Whether nobody else makes or drops indexes until the end; it waits `patience_s` for that."""
+    deadline = time.monotonic() + patience_s
+    while not (had := await connection.fetchval(_TRY_LOCK, *_LOCK)):
+        if time.monotonic() >= deadline:
+            break
+        await asyncio.sleep(_LOCK_POLL_S)
+    try:
+        yield had
+    finally:
+        if had and not connection.is_closed():
+            await connection.execute(_UNLOCK, *_LOCK)
+
+
+async def large_users(connection: Connection, identity: Identity, bounds: Bounds) -> list[LargeUser]:
+    """The users with memories enough to keep an index, the largest first."""
+    in_one_slot = identity.placement is PlacementStrategy.USER_BASED
+    rows = await connection.fetch(
+        _COUNT_IN_ONE_SLOT if in_one_slot else _COUNT_IN_MANY_SLOTS, bounds.kept_rows, _MOST_USERS
+    )
+    return [
+        LargeUser(row["key"], row["user_hash"], row["slot"], row["rows"], row["own"], row["user_id"]) for row in rows
+    ]
+
+
+async def existing(connection: Connection) -> list[Existing]:
+    """The indexes that can be used."""
+    return [Existing(row["name"], row["key"], row["measured_rows"]) for row in await connection.fetch(_EXISTING)]
+
+
+async def tidy(connection: Connection) -> None:
+    """Drops what makers that died have left. For who is `alone`."""
+    for row in await connection.fetch(_LEFT_OVER, _PREFIX):
+        _log.warning("an index is left over", index=row["relname"])
+        await drop(connection, row["relname"])
+    await connection.execute(_FORGET_MISSING)
+
+
+async def drop(connection: Connection, name: str) -> None:
+    """Drops an index. For who is `alone`."""
+    await connection.execute(await connection.fetchval(_DROP, name))
+    await connection.execute(_FORGET, name)
+    _log.info("dropped", index=name)
+
+
+async def build(connection: Connection, identity: Identity, user: LargeUser, *, memory_mb: int) -> None:
+    """Makes a user's index, if there is none; returns once it can be used. For who is `alone`."""
+    name = f"{_PREFIX}{user.key % 2**64:016x}"
+    await connection.execute(_LIMIT_MEMORY, f"{memory_mb}MB")
+    await connection.execute(_NO_WORKERS)
+    # Before the index, so that one whose maker dies is known to be ours.
+    await connection.execute(_RECORD, name, user.key, user.user_hash, user.slot)
+    began = time.monotonic()
+    try:
+        operators = f"{identity.vector_type}_cosine_ops"
+        await connection.execute(await connection.fetchval(_CREATE, name, operators, user.key))
+    except BaseException:
+        OWN_INDEX_BUILDS.labels("failed").inc()
+        raise
+    seconds = time.monotonic() - began
+    OWN_INDEX_BUILDS.labels("made").inc()
+    OWN_INDEX_BUILD_DURATION.observe(seconds)
+    _log.info("made", index=name, rows=user.rows, seconds=round(seconds, 1))
+
+
+async def record_measured(connection: Connection, user: LargeUser, ef_few: int | None, ef_many: int | None) -> None:
+    """Writes down with what effort the index is as good as an exact search; None: with none."""
+    await connection.execute(_MEASURED, user.key, ef_few, ef_many, user.rows)
+
+
+async def follow(
+    source: Connection, target: Connection, identity: Identity, first: int, last: int, *, patience_s: float
+) -> int:
+    """Makes on the target of a move what the source has for users of the slots `first` to `last`; how many that were.
+
+    Where users are in many slots, their index has nothing to do with the slots of one move. What goes wrong is told in
+    the log: the target serves without an index, and makes it later.
+    """
+    wanted = await source.fetch(_OF_SLOTS, first, last)
+    made = 0
+    if not wanted:
+        return made
+    async with alone(target, patience_s=patience_s) as had:
+        if not had:
+            _log.warning("somebody else makes indexes; those of a move are made later")
+            return made
+        await tidy(target)
+        for row in wanted:
+            rows = row["measured_rows"] or 0
+            user = LargeUser(row["key"], row["user_hash"], row["slot"], rows, own=False, user_id="")
+            try:
+                if row["key"] not in {index.key for index in await existing(target)}:
+                    await build(target, identity, user, memory_mb=_MOVED_BUILD_MB)
+                    if row["measured_rows"] is not None:
+                        await record_measured(target, user, row["ef_few"], row["ef_many"])
+                made += 1
+            except asyncpg.PostgresError as error:
+                _log.warning("an index of a move could not be made", error=type(error).__name__)
+    return made

@@ -1,0 +1,105 @@
+"""With what effort a user's own index finds what an exact search finds.
+
+That depends on the embeddings, and on how many there are: what does for a hundred thousand texts may not do for a
+million, and vectors without any structure are found by no effort that is worth it. So it is measured, with questions
+made of the user's own memories, against an exact search.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.postgres import Connection
+from shard.identity import Identity
+from shard.large_users.known import FEW, MANY
+from shard.large_users.plan import LargeUser
+from shard.rows import to_vector
+from shard.schema import USER_KEY
+
+# What is promised is 0.99. The sample may flatter by as much.
+_WANTED = 0.995
+_QUESTIONS = 50
+# pgvector's default, and its most.
+_EFFORTS = (40, 70, 100, 150, 220, 320, 470, 680, 1000)
+# A question is near a memory, and not too near: as far towards another one.
+_ASTRAY = 0.4
+# Of a distance: what two ways to add up the same numbers may differ by.
+_SAME = 1e-6
+
+_WHOSE = f"user_id = $1 AND {USER_KEY} = $2 AND embedding IS NOT NULL AND deleted_at IS NULL"
+_SAMPLE = f"SELECT embedding FROM memories WHERE {_WHOSE} {{slot}} ORDER BY random() LIMIT $3"  # noqa: S608  # Constants.
+# No index has the order of a sum.
+_EXACT = f"""
+SELECT embedding <=> $3 AS distance FROM memories WHERE {_WHOSE} {{slot}} ORDER BY (embedding <=> $3) + 0 LIMIT $4
+"""  # noqa: S608
+_BY_INDEX = "SELECT embedding <=> $3 AS distance FROM own_index_nearest($1, $2, $3, $4, $5)"
+# Where a user's memories are in one slot, that is how they are found.
+_IN_ONE_SLOT = "AND slot = ${number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The least effort that will do, for few results and for many; None: there is none."""
+
+    ef_few: int | None
+    ef_many: int | None
+
+
+async def measure(connection: Connection, identity: Identity, user: LargeUser) -> Measured:
+    """Some seconds for a hundred thousand memories: fifty exact searches, and the same by the index."""
+    slots = [] if user.slot is None else [user.slot]
+    sample = _SAMPLE.format(slot=_IN_ONE_SLOT.format(number=4) if slots else "")
+    sampled = await connection.fetch(sample, user.user_id, user.key, 2 * _QUESTIONS, *slots)
+    vectors = np.array([row["embedding"].to_numpy() for row in sampled], dtype=np.float32)
+    half = len(vectors) // 2
+    near, far = _unit(vectors[:half]), _unit(vectors[half : 2 * half])
+    questions = [to_vector(question, identity.precision) for question in _unit(near + _ASTRAY * far)]
+    exact = _EXACT.format(slot=_IN_ONE_SLOT.format(number=5) if slots else "")
+
+    async def ask(statement: str, *more: int) -> tuple[list[list[float]], float]:
+        return await _ask(connection, statement, [(user.user_id, user.key, question, *more) for question in questions])
+
+    truths, exact_s = await ask(exact, MANY, *slots)
+    found: dict[int, int | None] = {}
+    for count in (FEW, MANY):
+        found[count] = None
+        for ef in (ef for ef in _EFFORTS if ef >= count):
+            answers, index_s = await ask(_BY_INDEX, count, ef)
+            if index_s >= exact_s:
+                break
+            if recall(answers, truths, count) >= _WANTED:
+                found[count] = ef
+                break
+    return Measured(found[FEW], found[MANY])
+
+
+def recall(answers: Sequence[Sequence[float]], truths: Sequence[Sequence[float]], count: int) -> float:
+    """Share of the `count` nearest that were found, by their distances: of equals it does not matter which.
+
+    `answers` and `truths` are distances in order, one list for each question.
+    """
+    pairs = [(answer, truth[:count]) for answer, truth in zip(answers, truths, strict=True) if truth]
+    if not pairs:
+        return 0.0
+    return statistics.fmean(sum(d <= truth[-1] + _SAME for d in answer) / len(truth) for answer, truth in pairs)
+
+
+async def _ask(
+    connection: Connection, statement: str, questions: Sequence[Sequence[Any]]
+) -> tuple[list[list[float]], float]:
+    """The distances of each question's nearest, and the seconds that one takes (the median)."""
+    answers, seconds = [], []
+    for question in questions:
+        began = time.perf_counter()
+        rows = await connection.fetch(statement, *question)
+        seconds.append(time.perf_counter() - began)
+        answers.append([row["distance"] for row in rows])
+    return answers, statistics.median(seconds) if seconds else 0.0
+
+
+def _unit(vectors: Any) -> Any:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)

@@ -1,0 +1,156 @@
+"""Stores that come together share a statement; each caller has its own outcome, and nobody pays for another."""
+
+import asyncio
+import uuid
+from typing import TYPE_CHECKING
+
+import grpc
+
+from memshard.v1 import memory_pb2 as pb
+from tests.integration.test_ownership import Place, held_fence, place, somebody_waits_for_a_lock
+from tests.support.cluster import LocalCluster
+from tests.support.metrics import families_of
+from tests.support.wire import database, reason_of, shard_service, store_request, topology_of, user_slot
+
+if TYPE_CHECKING:
+    from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
+
+__all__ = ["place"]
+
+_MANY = 120
+# At the same time: as many as no limit refuses.
+_TEAM = 30
+
+
+def _id() -> str:
+    return str(uuid.uuid4())
+
+
+async def _transactions(cluster: LocalCluster, user: str) -> tuple[int, int]:
+    """How many memories a user has, and how many transactions stored them."""
+    topology = await topology_of(cluster.catalog_dsn())
+    shard = topology.owner(user_slot(user))
+    async with database(cluster.shard_dsn(shard.shard_id, owner=True)) as connection:
+        row = await connection.fetchrow(
+            "SELECT count(*) AS rows, count(DISTINCT xmin::text) AS transactions FROM memories WHERE user_id = $1", user
+        )
+    assert row is not None
+    return row["rows"], row["transactions"]
+
+
+async def _acknowledged(cluster: LocalCluster) -> float:
+    """How many writes the shards have acknowledged."""
+    families = [await families_of(cluster, shard) for shard in ("shard-0", "shard-1", "shard-2")]
+    return sum(
+        sample.value
+        for found in families
+        for sample in found["memory_writes_acknowledged"].samples
+        if sample.name.endswith("_total")
+    )
+
+
+async def test_stores_that_come_together_share_transactions(
+    cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    requests = [store_request(user, f"memory {number}", _id()) for number in range(_MANY)]
+    before = await _acknowledged(cluster)
+    turns = asyncio.Semaphore(_TEAM)
+
+    async def store(request: pb.StoreMemoryRequest) -> pb.StoreMemoryResponse:
+        async with turns:
+            return await api.StoreMemory(request)
+
+    answers = await asyncio.gather(*map(store, requests))
+    # Each is counted, however many share a commit; what the health monitor stores comes on top.
+    assert await _acknowledged(cluster) >= before + _MANY
+    for request, answer in zip(requests, answers, strict=True):
+        assert (answer.memory.id, answer.memory.content) == (request.memory.id, request.memory.content)
+        assert answer.memory.version == 1
+        assert answer.receipt.consistency_token
+    rows, transactions = await _transactions(cluster, user)
+    assert rows == _MANY
+    assert transactions < _MANY * 3 / 4
+    # What each was told is what is there.
+    for answer in answers[:5]:
+        found = await api.GetMemory(pb.GetMemoryRequest(id=answer.memory.id, user_id=user))
+        assert found.memory == answer.memory
+
+
+async def test_a_store_by_itself_is_a_transaction_by_itself(
+    cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    for number in range(3):
+        await api.StoreMemory(store_request(user, f"memory {number}", _id()))
+    assert await _transactions(cluster, user) == (3, 3)
+
+
+async def test_of_a_crowd_each_hears_what_became_of_its_own(api: "MemoryServiceAsyncStub", user: str) -> None:
+    taken, repeated = _id(), store_request(user, "the same again", _id())
+    await api.StoreMemory(store_request(user, "first", taken))
+    first = await api.StoreMemory(repeated)
+    deleted = store_request(user, "gone", _id())
+    await api.StoreMemory(deleted)
+    await api.DeleteMemory(pb.DeleteMemoryRequest(id=deleted.memory.id, user_id=user))
+    twice = store_request(user, "twice in one crowd", _id())
+    late = store_request(user, "too late", _id())
+    late.memory.expire_time.FromSeconds(1_000_000_000)
+    good = [store_request(user, f"good {number}", _id()) for number in range(40)]
+    crowd = [
+        *good[:20], store_request(user, "second", taken), repeated, twice, deleted, late, twice, *good[20:]
+    ]  # fmt: skip
+    outcomes = await asyncio.gather(*(api.StoreMemory(request) for request in crowd), return_exceptions=True)
+    refused = {n: reason_of(o) for n, o in enumerate(outcomes) if isinstance(o, grpc.aio.AioRpcError)}
+    assert refused.keys() == {20, 24}
+    assert refused[20] == "ID_TAKEN"
+    answers = [outcome for outcome in outcomes if isinstance(outcome, pb.StoreMemoryResponse)]
+    assert outcomes[21].memory == first.memory  # type: ignore[union-attr]  # Neither is an error.
+    assert outcomes[22].memory == outcomes[25].memory  # type: ignore[union-attr]
+    assert [answer.memory.content for answer in answers if answer.memory.content.startswith("good")] == [
+        request.memory.content for request in good
+    ]
+    page = await api.ListMemories(pb.ListMemoriesRequest(user_id=user, page_size=1000))
+    assert sorted(memory.content for memory in page.memories) == sorted(
+        ["first", "the same again", "twice in one crowd", *(request.memory.content for request in good)]
+    )
+
+
+async def test_a_slot_that_is_being_handed_over_holds_nobody_else_up(cluster: LocalCluster, place: Place) -> None:
+    """Others of the same shard are stored while it waits, and it hears the fence's outcome in the end."""
+    others = [
+        name
+        for name in (f"{place.user_id}-{number}" for number in range(400))
+        if place.topology.owner(user_slot(name)).shard_id == place.shard.shard_id and user_slot(name) != place.slot
+    ][:40]
+    assert len(others) == 40
+    async with held_fence(place) as fence, shard_service(place.shard.address) as stub:
+        waiting = [asyncio.ensure_future(place.store()) for _ in range(6)]
+        await somebody_waits_for_a_lock(cluster, place)
+
+        async def store(user: str) -> None:
+            await stub.Store(place.request(user), timeout=2)
+
+        async with asyncio.timeout(2.5):
+            await asyncio.gather(*(store(user) for user in others))
+        assert not any(write.done() for write in waiting)
+        await fence.commit()
+        refused = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [reason_of(one) for one in refused if isinstance(one, grpc.aio.AioRpcError)] == ["WRONG_SHARD"] * 6
+    assert await place.rows() == 0
+
+
+async def test_callers_who_leave_take_nothing_from_the_others(api: "MemoryServiceAsyncStub", user: str) -> None:
+    requests = [store_request(user, f"memory {number}", _id()) for number in range(60)]
+    calls = [api.StoreMemory(request) for request in requests]
+    await asyncio.sleep(0.01)  # Some are on their way by then, whichever.
+    for call in calls[::3]:
+        call.cancel()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    stayed = [outcome for number, outcome in enumerate(outcomes) if number % 3]
+    assert all(isinstance(outcome, pb.StoreMemoryResponse) for outcome in stayed)
+    page = await api.ListMemories(pb.ListMemoriesRequest(user_id=user, page_size=1000))
+    there = {memory.id for memory in page.memories}
+    assert {request.memory.id for number, request in enumerate(requests) if number % 3} <= there
+    # Sent again, those who left hear what became of theirs, each once.
+    await asyncio.gather(*(api.StoreMemory(request) for request in requests[::3]))
+    page = await api.ListMemories(pb.ListMemoriesRequest(user_id=user, page_size=1000))
+    assert sorted(memory.id for memory in page.memories) == sorted(request.memory.id for request in requests)
