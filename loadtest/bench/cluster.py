@@ -4,6 +4,7 @@ The same server for both: then its settings, its memory and its disk are no diff
 """
 
 import asyncio
+import json
 import os
 import socket
 import sys
@@ -53,15 +54,8 @@ async def contenders(dimensions: int, others: str, without: Collection[str]) -> 
     far as they are; `without` has the kinds of contenders that are not wanted.
     """
     async with AsyncExitStack() as stack:
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memshard-bench-")))
-        port = _free_port()
-        await _memshard(
-            "up", "--detach", "--shards", "1", "--replicas", "0", "--embedder", "none", "--dimensions",
-            str(dimensions), "--port", str(port), "--data-dir", str(root),
-        )  # fmt: skip
-        stack.push_async_callback(_memshard, "down", "--data-dir", str(root))
-        layout = Layout.of(root)
-        plan = Plan(layout, load_record(layout), load_secrets(layout), (port,))
+        plan = await stack.enter_async_context(_embedded(1, dimensions))
+        (port,) = plan.router_ports
         server, secrets = plan.shard_server("shard-0"), plan.secrets
         superuser = server.dsn(SUPERUSER, secrets.postgres, _DATABASE)
         await _make_database(server.dsn(SUPERUSER, secrets.postgres, "postgres"), superuser, dimensions)
@@ -104,22 +98,45 @@ class Alone:
 @asynccontextmanager
 async def alone(dimensions: int, environment: Mapping[str, str]) -> AsyncIterator[Alone]:
     """A cluster of one shard, whose services have the variables of `environment`."""
-    with tempfile.TemporaryDirectory(prefix="memshard-bench-") as directory:
-        root, port = Path(directory), _free_port()
+    async with _embedded(1, dimensions, environment) as plan:
+        yield Alone(
+            plan.addresses()[0],
+            plan.shard_server("shard-0").owner_dsn(plan.secrets),
+            plan.record.ports[metrics_of("shard-0")],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A cluster, and where its services have their metrics, by what they are: "router", "shard"."""
+
+    address: str
+    metrics: dict[str, list[str]]
+
+
+@asynccontextmanager
+async def running(shards: int, dimensions: int) -> AsyncIterator[Running]:
+    """An empty cluster of so many shards, for as long as it is wanted."""
+    async with _embedded(shards, dimensions) as plan:
+        metrics: dict[str, list[str]] = {}
+        for target in json.loads(plan.layout.metrics_targets.read_text(encoding="utf-8")):
+            role = target["labels"]["job"].removeprefix("memshard-")
+            metrics.setdefault(role, []).extend(f"http://{place}/metrics" for place in target["targets"])
+        yield Running(plan.addresses()[0], metrics)
+
+
+@asynccontextmanager
+async def _embedded(shards: int, dimensions: int, environment: Mapping[str, str] | None = None) -> AsyncIterator[Plan]:
+    async with AsyncExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memshard-bench-")))
+        port = _free_port()
         await _memshard(
-            "up", "--detach", "--shards", "1", "--replicas", "0", "--embedder", "none", "--dimensions",
+            "up", "--detach", "--shards", str(shards), "--replicas", "0", "--embedder", "none", "--dimensions",
             str(dimensions), "--port", str(port), "--data-dir", str(root), environment=environment,
         )  # fmt: skip
-        try:
-            layout = Layout.of(root)
-            plan = Plan(layout, load_record(layout), load_secrets(layout), (port,))
-            yield Alone(
-                f"127.0.0.1:{port}",
-                plan.shard_server("shard-0").owner_dsn(plan.secrets),
-                plan.record.ports[metrics_of("shard-0")],
-            )
-        finally:
-            await _memshard("down", "--data-dir", str(root))
+        stack.push_async_callback(_memshard, "down", "--data-dir", str(root))
+        layout = Layout.of(root)
+        yield Plan(layout, load_record(layout), load_secrets(layout), (port,))
 
 
 async def vacuum(sides: list[Side]) -> None:

@@ -41,6 +41,13 @@ class Routed:
         self._watch(answer.report.degradation_level)
         return [result.memory.id for result in answer.results]
 
+    async def search_all(self, query: Vector) -> list[str]:
+        """The same over the memories of all users: every shard is asked, and answers."""
+        request = pb.SearchMemoriesRequest(embedding=query.tolist(), limit=K, require_all_shards=True)
+        answer = await self._stub.SearchMemories(request, timeout=_TIMEOUT_S)
+        self._watch(answer.report.degradation_level)
+        return [result.memory.id for result in answer.results]
+
     async def store(self, caller: int, row: Row) -> None:
         answer = await self._stub.StoreMemory(pb.StoreMemoryRequest(memory=_memory(row)), timeout=_TIMEOUT_S)
         self._watch(answer.receipt.degradation_level)
