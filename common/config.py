@@ -224,6 +224,13 @@ class RouterSettings(EmbedderSettings):
     location_redis_ttl_s: Annotated[int, Field(ge=1, le=30 * 86400)] = 86400
     """Seconds that Redis remembers a location (the design's 24 h)."""
 
+    memory_cache_bytes: Annotated[int, Field(ge=0, le=1024 * 1024 * MIB)] = 64 * MIB
+    """Bytes of memories that this router remembers, for reads that need not be strong; some 60,000 of 500 bytes each.
+    Needs `redis_url`, by which routers tell each other what to forget. 0: none."""
+
+    memory_cache_ttl_s: Seconds = 300.0
+    """Seconds that this router remembers a memory (the design's 5 minutes)."""
+
     reads: Literal["replicas", "all"] = "replicas"
     """Who serves reads that need not be strong. `replicas`: the primary only when no replica can. `all`: the primary
     takes its share."""

@@ -2,9 +2,11 @@
 
 import argparse
 import asyncio
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 
@@ -28,6 +30,7 @@ from router.fanout import Fanout
 from router.findings import Report
 from router.invalidation import Invalidations
 from router.location import LocationCache
+from router.memories import MemoryCache
 from router.metrics import RouterMetrics
 from router.monitor import Monitor
 from router.observed import Observed
@@ -36,6 +39,7 @@ from router.place import Placement
 from router.probes import Probes
 from router.reads import Reads
 from router.recovery import Recovery
+from router.remembered import Remembered
 from router.replicas import Replicas
 from router.request_ids import RequestIds
 from router.retries import Retries
@@ -60,10 +64,8 @@ async def main(settings: RouterSettings) -> None:
             raise lifecycle.StartError(str(error)) from error
         if embeds is not None:
             stack.push_async_callback(embeds.close)
-        invalidations = Invalidations(settings, cluster.cluster_id)
-        stack.push_async_callback(invalidations.close)
-        locations = LocationCache(settings, cluster.cluster_id, invalidations.alive)
-        stack.push_async_callback(locations.close)
+        invalidations, remembered = _caches(settings, cluster, stack)
+        locations = remembered.locations
         shards = Shards(settings)
         stack.push_async_callback(shards.close)
         replicas, levels = Replicas(shards, topology, settings), shards.levels
@@ -92,6 +94,8 @@ async def main(settings: RouterSettings) -> None:
                 scatter=Scatter(watch, shards, retries),
                 fanout=Fanout(watch, reads, retries, concurrency=settings.fanout_concurrency),
                 locations=locations,
+                memories=remembered.memories,
+                remembered=remembered,
                 invalidations=invalidations,
                 levels=levels,
                 tokens=Tokens(cluster.token_key, levels.of, lambda: watch.topology.epoch),
@@ -116,7 +120,7 @@ async def main(settings: RouterSettings) -> None:
                 telling.tell(alert)
 
         monitor = Monitor(checks.now, tell)
-        recovery = Recovery(shards, locations, lambda: watch.topology)
+        recovery = Recovery(shards, remembered, lambda: watch.topology)
         for_operators = AdminServicer(
             monitor=monitor,
             recovery=recovery,
@@ -130,7 +134,7 @@ async def main(settings: RouterSettings) -> None:
             placement=placement,
             entrance=entrance,
         )
-        metrics = RouterMetrics(watch, shards, replicas, retries, reads.hedges, locations, observed)
+        metrics = RouterMetrics(watch, shards, replicas, retries, reads.hedges, remembered, observed)
         server = lifecycle.Server(
             settings,
             [
@@ -148,7 +152,6 @@ async def main(settings: RouterSettings) -> None:
         await stack.enter_async_context(Exposition(settings, [metrics.look]))
         await server.start()
         await server.set_serving(levels.effects().serving)
-        listening = [partial(invalidations.run, locations)] if settings.redis_url else []
 
         async def obey(effects: Effects) -> None:
             await server.set_serving(effects.serving)
@@ -163,10 +166,26 @@ async def main(settings: RouterSettings) -> None:
                 entrance.run,
                 monitor.run,
                 telling.run,
-                *listening,
+                *(_listening(invalidations, remembered) if settings.redis_url else []),
                 *healing,
             ]
         )
+
+
+def _caches(settings: RouterSettings, cluster: Cluster, stack: AsyncExitStack) -> tuple[Invalidations, Remembered]:
+    """What the router remembers, and what it hears and tells of that; closed with `stack`."""
+    invalidations = Invalidations(settings, cluster.cluster_id)
+    stack.push_async_callback(invalidations.close)
+    locations = LocationCache(settings, cluster.cluster_id, invalidations.alive)
+    stack.push_async_callback(locations.close)
+    memories = MemoryCache(settings, invalidations.alive)
+    return invalidations, Remembered(locations, memories, invalidations)
+
+
+def _listening(
+    invalidations: Invalidations, remembered: Remembered
+) -> Sequence[Callable[[], Coroutine[Any, Any, None]]]:
+    return partial(invalidations.run, remembered), invalidations.keep_telling
 
 
 async def _read_catalog(settings: RouterSettings) -> tuple[Cluster, Topology]:

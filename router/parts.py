@@ -9,7 +9,9 @@ from router.fanout import Fanout
 from router.invalidation import Invalidations
 from router.levels import Levels
 from router.location import LocationCache
+from router.memories import MemoryCache
 from router.place import Placement
+from router.remembered import Remembered
 from router.request_ids import RequestIds
 from router.scatter import Scatter
 from router.tokens import Tokens
@@ -28,6 +30,8 @@ class Parts:
     scatter: Scatter
     fanout: Fanout
     locations: LocationCache
+    memories: MemoryCache
+    remembered: Remembered
     invalidations: Invalidations
     levels: Levels
     tokens: Tokens

@@ -20,6 +20,7 @@ from shard.disk import Disk
 from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
 from shard.figures import FiguresWatch
+from shard.log_seen import LogSeen
 from shard.metrics import ShardMetrics
 from shard.primary import Newest, Primary
 from shard.purge import Retention
@@ -60,7 +61,8 @@ async def main(settings: ShardSettings) -> None:
         primary.on_change(durability.set_local)
         keeper = SyncKeeper(settings, owner, durability)
         disk = Disk(settings.data_path)
-        servicer = ShardServicer(settings, known, database, commits, durability, queue, disk)
+        seen = LogSeen()
+        servicer = ShardServicer(settings, known, database, commits, durability, queue, disk, seen)
         server = lifecycle.Server(
             settings,
             [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission())],
@@ -76,7 +78,7 @@ async def main(settings: ShardSettings) -> None:
             [
                 primary.run,
                 partial(_watch_health, server, primary),
-                partial(heartbeat.run, primary.connect, interval_s=settings.heartbeat_interval_s),
+                partial(heartbeat.run, primary.connect, seen, interval_s=settings.heartbeat_interval_s),
                 partial(purge.run, database, retention, interval_s=settings.purge_interval_s),
                 queue.run,
                 disk.run,
