@@ -231,6 +231,9 @@ class RouterSettings(EmbedderSettings):
     memory_cache_ttl_s: Seconds = 300.0
     """Seconds that this router remembers a memory (the design's 5 minutes)."""
 
+    memory_redis_ttl_s: Annotated[int, Field(ge=0, le=7 * 86400)] = 3600
+    """Seconds that Redis remembers a memory that a router has read (the design's hour). 0: it does not."""
+
     reads: Literal["replicas", "all"] = "replicas"
     """Who serves reads that need not be strong. `replicas`: the primary only when no replica can. `all`: the primary
     takes its share."""

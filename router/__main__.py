@@ -26,11 +26,13 @@ from router.checks import Checks
 from router.dispatch import Dispatch
 from router.embed import Embedding
 from router.entrance import Entrance
+from router.envelope import Envelopes
 from router.fanout import Fanout
 from router.findings import Report
 from router.invalidation import Invalidations
 from router.location import LocationCache
 from router.memories import MemoryCache
+from router.memories_redis import MemoryRedis
 from router.metrics import RouterMetrics
 from router.monitor import Monitor
 from router.observed import Observed
@@ -39,6 +41,7 @@ from router.place import Placement
 from router.probes import Probes
 from router.reads import Reads
 from router.recovery import Recovery
+from router.redis_cache import RedisCache
 from router.remembered import Remembered
 from router.replicas import Replicas
 from router.request_ids import RequestIds
@@ -46,6 +49,7 @@ from router.retries import Retries
 from router.scatter import Scatter
 from router.service import MemoryServicer
 from router.shards import Shards
+from router.single_flight import SingleFlight
 from router.telling import Telling
 from router.tokens import Tokens
 from router.topology_watch import TopologyWatch
@@ -95,6 +99,8 @@ async def main(settings: RouterSettings) -> None:
                 fanout=Fanout(watch, reads, retries, concurrency=settings.fanout_concurrency),
                 locations=locations,
                 memories=remembered.memories,
+                memories_redis=remembered.memories_redis,
+                flights=SingleFlight(),
                 remembered=remembered,
                 invalidations=invalidations,
                 levels=levels,
@@ -176,16 +182,18 @@ def _caches(settings: RouterSettings, cluster: Cluster, stack: AsyncExitStack) -
     """What the router remembers, and what it hears and tells of that; closed with `stack`."""
     invalidations = Invalidations(settings, cluster.cluster_id)
     stack.push_async_callback(invalidations.close)
-    locations = LocationCache(settings, cluster.cluster_id, invalidations.alive)
-    stack.push_async_callback(locations.close)
+    link = RedisCache(settings)
+    stack.push_async_callback(link.close)
+    locations = LocationCache(settings, cluster.cluster_id, invalidations.alive, link)
     memories = MemoryCache(settings, invalidations.alive)
-    return invalidations, Remembered(locations, memories, invalidations)
+    shared = MemoryRedis(settings, link, Envelopes(cluster.token_key), cluster.cluster_id, memories)
+    return invalidations, Remembered(locations, memories, shared, invalidations)
 
 
 def _listening(
     invalidations: Invalidations, remembered: Remembered
 ) -> Sequence[Callable[[], Coroutine[Any, Any, None]]]:
-    return partial(invalidations.run, remembered), invalidations.keep_telling
+    return partial(invalidations.run, remembered), invalidations.keep_telling, remembered.memories_redis.run
 
 
 async def _read_catalog(settings: RouterSettings) -> tuple[Cluster, Topology]:

@@ -31,6 +31,10 @@ class Forgettings:
         """Nor does what was known of any other."""
         self._last_of_all = self._clock()
 
+    def last(self, key: str) -> float:
+        """When a key may have been forgotten last."""
+        return max(self._last[hash(key) % _GROUPS], self._last_of_all)
+
     def since(self, key: str, at: float) -> bool:
         """Whether there may have been a forgetting of a key at this time of the clock, or later."""
-        return max(self._last[hash(key) % _GROUPS], self._last_of_all) >= at
+        return self.last(key) >= at

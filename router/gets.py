@@ -1,6 +1,6 @@
 """Fetching one memory of one user: from what is remembered, if that is as fresh as asked for, else from the shard."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from common.deadline import Deadline
 from common.errors import NotFound
@@ -8,9 +8,8 @@ from common.level import Level
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router.consistency import Consistency
-from router.dispatch import Answered
 from router.levels import Levels
-from router.memories import Kept
+from router.memories import Kept, Question
 from router.parts import Parts
 from router.report import Origin, report
 from router.resolve import slot_of_memory
@@ -18,38 +17,59 @@ from router.shards import GET
 from router.stamps import Stamp
 
 
-class Question(NamedTuple):
-    """Which memory is wanted, and how much of it."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A GetMemoryResponse without a report, and what that is to say."""
 
-    user_id: str
-    memory_id: str
-    include_embedding: bool
+    encoded: bytes
+    origin: Origin
+    stamp: Stamp | None = None
 
 
-async def get(
-    parts: Parts, question: Question, consistency: Consistency, deadline: Deadline
-) -> pb.GetMemoryResponse | bytes:
-    """The memory, as an answer or as the bytes of one. Raises NotFound, and what `Dispatch.read` raises."""
-    kept = parts.memories.find(
-        question.user_id,
-        question.memory_id,
-        include_embedding=question.include_embedding,
-        consistency=consistency,
-        topology=parts.watch.topology,
-    )
+async def get(parts: Parts, question: Question, consistency: Consistency, deadline: Deadline) -> bytes:
+    """The memory, as the bytes of an answer. Raises NotFound, and what `Dispatch.read` raises."""
+    kept = parts.memories.find(question, consistency, parts.watch.topology)
     if kept is not None:
         parts.dispatch.admit(kept.slot, GET)
-        # One message behind the other is both in one (protobuf's encoding, "Last One Wins" and merging).
+        # One message behind the other is both in one: protobuf merges what follows.
         return kept.encoded + _report_of_cache(parts.levels, kept)
-    found, answered = await _ask(parts, question, consistency, deadline)
-    return pb.GetMemoryResponse(memory=found.memory, report=report(parts.levels, answered.origin))
+    if consistency.strong:
+        # What is under way already may have been read before something that this caller knows to be there.
+        answer = await _ask(parts, question, consistency, deadline)
+    else:
+        answer = await _look_together(parts, question, consistency, deadline)
+    return answer.encoded + _encoded(report(parts.levels, answer.origin))
 
 
-async def _ask(
-    parts: Parts, question: Question, consistency: Consistency, deadline: Deadline
-) -> tuple[shard_pb2.FoundMemory, Answered[shard_pb2.GetResponse]]:
+async def _look_together(parts: Parts, question: Question, consistency: Consistency, deadline: Deadline) -> Answer:
+    """The same look for all who want the same memory as fresh, and nothing has been forgotten of since it began."""
+    key = (question, consistency.key, parts.memories.forgotten_at(question.memory_id))
+    answer: Answer
+    answer, is_own = await parts.flights.run(key, deadline, lambda: _look(parts, question, consistency, deadline))
+    if not is_own and consistency.max_staleness_ms:
+        # It was fresh enough for who came first. This one came later.
+        topology = parts.watch.topology
+        if answer.stamp is None or not answer.stamp.satisfies(consistency, topology.cutovers, parts.memories.now()):
+            return await _look(parts, question, consistency, deadline)
+    return answer
+
+
+async def _look(parts: Parts, question: Question, consistency: Consistency, deadline: Deadline) -> Answer:
+    """What Redis has, if it is fresh enough, or else the shard."""
+    if parts.memories_redis.is_on:
+        found = await parts.memories_redis.find(question)
+        if found is not None:
+            kept, memory = found
+            if parts.memories.may_answer(kept, question, consistency, parts.watch.topology):
+                parts.dispatch.admit(kept.slot, GET)
+                parts.memories.remember(question, kept, memory)
+                return Answer(kept.encoded, Origin.of_cache(kept.stamp.shard_id), kept.stamp)
+    return await _ask(parts, question, consistency, deadline)
+
+
+async def _ask(parts: Parts, question: Question, consistency: Consistency, deadline: Deadline) -> Answer:
     """What the shard has, which is remembered."""
-    asked_at = parts.memories.now()
+    asked_at, era = parts.memories.now(), parts.memories_redis.era
     user_id, memory_id, include_embedding = question
     missing = NotFound(f"this user has no memory {memory_id}")
     slot = await slot_of_memory(parts.placement, parts.dispatch, user_id, memory_id, deadline, consistency)
@@ -61,11 +81,15 @@ async def _ask(
     answered = await parts.dispatch.read(slot, GET, request, consistency, deadline)
     if not answered.answer.found:
         raise missing
-    found = answered.answer.found[0]
-    if answered.answer.HasField("stamp"):
-        stamp = Stamp.of_answer(answered.shard.shard_id, answered.answer.stamp, asked_at)
-        parts.memories.remember(found.memory, slot, stamp, include_embedding=include_embedding)
-    return found, answered
+    memory = answered.answer.found[0].memory
+    encoded = pb.GetMemoryResponse(memory=memory).SerializeToString()
+    if not answered.answer.HasField("stamp"):
+        return Answer(encoded, answered.origin)
+    stamp = Stamp.of_answer(answered.shard.shard_id, answered.answer.stamp, asked_at)
+    kept = Kept(user_id, slot, encoded, stamp)
+    parts.memories.remember(question, kept, memory)
+    parts.memories_redis.keep_soon(question, kept, memory, era)
+    return Answer(encoded, answered.origin, stamp)
 
 
 # There are few levels, and the report of an answer from here says nothing else that could differ.
@@ -75,6 +99,9 @@ _reports: dict[Level, bytes] = {}
 def _report_of_cache(levels: Levels, kept: Kept) -> bytes:
     level = levels.of((kept.stamp.shard_id,))
     if level not in _reports:
-        of_cache = report(levels, Origin.of_cache(kept.stamp.shard_id))
-        _reports[level] = pb.GetMemoryResponse(report=of_cache).SerializeToString()
+        _reports[level] = _encoded(report(levels, Origin.of_cache(kept.stamp.shard_id)))
     return _reports[level]
+
+
+def _encoded(of_answer: pb.ReadReport) -> bytes:
+    return pb.GetMemoryResponse(report=of_answer).SerializeToString()

@@ -21,7 +21,7 @@ from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import Unavailable
 from router.listening import LEASE_S, Listener, Names
-from router.remembered import Forgets
+from router.remembered import Forgets, Hears
 
 _log = logs.get_logger("invalidation")
 
@@ -33,6 +33,8 @@ _MARGIN_S = 0.1
 _CHUNK = 1000
 # Ids that wait for being told. More than that are changed only while Redis does not keep up.
 _MOST_UNTOLD = 20_000
+# Seconds until they are told again.
+_AGAIN_S = 0.5
 
 
 class Invalidations:
@@ -51,7 +53,7 @@ class Invalidations:
         """Whether nothing can have been announced that this router has not heard. Never, without Redis."""
         return self._listener is not None and self._listener.alive()
 
-    async def run(self, remembered: Forgets) -> None:
+    async def run(self, remembered: Hears) -> None:
         """Listens until cancelled, and makes `remembered` forget. After a break it forgets everything. Needs Redis."""
         assert self._listener is not None
         await self._listener.run(remembered)
@@ -59,10 +61,11 @@ class Invalidations:
     def tell_soon(self, memory_ids: Sequence[str]) -> None:
         """Has the other routers forget these memories; returns at once.
 
-        A message may be lost, and so may what is too much: who must not miss a change goes by positions
+        Whoever does not hear the others at the moment may hear them again, and believe what he remembers: he has to be
+        told once he does. What is too much is lost all the same: who must not miss a change goes by positions
         (`router.stamps`), and who is to be erased is forgotten otherwise.
         """
-        if not self.alive():
+        if self._redis is None:
             return
         self._untold.update(dict.fromkeys(memory_ids))
         for memory_id in list(islice(self._untold, max(0, len(self._untold) - _MOST_UNTOLD))):
@@ -74,12 +77,26 @@ class Invalidations:
         while True:
             await self._anything_untold.wait()
             self._anything_untold.clear()
-            assert self._listener is not None
             while self._untold:
                 told = list(islice(self._untold, _CHUNK - 1))
                 for memory_id in told:
                     del self._untold[memory_id]
-                await self.tell([self._listener.signature, *told])
+                if not await self._say(told):
+                    self._untold = dict.fromkeys(told) | self._untold
+                    raise_if_cancelled()
+                    await asyncio.sleep(_AGAIN_S)
+
+    async def _say(self, memory_ids: Sequence[str]) -> bool:
+        """Whether Redis has taken a message to the other routers."""
+        assert self._redis is not None
+        assert self._listener is not None
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                await self._publish(self._redis, [self._listener.signature, *memory_ids])
+        except Exception as error:  # As everywhere with Redis: it may fail no call.
+            _log.warning("other routers are still to be told to forget", error=type(error).__name__)
+            return False
+        return True
 
     async def tell(self, memory_ids: Sequence[str]) -> None:
         """Has the routers forget these ids; does nothing when Redis is not there, and waits for nobody to confirm."""

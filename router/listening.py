@@ -19,7 +19,7 @@ from redis.asyncio.client import PubSub
 from common import logs
 from common.cancellation import raise_if_cancelled
 from router.location import era_key
-from router.remembered import Forgets
+from router.remembered import Hears
 
 _log = logs.get_logger("listening")
 
@@ -110,7 +110,7 @@ class Listener:
         found = {member.decode() for member in members} - {self._id}
         return found if known_all else found | {_SOMEBODY}
 
-    async def run(self, remembered: Forgets) -> None:
+    async def run(self, remembered: Hears) -> None:
         """Listens until cancelled, and makes `remembered` forget. After a break it forgets everything."""
         while True:
             pubsub = self._redis.pubsub()
@@ -131,7 +131,7 @@ class Listener:
             raise_if_cancelled()
             await asyncio.sleep(_RECONNECT_S)
 
-    async def _attend(self, pubsub: PubSub, remembered: Forgets) -> None:
+    async def _attend(self, pubsub: PubSub, remembered: Hears) -> None:
         loop = asyncio.get_running_loop()
         self._unanswered = 0
         while True:
@@ -158,7 +158,7 @@ class Listener:
         era: bytes = await self._renew(keys=keys, args=arguments)
         return era
 
-    async def _hear(self, kind: str, data: bytes, remembered: Forgets) -> None:
+    async def _hear(self, kind: str, data: bytes, remembered: Hears) -> None:
         if kind == "subscribe":
             # The client has connected again by itself, and what was said in between is lost.
             raise ConnectionError

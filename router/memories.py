@@ -8,6 +8,7 @@ lost. What is erased is taken out before the erasure returns (`router.invalidati
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from common import tracing
 from common.config import RouterSettings
@@ -22,6 +23,14 @@ from router.stamps import Stamp, Timelines
 # Seconds before its expiry by this machine's clock from which on a memory is not answered from here: the database's
 # clock, which decides, may be ahead by as much.
 _EXPIRY_MARGIN_S = 1.0
+
+
+class Question(NamedTuple):
+    """Which memory is wanted, and how much of it."""
+
+    user_id: str
+    memory_id: str
+    include_embedding: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,45 +75,46 @@ class MemoryCache:
         """On the clock of `Stamp.fresh_at`."""
         return self._clock()
 
-    def find(
-        self, user_id: str, memory_id: str, *, include_embedding: bool, consistency: Consistency, topology: Topology
-    ) -> Kept | None:
-        """This user's memory with this id, if what is remembered of it is fresh enough."""
+    def find(self, question: Question, consistency: Consistency, topology: Topology) -> Kept | None:
+        """The memory that is asked for, if what is remembered of it is fresh enough."""
         if consistency.strong or not self._cache.max_bytes:
             return None
-        kept = self._cache.get((memory_id, include_embedding)) if self._believes() else None
-        hit = (
-            kept is not None
-            and kept.user_id == user_id
-            and self._timelines.holds(kept.stamp, kept.slot, topology)
-            and kept.stamp.satisfies(consistency, topology.cutovers, self.now())
-        )
+        kept = self._cache.get((question.memory_id, question.include_embedding)) if self._believes() else None
+        hit = kept is not None and self._answers(kept, question, consistency, topology)
         self.layer.looked("hit" if hit else "miss")
         tracing.current().set("memshard.cache.hit", hit)
         return kept if hit else None
 
-    def remember(self, memory: pb.Memory, slot: int, stamp: Stamp, *, include_embedding: bool) -> None:
-        """Keeps a memory as a server has just answered it.
+    def forgotten_at(self, memory_id: str) -> float:
+        """When this router was last made to forget a memory, or another that shares its group."""
+        return self._forgettings.last(memory_id)
 
-        Not when it was to be forgotten after that server had everything, nor when what is kept is of a later state.
+    def may_answer(self, kept: Kept, question: Question, consistency: Consistency, topology: Topology) -> bool:
+        """Whether what another layer has is fresh enough, and not of before something that made this router forget."""
+        return self.may_keep(question.memory_id, kept.stamp) and self._answers(kept, question, consistency, topology)
+
+    def may_keep(self, memory_id: str, stamp: Stamp) -> bool:
+        """Whether what has this stamp is not of before something that made this router forget it."""
+        return self.is_on and not self._forgettings.since(memory_id, stamp.fresh_at)
+
+    def remember(self, question: Question, kept: Kept, memory: pb.Memory) -> None:
+        """Keeps a memory as it was just answered.
+
+        Not when it was to be forgotten after its server had everything, nor when what is remembered is of a later one.
         """
-        self._timelines.observe(stamp)
-        if not self.is_on or self._forgettings.since(memory.id, stamp.fresh_at):
+        self._timelines.observe(kept.stamp)
+        if not self.may_keep(question.memory_id, kept.stamp):
             return
-        # Its embedding comes without a write that anybody would hear of.
-        if memory.embedding_state == pb.EMBEDDING_STATE_PENDING:
-            return
-        key = (memory.id, include_embedding)
+        key = (question.memory_id, question.include_embedding)
         known = self._cache.get(key)
         if (
             known is not None
-            and (known.user_id, known.stamp.shard_id) == (memory.user_id, stamp.shard_id)
-            and known.stamp.position > stamp.position
+            and (known.user_id, known.stamp.shard_id) == (kept.user_id, kept.stamp.shard_id)
+            and known.stamp.position > kept.stamp.position
         ):
             return
-        encoded = pb.GetMemoryResponse(memory=memory).SerializeToString()
-        kept = Kept(memory.user_id, slot, encoded, stamp)
-        self._cache.put(key, kept, size_bytes=len(encoded) + len(memory.user_id), ttl_s=self._for_s(memory))
+        size_bytes = len(kept.encoded) + len(kept.user_id)
+        self._cache.put(key, kept, size_bytes=size_bytes, ttl_s=keeps_for_s(memory, self._ttl_s))
 
     def drop(self, memory_ids: Sequence[str]) -> None:
         """Forgets memories with these ids, whoever's they are."""
@@ -124,8 +134,19 @@ class MemoryCache:
         self.clear()
         return count
 
-    def _for_s(self, memory: pb.Memory) -> float:
-        if not memory.HasField("expire_time"):
-            return self._ttl_s
-        left_s = memory.expire_time.ToMicroseconds() / 1e6 - time.time() - _EXPIRY_MARGIN_S
-        return min(self._ttl_s, left_s)
+    def _answers(self, kept: Kept, question: Question, consistency: Consistency, topology: Topology) -> bool:
+        return (
+            kept.user_id == question.user_id
+            and self._timelines.holds(kept.stamp, kept.slot, topology)
+            and kept.stamp.satisfies(consistency, topology.cutovers, self.now())
+        )
+
+
+def keeps_for_s(memory: pb.Memory, most_s: float) -> float:
+    """Seconds that a memory may be remembered, `most_s` at most; 0 or less: not at all."""
+    if memory.embedding_state == pb.EMBEDDING_STATE_PENDING:
+        # Its embedding comes without a write that anybody would hear of.
+        return 0.0
+    if not memory.HasField("expire_time"):
+        return most_s
+    return min(most_s, memory.expire_time.ToMicroseconds() / 1e6 - time.time() - _EXPIRY_MARGIN_S)

@@ -156,7 +156,7 @@ class RouterMetrics:
             "Share of looks into a layer of the caches that found something, over the last five minutes.",
             labels=["layer"],
         )
-        for layer in (*locations.layers, memories.layer):
+        for layer in (*locations.layers, memories.layer, self.remembered.memories_redis.layer):
             if (share := layer.hit_ratio) is not None:
                 ratio.add_metric([layer.name], share)
         yield ratio

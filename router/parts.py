@@ -1,6 +1,8 @@
 """What the steps of a request are made with: one bundle, made at start."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 from common.catalog import Cluster
 from router.dispatch import Dispatch
@@ -10,10 +12,12 @@ from router.invalidation import Invalidations
 from router.levels import Levels
 from router.location import LocationCache
 from router.memories import MemoryCache
+from router.memories_redis import MemoryRedis
 from router.place import Placement
 from router.remembered import Remembered
 from router.request_ids import RequestIds
 from router.scatter import Scatter
+from router.single_flight import SingleFlight
 from router.tokens import Tokens
 from router.topology_watch import TopologyWatch
 
@@ -31,6 +35,9 @@ class Parts:
     fanout: Fanout
     locations: LocationCache
     memories: MemoryCache
+    memories_redis: MemoryRedis
+    flights: SingleFlight[Hashable, Any]
+    """Gets that are under way."""
     remembered: Remembered
     invalidations: Invalidations
     levels: Levels

@@ -8,6 +8,7 @@ from memshard.v1 import memory_pb2 as pb
 from router import changes, gets, listings, searches, stores, validate
 from router.consistency import STRONG, Consistency, consistency
 from router.locate import Locator
+from router.memories import Question
 from router.parts import Parts
 from router.report import report
 
@@ -45,7 +46,7 @@ class MemoryServicer:
                 memory_id, deadline, include_embedding=request.include_embedding, consistency=wanted
             )
             return pb.GetMemoryResponse(memory=located.memory, report=report(self._parts.levels, located.origin))
-        question = gets.Question(user_id, memory_id, request.include_embedding)
+        question = Question(user_id, memory_id, request.include_embedding)
         return await gets.get(self._parts, question, wanted, deadline)
 
     async def UpdateMemory(self, request: pb.UpdateMemoryRequest, deadline: Deadline) -> pb.UpdateMemoryResponse:

@@ -4,7 +4,7 @@ import asyncio
 import signal
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,11 @@ import grpc
 import pytest
 import pytest_asyncio
 from google.protobuf import duration_pb2
+from redis.asyncio import Redis
 
 from common import catalog
 from memshard.v1 import memory_pb2 as pb
+from router.envelope import Envelopes
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.metrics import families_of
@@ -64,15 +66,10 @@ async def got(
 
 
 async def remembered(
-    api: "MemoryServiceAsyncStub",
-    memory: pb.Memory,
-    content: str,
-    read: pb.ReadOptions = EVENTUAL,
-    *,
-    within_s: float = 10,
+    api: "MemoryServiceAsyncStub", memory: pb.Memory, content: str, read: pb.ReadOptions = EVENTUAL
 ) -> None:
     """Returns once a router answers from its own memory."""
-    await eventually(lambda: _is(api, memory, read, (content, ["cache"])), within_s=within_s)
+    await eventually(lambda: _is(api, memory, read, (content, ["cache"])))
 
 
 async def _is(
@@ -112,6 +109,7 @@ async def test_an_embedding_is_answered_to_those_who_ask_for_it(pair: Pair, user
         return answer if list(answer.report.served_by) == ["cache"] else None
 
     answer = await eventually(from_memory)
+    assert answer is not None
     assert len(answer.memory.embedding) == 256
     await remembered(pair.one, memory, "tea")
     plain = await pair.one.GetMemory(pb.GetMemoryRequest(id=memory.id, user_id=user, read=EVENTUAL))
@@ -182,6 +180,51 @@ async def _read_until_gone(api: "MemoryServiceAsyncStub", memory: pb.Memory) -> 
         await asyncio.sleep(0)
 
 
+async def _entries(pair: Pair, memories: Sequence[pb.Memory]) -> list[str]:
+    """The names of those of these memories that Redis has."""
+    async with database(pair.cluster.catalog_dsn()) as connection:
+        cluster = await catalog.read_cluster(connection)
+    envelopes = Envelopes(cluster.token_key)
+    names = [f"mem:{envelopes.digest(cluster.cluster_id, memory.user_id, memory.id)}:0" for memory in memories]
+    redis = Redis.from_url(pair.cluster.redis_url())
+    try:
+        return [name for name, found in zip(names, await redis.mget(names), strict=True) if found is not None]
+    finally:
+        await redis.aclose()
+
+
+async def test_what_one_router_read_another_answers_from_redis(pair: Pair, user: str) -> None:
+    stored = await pair.one.StoreMemory(store_request(user, "tea"))
+    memory, token = stored.memory, stored.receipt.consistency_token
+    await remembered(pair.one, memory, "tea", session(token))
+
+    async def is_there() -> bool:
+        return bool(await _entries(pair, [memory]))
+
+    await eventually(is_there)
+    assert await got(pair.other, memory, session()) == ("tea", ["cache"])
+    changed = (await pair.other.UpdateMemory(update_of(memory, "coffee"))).receipt.consistency_token
+    for _ in range(20):
+        assert (await got(pair.one, memory, session(changed)))[0] == "coffee"
+        assert (await got(pair.other, memory, session(changed)))[0] == "coffee"
+
+
+async def test_what_is_erased_is_not_in_redis_when_the_erasure_returns(pair: Pair, user: str) -> None:
+    stored = [(await pair.one.StoreMemory(store_request(user, f"memory {n}"))).memory for n in range(10)]
+    for n, memory in enumerate(stored):
+        await remembered(pair.one, memory, f"memory {n}")
+
+    async def all_there() -> bool:
+        return len(await _entries(pair, stored)) == len(stored)
+
+    await eventually(all_there)
+    reading = [asyncio.create_task(_read_until_gone(api, m)) for api in (pair.one, pair.other) for m in stored]
+    await pair.other.EraseUser(pb.EraseUserRequest(user_id=user))
+    assert await _entries(pair, stored) == []
+    await asyncio.gather(*reading)
+    assert await _entries(pair, stored) == []
+
+
 async def test_an_expired_memory_is_not_answered(pair: Pair, user: str) -> None:
     request = store_request(user, "soon over")
     request.memory.expire_time.GetCurrentTime()
@@ -203,7 +246,7 @@ async def test_a_router_that_does_not_hear_the_others_answers_nothing_from_memor
         await pair.other.UpdateMemory(update_of(memory, "coffee"))
     finally:
         pair.cluster.kill("redis", signal.SIGCONT)
-    await remembered(pair.one, memory, "coffee", within_s=30)
+    await remembered(pair.one, memory, "coffee")
 
 
 async def _is_not_from_memory(api: "MemoryServiceAsyncStub", memory: pb.Memory) -> bool:

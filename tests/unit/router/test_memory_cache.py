@@ -15,7 +15,7 @@ from common.topology import Cutover, Shard, SlotRange, Topology
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router.consistency import EVENTUAL, STRONG, Consistency, Position
-from router.memories import Kept, MemoryCache
+from router.memories import Kept, MemoryCache, Question
 from router.stamps import Stamp
 from tests.support.clock import Clock
 from tests.unit.router.memories import memory
@@ -59,7 +59,10 @@ class Cache:
         fields = {"id": ID, "expire_time": None, "embedding_state": pb.EMBEDDING_STATE_READY, **fields}
         self.clock.pass_(0.001)
         stamp = stamp or self.stamp()
-        self.memories.remember(memory(**fields), SLOT, stamp, include_embedding=include_embedding)
+        read = memory(**fields)
+        encoded = pb.GetMemoryResponse(memory=read).SerializeToString()
+        question = Question(read.user_id, read.id, include_embedding)
+        self.memories.remember(question, Kept(read.user_id, SLOT, encoded, stamp), read)
         self.clock.pass_(0.001)
 
     def find(
@@ -70,9 +73,7 @@ class Cache:
         include_embedding: bool = False,
         topology: Topology = ONE,
     ) -> Kept | None:
-        return self.memories.find(
-            user, ID, include_embedding=include_embedding, consistency=consistency, topology=topology
-        )
+        return self.memories.find(Question(user, ID, include_embedding), consistency, topology)
 
 
 def content(kept: Kept | None) -> str:
