@@ -225,7 +225,7 @@ class RouterSettings(EmbedderSettings):
     """Seconds that Redis remembers a location (the design's 24 h)."""
 
     memory_cache_bytes: Annotated[int, Field(ge=0, le=1024 * 1024 * MIB)] = 64 * MIB
-    """Bytes of memories that this router remembers, for reads that need not be strong; some 60,000 of 500 bytes each.
+    """Bytes of memories that this router remembers, for reads that need not be strong; some 45,000 of 500 bytes each.
     Needs `redis_url`, by which routers tell each other what to forget. 0: none."""
 
     memory_cache_ttl_s: Seconds = 300.0
@@ -233,6 +233,9 @@ class RouterSettings(EmbedderSettings):
 
     memory_redis_ttl_s: Annotated[int, Field(ge=0, le=7 * 86400)] = 3600
     """Seconds that Redis remembers a memory that a router has read (the design's hour). 0: it does not."""
+
+    search_cache_bytes: Annotated[int, Field(ge=0, le=1024 * 1024 * MIB)] = 32 * MIB
+    """Bytes of search results that this router remembers, for as long as memories. 0: none."""
 
     reads: Literal["replicas", "all"] = "replicas"
     """Who serves reads that need not be strong. `replicas`: the primary only when no replica can. `all`: the primary

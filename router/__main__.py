@@ -47,6 +47,7 @@ from router.replicas import Replicas
 from router.request_ids import RequestIds
 from router.retries import Retries
 from router.scatter import Scatter
+from router.search_cache import SearchCache
 from router.service import MemoryServicer
 from router.shards import Shards
 from router.single_flight import SingleFlight
@@ -100,6 +101,7 @@ async def main(settings: RouterSettings) -> None:
                 locations=locations,
                 memories=remembered.memories,
                 memories_redis=remembered.memories_redis,
+                searches=remembered.searches,
                 flights=SingleFlight(),
                 remembered=remembered,
                 invalidations=invalidations,
@@ -186,8 +188,10 @@ def _caches(settings: RouterSettings, cluster: Cluster, stack: AsyncExitStack) -
     stack.push_async_callback(link.close)
     locations = LocationCache(settings, cluster.cluster_id, invalidations.alive, link)
     memories = MemoryCache(settings, invalidations.alive)
-    shared = MemoryRedis(settings, link, Envelopes(cluster.token_key), cluster.cluster_id, memories)
-    return invalidations, Remembered(locations, memories, shared, invalidations)
+    envelopes = Envelopes(cluster.token_key)
+    shared = MemoryRedis(settings, link, envelopes, cluster.cluster_id, memories)
+    searches = SearchCache(settings, invalidations.alive)
+    return invalidations, Remembered(locations, memories, shared, searches, invalidations, envelopes)
 
 
 def _listening(

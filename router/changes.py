@@ -77,7 +77,9 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
         # The shards name them, this attempt's and those of one before, until they hear that all caches forgot them.
         ids = [memory_id for _, answer in answers for memory_id in answer.ids][:_MOST_FORGOTTEN]
         if ids:
-            await parts.invalidations.forget_everywhere(parts.remembered.of(user_id), ids, deadline)
+            await parts.invalidations.forget_everywhere(
+                parts.remembered.of(user_id), [parts.remembered.erased(user_id), *ids], deadline
+            )
         # From a standby that has them still they could be remembered again. The shards keep the ids until they hear
         # that they are forgotten, which is said of no ids before all standbys are known to have lost them.
         if not ids or any(answer.unconfirmed for _, answer in answers):

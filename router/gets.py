@@ -88,7 +88,9 @@ async def _ask(parts: Parts, question: Question, consistency: Consistency, deadl
     stamp = Stamp.of_answer(answered.shard.shard_id, answered.answer.stamp, asked_at)
     kept = Kept(user_id, slot, encoded, stamp)
     parts.memories.remember(question, kept, memory)
-    parts.memories_redis.keep_soon(question, kept, memory, era)
+    if not consistency.strong:
+        # Who asks for strong reads alone should not pay for writing what they never look at.
+        parts.memories_redis.keep_soon(question, kept, memory, era)
     return Answer(encoded, answered.origin, stamp)
 
 

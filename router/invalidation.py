@@ -31,8 +31,9 @@ _MARGIN_S = 0.1
 
 # Ids in one message: 37 KB.
 _CHUNK = 1000
-# Ids that wait for being told. More than that are changed only while Redis does not keep up.
+# What waits for being told. More than that is changed only while Redis does not keep up.
 _MOST_UNTOLD = 20_000
+_GATHER_S = 0.005
 # Seconds until they are told again.
 _AGAIN_S = 0.5
 
@@ -58,8 +59,8 @@ class Invalidations:
         assert self._listener is not None
         await self._listener.run(remembered)
 
-    def tell_soon(self, memory_ids: Sequence[str]) -> None:
-        """Has the other routers forget these memories; returns at once.
+    def tell_soon(self, said: Sequence[str]) -> None:
+        """Has the other routers forget this (`router.remembered` has what can be said); returns at once.
 
         Whoever does not hear the others at the moment may hear them again, and believe what he remembers: he has to be
         told once he does. What is too much is lost all the same: who must not miss a change goes by positions
@@ -67,9 +68,9 @@ class Invalidations:
         """
         if self._redis is None:
             return
-        self._untold.update(dict.fromkeys(memory_ids))
-        for memory_id in list(islice(self._untold, max(0, len(self._untold) - _MOST_UNTOLD))):
-            del self._untold[memory_id]
+        self._untold.update(dict.fromkeys(said))
+        for one in list(islice(self._untold, max(0, len(self._untold) - _MOST_UNTOLD))):
+            del self._untold[one]
         self._anything_untold.set()
 
     async def keep_telling(self) -> None:
@@ -77,22 +78,24 @@ class Invalidations:
         while True:
             await self._anything_untold.wait()
             self._anything_untold.clear()
+            # Every write is told, so what comes within a few milliseconds shares a message.
+            await asyncio.sleep(_GATHER_S)
             while self._untold:
                 told = list(islice(self._untold, _CHUNK - 1))
-                for memory_id in told:
-                    del self._untold[memory_id]
+                for one in told:
+                    del self._untold[one]
                 if not await self._say(told):
                     self._untold = dict.fromkeys(told) | self._untold
                     raise_if_cancelled()
                     await asyncio.sleep(_AGAIN_S)
 
-    async def _say(self, memory_ids: Sequence[str]) -> bool:
+    async def _say(self, said: Sequence[str]) -> bool:
         """Whether Redis has taken a message to the other routers."""
         assert self._redis is not None
         assert self._listener is not None
         try:
             async with asyncio.timeout(_TIMEOUT_S):
-                await self._publish(self._redis, [self._listener.signature, *memory_ids])
+                await self._publish(self._redis, [self._listener.signature, *said])
         except Exception as error:  # As everywhere with Redis: it may fail no call.
             _log.warning("other routers are still to be told to forget", error=type(error).__name__)
             return False

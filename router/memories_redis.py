@@ -37,6 +37,7 @@ from router.stamps import Stamp
 _MARKER_MS = 60_000
 # What waits for being written; more is dropped, and read from the shard once more.
 _MOST_WAITING = 2_000
+_MOST_WAITING_BYTES = 8 * 1024 * 1024
 # In one script: a millisecond of Redis' one thread, and no more than it takes in at once.
 _MOST_AT_ONCE = 50
 _MOST_BYTES_AT_ONCE = 512 * 1024
@@ -109,6 +110,7 @@ class MemoryRedis:
         self._looks = Gathering("look into Redis together", self._look_alone, self._look_together)
         self._write = redis.redis.register_script(_WRITE) if redis.redis is not None else None
         self._waiting: OrderedDict[str, _Entry | _Marker] = OrderedDict()
+        self._waiting_bytes = 0
         self._anything = asyncio.Event()
 
     @property
@@ -171,10 +173,18 @@ class MemoryRedis:
                 await self._write_some()
 
     def _wait(self, name: str, what: "_Entry | _Marker") -> None:
+        self._take(name)
         self._waiting[name] = what
-        while len(self._waiting) > _MOST_WAITING:
-            self._waiting.popitem(last=False)
+        self._waiting_bytes += _size_of(what)
+        while len(self._waiting) > _MOST_WAITING or self._waiting_bytes > _MOST_WAITING_BYTES:
+            self._take(next(iter(self._waiting)))
         self._anything.set()
+
+    def _take(self, name: str) -> None:
+        """What waits under a name does not wait any more."""
+        what = self._waiting.pop(name, None)
+        if what is not None:
+            self._waiting_bytes -= _size_of(what)
 
     async def _write_some(self) -> None:
         keys, arguments, size_bytes = [self._era_key], [], 0
@@ -185,7 +195,7 @@ class MemoryRedis:
                 if era is not None and waiting.era != era:
                     continue
                 era = waiting.era
-            del self._waiting[name]
+            self._take(name)
             new, ttl_ms = self._made(name, waiting)
             if ttl_ms > 0:
                 keys.append(name)
@@ -259,3 +269,8 @@ class MemoryRedis:
     def _name(self, question: Question) -> str:
         user_id, memory_id, include_embedding = question
         return f"mem:{self._envelopes.digest(self._cluster_id, user_id, memory_id)}:{int(include_embedding)}"
+
+
+def _size_of(waiting: "_Entry | _Marker") -> int:
+    # The message that was read, and its bytes.
+    return 2 * len(waiting.kept.encoded) if isinstance(waiting, _Entry) else 0

@@ -151,12 +151,20 @@ class RouterMetrics:
         yield _gauge("memory_cached_memories", "Memories that this router remembers.", kept)
         yield _gauge("memory_cached_bytes", "Bytes that they take.", size_bytes)
         yield _gauge("memory_cached_max_bytes", "Bytes that they may take.", most_bytes)
+        searches, search_bytes = self.remembered.searches.size
+        yield _gauge("memory_cached_searches", "Searches whose results this router remembers.", searches)
+        yield _gauge("memory_cached_search_bytes", "Bytes that these take.", search_bytes)
         ratio = GaugeMetricFamily(
             "memory_cache_hit_ratio",
             "Share of looks into a layer of the caches that found something, over the last five minutes.",
             labels=["layer"],
         )
-        for layer in (*locations.layers, memories.layer, self.remembered.memories_redis.layer):
+        for layer in (
+            *locations.layers,
+            memories.layer,
+            self.remembered.memories_redis.layer,
+            self.remembered.searches.layer,
+        ):
             if (share := layer.hit_ratio) is not None:
                 ratio.add_metric([layer.name], share)
         yield ratio

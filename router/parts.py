@@ -17,6 +17,7 @@ from router.place import Placement
 from router.remembered import Remembered
 from router.request_ids import RequestIds
 from router.scatter import Scatter
+from router.search_cache import SearchCache
 from router.single_flight import SingleFlight
 from router.tokens import Tokens
 from router.topology_watch import TopologyWatch
@@ -36,6 +37,7 @@ class Parts:
     locations: LocationCache
     memories: MemoryCache
     memories_redis: MemoryRedis
+    searches: SearchCache
     flights: SingleFlight[Hashable, Any]
     """Gets that are under way."""
     remembered: Remembered

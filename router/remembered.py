@@ -1,6 +1,6 @@
 """All that a router remembers of its users' memories, as what has to be forgotten: one place for those who say so."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,17 +9,25 @@ from redis.asyncio import Redis
 
 from memshard.internal.v1 import shard_pb2
 from router.consistency import Position
-from router.envelope import HIGHEST
+from router.envelope import HIGHEST, Envelopes
 from router.location import LocationCache
 from router.memories import MemoryCache
 from router.memories_redis import MemoryRedis
+from router.search_cache import SearchCache
+
+# What is said to other routers besides ids that nothing is to be known of any more, which have no colon. A router that
+# does not know it takes it for an id that nobody has.
+_CHANGED = "memory:"
+_WROTE = "user:"
+_ERASED = "erased:"
 
 
 class Hears(Protocol):
     """What forgets when it is told to, by this router or another."""
 
-    def drop(self, memory_ids: Sequence[str]) -> None:
-        """Forgets all that this router itself remembers of these memories, and what is on its way to it."""
+    def drop(self, said: Sequence[str], /) -> None:
+        """Forgets all that this router itself remembers of memories with these ids, and what is on its way to it; and
+        what else is said as `Remembered` says it."""
         ...
 
     def clear(self) -> None:
@@ -34,11 +42,11 @@ class Hears(Protocol):
 class Forgets(Protocol):
     """What forgets memories of one user everywhere."""
 
-    def drop(self, memory_ids: Sequence[str]) -> None:
+    def drop(self, said: Sequence[str], /) -> None:
         """As `Hears.drop`."""
         ...
 
-    async def drop_from_redis(self, redis: Redis, memory_ids: Sequence[str]) -> None:
+    async def drop_from_redis(self, redis: Redis, said: Sequence[str], /) -> None:
         """Forgets what Redis has of them. Raises what its client raises."""
         ...
 
@@ -46,8 +54,8 @@ class Forgets(Protocol):
 class Tells(Protocol):
     """What tells the other routers."""
 
-    def tell_soon(self, memory_ids: Sequence[str]) -> None:
-        """Has them forget these memories, soon."""
+    def tell_soon(self, said: Sequence[str], /) -> None:
+        """Has them forget this, soon."""
         ...
 
 
@@ -67,12 +75,34 @@ class Remembered:
     """The caches of a router together."""
 
     def __init__(
-        self, locations: LocationCache, memories: MemoryCache, memories_redis: MemoryRedis, others: Tells
+        self,
+        locations: LocationCache,
+        memories: MemoryCache,
+        memories_redis: MemoryRedis,
+        searches: SearchCache,
+        others: Tells,
+        envelopes: Envelopes,
     ) -> None:
         self.locations = locations
         self.memories = memories
         self.memories_redis = memories_redis
+        self.searches = searches
         self._others = others
+        self._envelopes = envelopes
+
+    def user(self, user_id: str) -> str:
+        """What stands for a user, here and when routers tell each other."""
+        return self._envelopes.digest("user", user_id)
+
+    def erased(self, user_id: str) -> str:
+        """What tells routers that a user is erased."""
+        return _ERASED + self.user(user_id)
+
+    def wrote(self, user_ids: Iterable[str]) -> None:
+        """Something of these users was written, or may have been: what their searches found is forgotten."""
+        for user in map(self.user, user_ids):
+            self.searches.user_wrote(user)
+            self._others.tell_soon([_WROTE + user])
 
     @contextmanager
     def changing(self, user_id: str, memory_id: str) -> Iterator[Forgetting]:
@@ -84,19 +114,31 @@ class Remembered:
             # Also when nobody knows how it ended: it may have been done.
             self.memories.drop([memory_id])
             self.memories_redis.mark_soon(user_id, memory_id, forgetting.shard_id, forgetting.position)
-            self._others.tell_soon([memory_id])
+            # Where it is has not changed, and stays known.
+            self._others.tell_soon([_CHANGED + memory_id])
+            self.wrote([user_id])
 
     def of(self, user_id: str) -> Forgets:
         """The same, as far as they have memories of one user."""
         return _OfUser(self, user_id)
 
-    def drop(self, memory_ids: Sequence[str]) -> None:
-        self.locations.drop(memory_ids)
-        self.memories.drop(memory_ids)
+    def drop(self, said: Sequence[str]) -> None:
+        if ids := _ids(said):
+            # Which also keeps away what is on its way, of whatever id.
+            self.locations.drop(ids)
+            self.memories.drop(ids)
+        for one in said:
+            if one.startswith(_CHANGED):
+                self.memories.drop([one.removeprefix(_CHANGED)])
+            elif one.startswith(_WROTE):
+                self.searches.user_wrote(one.removeprefix(_WROTE))
+            elif one.startswith(_ERASED):
+                self.searches.erase(one.removeprefix(_ERASED))
 
     def clear(self) -> None:
         self.locations.clear()
         self.memories.clear()
+        self.searches.clear()
         self.memories_redis.hear_era(b"")
 
     def hear_era(self, era: bytes) -> None:
@@ -105,7 +147,7 @@ class Remembered:
 
     def flush(self) -> int:
         """Forgets everything, and goes on remembering; how much that was."""
-        return self.locations.flush() + self.memories.flush()
+        return self.locations.flush() + self.memories.flush() + self.searches.flush()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +155,14 @@ class _OfUser:
     remembered: Remembered
     user_id: str
 
-    def drop(self, memory_ids: Sequence[str]) -> None:
-        self.remembered.drop(memory_ids)
+    def drop(self, said: Sequence[str]) -> None:
+        self.remembered.drop(said)
 
-    async def drop_from_redis(self, redis: Redis, memory_ids: Sequence[str]) -> None:
-        await self.remembered.locations.drop_from_redis(redis, memory_ids)
-        await self.remembered.memories_redis.drop(redis, self.user_id, memory_ids)
+    async def drop_from_redis(self, redis: Redis, said: Sequence[str]) -> None:
+        ids = _ids(said)
+        await self.remembered.locations.drop_from_redis(redis, ids)
+        await self.remembered.memories_redis.drop(redis, self.user_id, ids)
+
+
+def _ids(said: Sequence[str]) -> list[str]:
+    return [one for one in said if ":" not in one]

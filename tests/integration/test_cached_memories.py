@@ -15,6 +15,7 @@ from google.protobuf import duration_pb2
 from redis.asyncio import Redis
 
 from common import catalog
+from local.postgres import SUPERUSER
 from memshard.v1 import memory_pb2 as pb
 from router.envelope import Envelopes
 from tests.support.cluster import LocalCluster
@@ -223,6 +224,40 @@ async def test_what_is_erased_is_not_in_redis_when_the_erasure_returns(pair: Pai
     assert await _entries(pair, stored) == []
     await asyncio.gather(*reading)
     assert await _entries(pair, stored) == []
+
+
+async def test_what_a_standby_still_has_does_not_come_back_after_an_erasure(pair: Pair, user: str) -> None:
+    memory = (await pair.one.StoreMemory(store_request(user, "tea"))).memory
+    for api in (pair.one, pair.other):
+        await remembered(api, memory, "tea")
+    shard = (await topology_of(pair.cluster.catalog_dsn())).owner(user_slot(user)).shard_id
+    (standby,) = pair.cluster.standbys(shard)
+    plan = pair.cluster.plan()
+    async with database(plan.shard_servers(shard)[standby].dsn(SUPERUSER, plan.secrets.postgres)) as connection:
+        await connection.execute("SELECT pg_wal_replay_pause()")
+        try:
+            await eventually(
+                lambda: connection.fetchval(
+                    "SELECT pg_get_wal_replay_pause_state() = 'paused'"
+                )  # At some record's end.
+            )
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await pair.one.EraseUser(pb.EraseUserRequest(user_id=user), timeout=8)
+            assert reason_of(caught.value) == "ERASE_UNCONFIRMED"
+            for api in (pair.one, pair.other):
+                for _ in range(20):
+                    assert await _is_gone(api, memory) or await _is_not_from_memory(api, memory)
+            assert await _entries(pair, [memory]) == []
+        finally:
+            await connection.execute("SELECT pg_wal_replay_resume()")
+
+    async def erased() -> pb.EraseUserResponse:
+        return await pair.other.EraseUser(pb.EraseUserRequest(user_id=user), timeout=8)
+
+    await eventually(erased)
+    for api in (pair.one, pair.other):
+        assert await _is_gone(api, memory)
+    assert await _entries(pair, [memory]) == []
 
 
 async def test_an_expired_memory_is_not_answered(pair: Pair, user: str) -> None:

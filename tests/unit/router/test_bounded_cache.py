@@ -47,7 +47,7 @@ def test_what_is_found_was_put_last_and_lately_and_all_of_it_has_room(
 
 
 def test_what_was_used_longest_ago_goes_first() -> None:
-    cache: BoundedCache[str, str] = BoundedCache(16_000, Clock())
+    cache: BoundedCache[str, str] = BoundedCache(20_000, Clock())
     for key in "abcdefgh":
         cache.put(key, key, size_bytes=1_000, ttl_s=60)
     assert cache.get("a") == "a"
@@ -59,7 +59,7 @@ def test_what_was_used_longest_ago_goes_first() -> None:
 
 
 def test_what_is_too_large_leaves_nothing_of_its_key_and_all_others() -> None:
-    cache: BoundedCache[str, str] = BoundedCache(16_000, Clock())
+    cache: BoundedCache[str, str] = BoundedCache(20_000, Clock())
     cache.put("a", "small", size_bytes=10, ttl_s=60)
     cache.put("b", "small", size_bytes=10, ttl_s=60)
     cache.put("a", "large", size_bytes=15_000, ttl_s=60)
@@ -73,7 +73,7 @@ def test_without_room_nothing_is_kept() -> None:
 
 
 def test_what_meets_a_condition_goes() -> None:
-    cache: BoundedCache[str, int] = BoundedCache(16_000, Clock())
+    cache: BoundedCache[str, int] = BoundedCache(20_000, Clock())
     for number, key in enumerate("abc"):
         cache.put(key, number, size_bytes=10, ttl_s=60)
     cache.pop_where(lambda key, value: key == "a" or value == 2)

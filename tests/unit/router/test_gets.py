@@ -70,6 +70,7 @@ async def getting(**settings: object) -> AsyncIterator[Getting]:
             locations=others,
             memories=memories,
             memories_redis=MemoryRedis(configured, RedisCache(configured), Envelopes(b"k" * 32), CLUSTER_ID, memories),
+            searches=others,
             flights=SingleFlight(),
             remembered=others,
             invalidations=others,
