@@ -225,6 +225,19 @@ class RouterSettings(EmbedderSettings):
     location_redis_ttl_s: Annotated[int, Field(ge=1, le=30 * 86400)] = 86400
     """Seconds that Redis remembers a location (the design's 24 h)."""
 
+    memory_cache_bytes: Annotated[int, Field(ge=0, le=1024 * 1024 * MIB)] = 64 * MIB
+    """Bytes of memories that this router remembers, for reads that need not be strong; some 45,000 of 500 bytes each.
+    Needs `redis_url`, by which routers tell each other what to forget. 0: none."""
+
+    memory_cache_ttl_s: Seconds = 300.0
+    """Seconds that this router remembers a memory (the design's 5 minutes)."""
+
+    memory_redis_ttl_s: Annotated[int, Field(ge=0, le=7 * 86400)] = 3600
+    """Seconds that Redis remembers a memory that a router has read (the design's hour). 0: it does not."""
+
+    search_cache_bytes: Annotated[int, Field(ge=0, le=1024 * 1024 * MIB)] = 32 * MIB
+    """Bytes of search results that this router remembers, for as long as memories. 0: none."""
+
     reads: Literal["replicas", "all"] = "replicas"
     """Who serves reads that need not be strong. `replicas`: the primary only when no replica can. `all`: the primary
     takes its share."""

@@ -50,12 +50,13 @@ class Watches(Protocol):
         """A request was parsed. Nothing is known of its worth yet."""
         ...
 
-    def answered(self, rpc: str, request: Message, response: Message, size_bytes: int) -> None:
+    def answered(self, rpc: str, request: Message, response: Message | bytes, size_bytes: int) -> None:
         """It was answered, with so many bytes."""
         ...
 
 
-Handler = Callable[[Message, Deadline], Awaitable[Message]]
+# A response that is there as bytes already is sent as it is.
+Handler = Callable[[Message, Deadline], Awaitable[Message | bytes]]
 _Behavior = Callable[[bytes, "Context"], Awaitable[bytes]]
 
 
@@ -157,7 +158,7 @@ class _Answering:
                     request = _parse(self._request_class, raw)
                     self._watch.asked(self._rpc, request)
                     response = await self._handler(request, deadline)
-            answer = response.SerializeToString()
+            answer = response if isinstance(response, bytes) else response.SerializeToString()
             self._watch.answered(self._rpc, request, response, len(answer))
         except errors.MemshardError as raised:
             return raised
@@ -189,7 +190,7 @@ class _Nobody:
     def asked(self, rpc: str, request: Message) -> None:
         """Is not looked at."""
 
-    def answered(self, rpc: str, request: Message, response: Message, size_bytes: int) -> None:
+    def answered(self, rpc: str, request: Message, response: Message | bytes, size_bytes: int) -> None:
         """Is not looked at."""
 
 

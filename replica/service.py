@@ -10,7 +10,7 @@ from common.deadline import Deadline
 from common.errors import Unavailable
 from memshard.internal.v1 import shard_pb2
 from replica import lag
-from replica.freshness import is_fresh
+from replica.freshness import Replayed, is_fresh
 from shard import identity
 from shard.database import Database
 from shard.identity import Identity
@@ -37,7 +37,9 @@ class ReplicaServicer(ReadServicer):
         self._owned: list[tuple[int, int]] | None = None
         self._owned_at = 0.0
 
-    async def serve(self, read: Read[T], fresh: shard_pb2.Freshness | None, deadline: Deadline) -> T:
+    async def serve(
+        self, read: Read[T], fresh: shard_pb2.Freshness | None, deadline: Deadline, *, stamped: bool
+    ) -> tuple[T, shard_pb2.ReadStamp | None]:
         """Waits until the standby is as fresh as asked for, up to the time that the request gives it."""
         if fresh is None:
             raise _not_primary("a strong read is for the primary")
@@ -46,8 +48,11 @@ class ReplicaServicer(ReadServicer):
             async with self._database.reading(deadline) as connection:
                 # The check is a statement of its own, before the read and on its connection: the snapshot of the read
                 # is then younger than the check. Between looks others may have the connection.
-                if not _asks(fresh) or is_fresh(fresh, await lag.replayed(connection)):
-                    return await read(connection)
+                replayed = await lag.replayed(connection) if stamped or _asks(fresh) else None
+                if replayed is None:
+                    return await read(connection), None
+                if not _asks(fresh) or is_fresh(fresh, replayed):
+                    return await read(connection), _stamp(replayed)
             if not patience.remaining_s():
                 raise Unavailable(
                     "this replica has not replayed what the read asks for",
@@ -89,6 +94,13 @@ class ReplicaServicer(ReadServicer):
 def _asks(fresh: shard_pb2.Freshness) -> bool:
     """Whether there is anything to check."""
     return fresh.HasField("position") or bool(fresh.max_staleness_ms)
+
+
+def _stamp(replayed: Replayed) -> shard_pb2.ReadStamp | None:
+    """What a read says of itself that begins after this look. Without a heartbeat, nobody knows of which timeline."""
+    if not replayed.in_recovery or not replayed.timeline:
+        return None
+    return shard_pb2.ReadStamp(timeline=replayed.timeline, lsn=replayed.lsn, age_ms=lag.in_ms(replayed.age_s))
 
 
 def _not_primary(why: str) -> Unavailable:

@@ -2,9 +2,11 @@
 
 import argparse
 import asyncio
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 
@@ -24,10 +26,13 @@ from router.checks import Checks
 from router.dispatch import Dispatch
 from router.embed import Embedding
 from router.entrance import Entrance
+from router.envelope import Envelopes
 from router.fanout import Fanout
 from router.findings import Report
 from router.invalidation import Invalidations
 from router.location import LocationCache
+from router.memories import MemoryCache
+from router.memories_redis import MemoryRedis
 from router.metrics import RouterMetrics
 from router.monitor import Monitor
 from router.observed import Observed
@@ -36,12 +41,16 @@ from router.place import Placement
 from router.probes import Probes
 from router.reads import Reads
 from router.recovery import Recovery
+from router.redis_cache import RedisCache
+from router.remembered import Remembered
 from router.replicas import Replicas
 from router.request_ids import RequestIds
 from router.retries import Retries
 from router.scatter import Scatter
+from router.search_cache import SearchCache
 from router.service import MemoryServicer
 from router.shards import Shards
+from router.single_flight import SingleFlight
 from router.telling import Telling
 from router.tokens import Tokens
 from router.topology_watch import TopologyWatch
@@ -60,10 +69,8 @@ async def main(settings: RouterSettings) -> None:
             raise lifecycle.StartError(str(error)) from error
         if embeds is not None:
             stack.push_async_callback(embeds.close)
-        invalidations = Invalidations(settings, cluster.cluster_id)
-        stack.push_async_callback(invalidations.close)
-        locations = LocationCache(settings, cluster.cluster_id, invalidations.alive)
-        stack.push_async_callback(locations.close)
+        invalidations, remembered = _caches(settings, cluster, stack)
+        locations = remembered.locations
         shards = Shards(settings)
         stack.push_async_callback(shards.close)
         replicas, levels = Replicas(shards, topology, settings), shards.levels
@@ -92,6 +99,11 @@ async def main(settings: RouterSettings) -> None:
                 scatter=Scatter(watch, shards, retries),
                 fanout=Fanout(watch, reads, retries, concurrency=settings.fanout_concurrency),
                 locations=locations,
+                memories=remembered.memories,
+                memories_redis=remembered.memories_redis,
+                searches=remembered.searches,
+                flights=SingleFlight(),
+                remembered=remembered,
                 invalidations=invalidations,
                 levels=levels,
                 tokens=Tokens(cluster.token_key, levels.of, lambda: watch.topology.epoch),
@@ -116,7 +128,7 @@ async def main(settings: RouterSettings) -> None:
                 telling.tell(alert)
 
         monitor = Monitor(checks.now, tell)
-        recovery = Recovery(shards, locations, lambda: watch.topology)
+        recovery = Recovery(shards, remembered, lambda: watch.topology)
         for_operators = AdminServicer(
             monitor=monitor,
             recovery=recovery,
@@ -130,7 +142,7 @@ async def main(settings: RouterSettings) -> None:
             placement=placement,
             entrance=entrance,
         )
-        metrics = RouterMetrics(watch, shards, replicas, retries, reads.hedges, locations, observed)
+        metrics = RouterMetrics(watch, shards, replicas, retries, reads.hedges, remembered, observed)
         server = lifecycle.Server(
             settings,
             [
@@ -148,7 +160,6 @@ async def main(settings: RouterSettings) -> None:
         await stack.enter_async_context(Exposition(settings, [metrics.look]))
         await server.start()
         await server.set_serving(levels.effects().serving)
-        listening = [partial(invalidations.run, locations)] if settings.redis_url else []
 
         async def obey(effects: Effects) -> None:
             await server.set_serving(effects.serving)
@@ -163,10 +174,30 @@ async def main(settings: RouterSettings) -> None:
                 entrance.run,
                 monitor.run,
                 telling.run,
-                *listening,
+                *(_listening(invalidations, remembered) if settings.redis_url else []),
                 *healing,
             ]
         )
+
+
+def _caches(settings: RouterSettings, cluster: Cluster, stack: AsyncExitStack) -> tuple[Invalidations, Remembered]:
+    """What the router remembers, and what it hears and tells of that; closed with `stack`."""
+    invalidations = Invalidations(settings, cluster.cluster_id)
+    stack.push_async_callback(invalidations.close)
+    link = RedisCache(settings)
+    stack.push_async_callback(link.close)
+    locations = LocationCache(settings, cluster.cluster_id, invalidations.alive, link)
+    memories = MemoryCache(settings, invalidations.alive)
+    envelopes = Envelopes(cluster.token_key)
+    shared = MemoryRedis(settings, link, envelopes, cluster.cluster_id, memories)
+    searches = SearchCache(settings, invalidations.alive)
+    return invalidations, Remembered(locations, memories, shared, searches, invalidations, envelopes)
+
+
+def _listening(
+    invalidations: Invalidations, remembered: Remembered
+) -> Sequence[Callable[[], Coroutine[Any, Any, None]]]:
+    return partial(invalidations.run, remembered), invalidations.keep_telling, remembered.memories_redis.run
 
 
 async def _read_catalog(settings: RouterSettings) -> tuple[Cluster, Topology]:

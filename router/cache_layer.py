@@ -1,4 +1,4 @@
-"""What is counted of one layer of the location cache."""
+"""What is counted of one layer of a cache."""
 
 import time
 from collections.abc import Callable

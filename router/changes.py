@@ -38,7 +38,9 @@ async def update(parts: Parts, request: pb.UpdateMemoryRequest, deadline: Deadli
     )
     slot = await _slot_to_change(parts, memory.user_id, memory.id, deadline)
     async with parts.request_ids.taken(memory.user_id, change.request_id, digest, slot, deadline) as (where, taken):
-        shard, answer = await parts.dispatch.to_owner(where, UPDATE, question, deadline)
+        with parts.remembered.changing(memory.user_id, memory.id) as forgetting:
+            shard, answer = await parts.dispatch.to_owner(where, UPDATE, question, deadline)
+            forgetting.done(shard.shard_id, answer.commit)
     receipt = parts.tokens.receipt(*taken, (shard.shard_id, answer.commit))
     return pb.UpdateMemoryResponse(memory=answer.memory, receipt=receipt)
 
@@ -52,7 +54,9 @@ async def delete(parts: Parts, request: pb.DeleteMemoryRequest, deadline: Deadli
     digest = hashlib.sha256(f"memshard delete 1\0{memory_id}".encode()).digest()
     slot = await _slot_to_change(parts, user_id, memory_id, deadline)
     async with parts.request_ids.taken(user_id, request_id, digest, slot, deadline) as (where, taken):
-        shard, answer = await parts.dispatch.to_owner(where, DELETE, question, deadline)
+        with parts.remembered.changing(user_id, memory_id) as forgetting:
+            shard, answer = await parts.dispatch.to_owner(where, DELETE, question, deadline)
+            forgetting.done(shard.shard_id, answer.commit)
     if answer.deleted:
         await parts.locations.forget(memory_id)
     return pb.DeleteMemoryResponse(
@@ -61,7 +65,7 @@ async def delete(parts: Parts, request: pb.DeleteMemoryRequest, deadline: Deadli
 
 
 async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) -> pb.EraseUserResponse:
-    """Has every shard that may hold anything of the user remove it, and every router forget where it was.
+    """Has every shard that may hold anything of the user remove it, and every router forget what it knew of it.
 
     All of them, and their standbys, or it is to be asked again.
     """
@@ -72,9 +76,14 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
         answers = await _erase_on_shards(parts, question, deadline)
         # The shards name them, this attempt's and those of one before, until they hear that all caches forgot them.
         ids = [memory_id for _, answer in answers for memory_id in answer.ids][:_MOST_FORGOTTEN]
-        if not ids:
+        if ids:
+            await parts.invalidations.forget_everywhere(
+                parts.remembered.of(user_id), [parts.remembered.erased(user_id), *ids], deadline
+            )
+        # From a standby that has them still they could be remembered again. The shards keep the ids until they hear
+        # that they are forgotten, which is said of no ids before all standbys are known to have lost them.
+        if not ids or any(answer.unconfirmed for _, answer in answers):
             break
-        await parts.invalidations.forget_everywhere(parts.locations, ids, deadline)
         del question.forgotten[:]
         question.forgotten.extend(ids)
     behind = [standby for _, answer in answers for standby in answer.unconfirmed]

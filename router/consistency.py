@@ -12,7 +12,7 @@ Where SESSION is given a `max_staleness`, or BOUNDED_STALENESS tokens, both hold
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from common.topology import Cutover
 from memshard.internal.v1 import shard_pb2
@@ -28,6 +28,9 @@ class Position(NamedTuple):
 
     timeline: int
     lsn: int
+
+
+ConsistencyKey: TypeAlias = tuple[bool, tuple[tuple[str, Position], ...], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,11 @@ class Consistency:
     positions: Mapping[str, Position] = field(default_factory=dict)
     """By shard. Of a shard that is not in it, nothing is asked."""
     max_staleness_ms: int = 0
+
+    @property
+    def key(self) -> "ConsistencyKey":
+        """The same for reads that ask the same."""
+        return self.strong, tuple(sorted(self.positions.items())), self.max_staleness_ms
 
     def under(self, cutovers: Iterable[Cutover]) -> "Consistency":
         """The same once slots have moved: of a shard that got some, its place in the log at the cutover stands in for

@@ -43,6 +43,13 @@ class Dispatch:
         self._reads = reads
         self._retries = retries
 
+    def admit(self, slot: int, rpc: Rpc[Q, R]) -> None:
+        """Whether the owner of a slot may be asked this now, for what is answered without asking it.
+
+        Raises Unavailable / SHARD_MAINTENANCE.
+        """
+        self._reads.shards.admit(self.owner(slot), rpc)
+
     def owner(self, slot: int) -> Shard:
         """The owner of a slot by the snapshot."""
         return self._watch.topology.owner(slot)

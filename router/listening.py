@@ -18,7 +18,8 @@ from redis.asyncio.client import PubSub
 
 from common import logs
 from common.cancellation import raise_if_cancelled
-from router.location import LocationCache, era_key
+from router.location import era_key
+from router.remembered import Hears
 
 _log = logs.get_logger("listening")
 
@@ -88,6 +89,8 @@ class Listener:
         self._redis = redis
         self._names = names
         self._id = str(uuid.uuid4())
+        self.signature = f"from:{self._id}"
+        """Among the ids of a message: this router has said it, and has nothing to hear in it."""
         self._renew = redis.register_script(_RENEW)
         self._holders = redis.register_script(_HOLDERS)
         self._lease_until = 0.0
@@ -107,8 +110,8 @@ class Listener:
         found = {member.decode() for member in members} - {self._id}
         return found if known_all else found | {_SOMEBODY}
 
-    async def run(self, locations: LocationCache) -> None:
-        """Listens until cancelled, and makes `locations` forget. After a break it forgets everything."""
+    async def run(self, remembered: Hears) -> None:
+        """Listens until cancelled, and makes `remembered` forget. After a break it forgets everything."""
         while True:
             pubsub = self._redis.pubsub()
             try:
@@ -116,24 +119,24 @@ class Listener:
                 if await pubsub.get_message(timeout=_TIMEOUT_S) is None:
                     raise TimeoutError  # noqa: TRY301  # To be handled like one of Redis' client.
                 # Whatever began before may not have heard all.
-                locations.clear()
-                await self._attend(pubsub, locations)
+                remembered.clear()
+                await self._attend(pubsub, remembered)
             except Exception as error:
                 # Whatever Redis does, and whatever its client makes of it: the link is gone, and with it the memory.
                 _log.warning("what other routers forget is not heard; remembering nothing", error=type(error).__name__)
             finally:
                 self._lease_until = 0.0
-                locations.clear()
+                remembered.clear()
                 await _close(pubsub)
             raise_if_cancelled()
             await asyncio.sleep(_RECONNECT_S)
 
-    async def _attend(self, pubsub: PubSub, locations: LocationCache) -> None:
+    async def _attend(self, pubsub: PubSub, remembered: Hears) -> None:
         loop = asyncio.get_running_loop()
         self._unanswered = 0
         while True:
             began = loop.time()
-            locations.hear_era(await self._register())
+            remembered.hear_era(await self._register())
             # The ping says when it all began, by this process's clock.
             await pubsub.ping(str(began))
             self._unanswered += 1
@@ -144,7 +147,7 @@ class Listener:
                 raise_if_cancelled()
                 message = await pubsub.get_message(timeout=max(0.0, until - loop.time()))
                 if message is not None:
-                    await self._hear(message["type"], message["data"], locations)
+                    await self._hear(message["type"], message["data"], remembered)
                 elif loop.time() >= until:
                     break
 
@@ -155,7 +158,7 @@ class Listener:
         era: bytes = await self._renew(keys=keys, args=arguments)
         return era
 
-    async def _hear(self, kind: str, data: bytes, locations: LocationCache) -> None:
+    async def _hear(self, kind: str, data: bytes, remembered: Hears) -> None:
         if kind == "subscribe":
             # The client has connected again by itself, and what was said in between is lost.
             raise ConnectionError
@@ -165,9 +168,10 @@ class Listener:
             self._lease_until = max(self._lease_until, began + LEASE_S)
         elif kind == "message":
             confirmations, era, *memory_ids = data.decode().split("\n")
-            locations.drop(memory_ids)
+            if self.signature not in memory_ids:
+                remembered.drop(memory_ids)
             if era:
-                locations.hear_era(era.encode())
+                remembered.hear_era(era.encode())
             if confirmations:
                 await self._confirm(confirmations)
 

@@ -9,48 +9,34 @@ before an erasure of which this router has heard since (`Moment.forgettings`), n
 not (`Moment.era`, which each erasure changes there).
 """
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 from uuid import UUID
 
 from cachetools import TTLCache
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ResponseError
+from redis.asyncio import Redis
 
-from common import logs, tracing
-from common.breaker_log import logged
-from common.breaker_settings import CACHE
+from common import tracing
+from common.breaker import CircuitBreaker
 from common.config import RouterSettings
 from common.deadline import Deadline
-from common.errors import Unavailable
 from common.gathering import Gathering
 from common.slots import SLOT_COUNT
 from router.cache_layer import CacheLayer
-
-_log = logs.get_logger("location")
+from router.redis_cache import SILENCE, RedisCache
 
 Slots = frozenset[int]
 NOWHERE: Slots = frozenset()
 
 # An entry with more is not one of ours, or not worth following one by one.
 _MAX_SLOTS = 8
-_MAX_CONNECTIONS = 64
 # Keys in one command: some milliseconds of Redis' one thread.
 _MAX_KEYS = 1000
 # What this many entries are written for may share a command with fifty others.
 _FEW_KEYS = 20
-
-# Seconds. A turn of the event loop that takes longer is one with a lot to do; usual ones take a tenth of it.
-_LATE_S = 0.01
-
-# Instead of a reply.
-_SILENCE = object()
 
 _JUST_NOW_MS = 60_000
 _CLOCK_SKEW_MS = 5_000
@@ -103,7 +89,13 @@ class LocationCache:
     counts for nothing.
     """
 
-    def __init__(self, settings: RouterSettings, cluster_id: str = "", believes: Callable[[], bool] = _always) -> None:
+    def __init__(
+        self,
+        settings: RouterSettings,
+        cluster_id: str = "",
+        believes: Callable[[], bool] = _always,
+        link: RedisCache | None = None,
+    ) -> None:
         self._believes = believes
         self._forgettings = 0
         self._era = _UNKNOWN
@@ -111,23 +103,22 @@ class LocationCache:
         self._memory: TTLCache[str, Slots] = TTLCache(settings.location_cache_entries, settings.location_cache_ttl_s)
         self._ttl_s = settings.location_redis_ttl_s
         self._timeout_s = settings.redis_timeout_s
-        self._redis = _connect(settings)
-        self._write = self._redis.register_script(_WRITE) if self._redis is not None else None
+        self._link = link or RedisCache(settings)
+        self._write = self._link.redis.register_script(_WRITE) if self._link.redis is not None else None
         self._keeping = Gathering("tell Redis together", self._keep_alone, self._keep_together)
-        self.breaker = logged("Redis", CACHE)
         self._of_memory, self._of_redis = CacheLayer("memory"), CacheLayer("redis")
 
     async def find(self, memory_id: str) -> Slots:
         """The slots where a memory with this id was last known; empty when nothing is known."""
         slots = self._recall(memory_id)
         self._of_memory.looked("hit" if slots else "miss")
-        if not slots and self._redis is not None:
+        if not slots and self._link.redis is not None:
             with tracing.span("look into Redis", {"memshard.cache.layer": self._of_redis.name}) as span:
                 began = self.moment()
-                reply = await self._ask(lambda redis: redis.get(_key(memory_id)))
+                reply = await self._link.ask(lambda redis: redis.get(_key(memory_id)))
                 slots = parse(reply)
                 span.set("memshard.cache.hit", bool(slots))
-            self._of_redis.looked("hit" if slots else "unavailable" if reply is _SILENCE else "miss")
+            self._of_redis.looked("hit" if slots else "unavailable" if reply is SILENCE else "miss")
             if slots:
                 self._remember(memory_id, slots, began)
         tracing.current().set("memshard.cache.hit", bool(slots))
@@ -197,7 +188,7 @@ class LocationCache:
         """Drops what is known of many memories."""
         for memory_id in memory_ids:
             self._memory.pop(memory_id, None)
-        await self._ask(lambda redis: self.drop_from_redis(redis, memory_ids))
+        await self._link.ask(lambda redis: self.drop_from_redis(redis, memory_ids))
 
     @staticmethod
     async def drop_from_redis(redis: Redis, memory_ids: Sequence[str]) -> None:
@@ -208,7 +199,7 @@ class LocationCache:
     async def forget(self, memory_id: str) -> None:
         """Drops what is known of a memory."""
         self._memory.pop(memory_id, None)
-        await self._ask(lambda redis: redis.delete(_key(memory_id)))
+        await self._link.ask(lambda redis: redis.delete(_key(memory_id)))
 
     @property
     def layers(self) -> tuple[CacheLayer, ...]:
@@ -216,9 +207,14 @@ class LocationCache:
         return (self._of_memory, self._of_redis) if self.is_shared else (self._of_memory,)
 
     @property
+    def breaker(self) -> CircuitBreaker:
+        """That of Redis."""
+        return self._link.breaker
+
+    @property
     def is_shared(self) -> bool:
         """Whether there is a Redis."""
-        return self._redis is not None
+        return self._link.redis is not None
 
     @property
     def is_believed(self) -> bool:
@@ -232,21 +228,7 @@ class LocationCache:
 
     async def ping(self) -> None:
         """Asks Redis whether it is there, whatever its breaker says, which hears of it. Raises Unavailable."""
-        if self._redis is None:
-            return
-        began = time.monotonic()
-        try:
-            answered = await self._redis.ping()
-        except Exception as error:  # Whatever its client raises, it is no answer to a ping.
-            raise Unavailable("Redis does not answer", reason="REDIS_UNAVAILABLE") from error
-        if answered is not True:
-            raise Unavailable("Redis answers something else", reason="REDIS_UNAVAILABLE")
-        took_s = time.monotonic() - began
-        # Enough of them close it, though nobody may be asking it anything at the moment.
-        self.breaker.probe_succeeded()
-        for _ in range(self.breaker.settings.probes):
-            if not self.breaker.refused_for_s():
-                self.breaker.admit().success(took_s)
+        await self._link.ping()
 
     def flush(self) -> int:
         """Forgets all that this router remembers, and goes on remembering; how much that was."""
@@ -257,8 +239,7 @@ class LocationCache:
 
     async def close(self) -> None:
         """Closes the connections to Redis."""
-        if self._redis is not None:
-            await self._redis.aclose()
+        await self._link.close()
 
     def _recall(self, memory_id: str) -> Slots:
         return self._memory.get(memory_id, NOWHERE) if self._believes() else NOWHERE
@@ -295,7 +276,7 @@ class LocationCache:
         arguments: list[Any] = [era, self._ttl_s, *(render(slots) for _, slots in together)]
         write = self._write
         assert write is not None
-        replies = await self._ask(lambda _: write(keys=keys, args=arguments))
+        replies = await self._link.ask(lambda _: write(keys=keys, args=arguments))
         before = map(parse, replies) if isinstance(replies, list) else None
         return [
             None
@@ -305,43 +286,6 @@ class LocationCache:
             else {}
             for one in wanted
         ]
-
-    async def _ask(self, command: Callable[[Redis], Awaitable[object]]) -> object:
-        """Redis' reply, None to what it refuses, or _SILENCE when there is no Redis, or it failed, or its breaker is
-        open."""
-        if self._redis is None or self.breaker.refused_for_s():
-            return _SILENCE
-        permit = self.breaker.admit()
-        began = time.monotonic()
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                reply = await command(self._redis)
-        except ResponseError:
-            # It answers, and refuses: there is something else than an entry under the key.
-            permit.success(time.monotonic() - began)
-            return None
-        except Exception as error:
-            # A cache may fail a call in no way whatever, not even by an answer that its client chokes on.
-            if not (isinstance(error, TimeoutError) and await _is_late()):
-                permit.failure()
-            _log.warning("going on without Redis", error=type(error).__name__)
-            return _SILENCE
-        else:
-            took_s = time.monotonic() - began
-            if took_s < self.breaker.settings.slow_call_s or not await _is_late():
-                permit.success(took_s)
-            return reply
-        finally:
-            permit.ignore()
-
-
-async def _is_late() -> bool:
-    """Whether the event loop is so busy that what came late was waiting for it, and not for Redis: to stop asking Redis
-    then would be to ask every shard instead, at the very moment when there is too much to do.
-    """
-    began = time.monotonic()
-    await asyncio.sleep(0)
-    return time.monotonic() - began > _LATE_S
 
 
 def made_just_now(memory_id: str) -> bool:
@@ -374,17 +318,3 @@ def era_key(cluster_id: str) -> str:
 
 def _key(memory_id: str) -> str:
     return f"loc:{memory_id}"
-
-
-def _connect(settings: RouterSettings) -> Redis | None:
-    if settings.redis_url is None:
-        return None
-    pool = BlockingConnectionPool.from_url(
-        settings.redis_url.get_secret_value(),
-        max_connections=_MAX_CONNECTIONS,
-        timeout=settings.redis_timeout_s,
-        socket_timeout=settings.redis_timeout_s,
-        socket_connect_timeout=settings.redis_timeout_s,
-        retry=Retry(NoBackoff(), 0),
-    )
-    return Redis.from_pool(pool)  # Which closes the pool with the client.

@@ -12,8 +12,8 @@ from common.level import Level
 from common.moves import Step
 from common.topology import CLUSTER
 from router.hedges import Hedges
-from router.location import LocationCache
 from router.observed import Observed
+from router.remembered import Remembered
 from router.replicas import Replicas
 from router.retries import Retries
 from router.shards import Shards
@@ -34,7 +34,7 @@ class RouterMetrics:
     replicas: Replicas
     retries: Retries
     hedges: Hedges
-    locations: LocationCache
+    remembered: Remembered
     observed: Observed
 
     def look(self) -> Iterable[Metric]:
@@ -142,16 +142,29 @@ class RouterMetrics:
         return serving, lag
 
     def _cache(self) -> Iterable[Metric]:
-        entries, most = self.locations.size
+        locations, memories = self.remembered.locations, self.remembered.memories
+        entries, most = locations.size
         yield _gauge("memory_cache_entries", "Locations that this router remembers.", entries)
         yield _gauge("memory_cache_max_entries", "Locations that it may remember.", most)
-        yield _gauge("memory_cache_believed", "1: what it remembers is used.", self.locations.is_believed)
+        yield _gauge("memory_cache_believed", "1: what it remembers is used.", locations.is_believed)
+        kept, size_bytes, most_bytes = memories.size
+        yield _gauge("memory_cached_memories", "Memories that this router remembers.", kept)
+        yield _gauge("memory_cached_bytes", "Bytes that they take.", size_bytes)
+        yield _gauge("memory_cached_max_bytes", "Bytes that they may take.", most_bytes)
+        searches, search_bytes = self.remembered.searches.size
+        yield _gauge("memory_cached_searches", "Searches whose results this router remembers.", searches)
+        yield _gauge("memory_cached_search_bytes", "Bytes that these take.", search_bytes)
         ratio = GaugeMetricFamily(
             "memory_cache_hit_ratio",
-            "Share of looks into a layer of the location cache that found something, over the last five minutes.",
+            "Share of looks into a layer of the caches that found something, over the last five minutes.",
             labels=["layer"],
         )
-        for layer in self.locations.layers:
+        for layer in (
+            *locations.layers,
+            memories.layer,
+            self.remembered.memories_redis.layer,
+            self.remembered.searches.layer,
+        ):
             if (share := layer.hit_ratio) is not None:
                 ratio.add_metric([layer.name], share)
         yield ratio

@@ -65,7 +65,7 @@ class Observed:
         if len(agents) == 1:
             span.set("gen_ai.agent.id", next(iter(agents)))
 
-    def answered(self, rpc: str, request: Message, response: Message, size_bytes: int) -> None:
+    def answered(self, rpc: str, request: Message, response: Message | bytes, size_bytes: int) -> None:
         if rpc in _READS:
             self._context_size[rpc].observe(size_bytes)
         if isinstance(response, pb.SearchMemoriesResponse):

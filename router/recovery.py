@@ -15,7 +15,7 @@ from common import logs
 from common.errors import MemshardError
 from common.topology import Topology
 from router.findings import Condition, Finding, Report
-from router.location import LocationCache
+from router.remembered import Remembered
 from router.shards import Shards
 
 _log = logs.get_logger("recovery")
@@ -118,13 +118,13 @@ class Recovery:
     def __init__(
         self,
         shards: Shards,
-        locations: LocationCache,
+        remembered: Remembered,
         topology: Callable[[], Topology],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.log: deque[Attempt] = deque(maxlen=_KEPT)
         self._shards = shards
-        self._locations = locations
+        self._remembered = remembered
         self._topology = topology
         self._limit = RateLimit(clock)
 
@@ -161,7 +161,7 @@ class Recovery:
 
     async def _carry_out(self, action: Action) -> str:
         if action.kind is Kind.FLUSH_CACHE:
-            return f"{self._locations.flush()} locations forgotten"
+            return f"{self._remembered.flush()} entries forgotten"
         address = self._addresses().get(action.subject)
         if address is None:
             return "it is no more"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from memshard.v1 import memory_pb2 as pb
 from router.levels import Levels
@@ -13,7 +14,7 @@ class Origin:
     """Where an answer comes from: which shards were asked for it, and which kinds of servers gave it."""
 
     shard_ids: frozenset[str]
-    served_by: frozenset[Role]
+    served_by: frozenset[Role | Literal["cache"]]
     summary: pb.ShardSummary
 
     @classmethod
@@ -21,6 +22,11 @@ class Origin:
         """Of shards that all answered."""
         asked = frozenset(shard_ids)
         return cls(asked, frozenset(served_by), pb.ShardSummary(total=len(asked), succeeded=len(asked)))
+
+    @classmethod
+    def of_cache(cls, shard_id: str) -> "Origin":
+        """What a shard had said before: now none was asked."""
+        return cls(frozenset((shard_id,)), frozenset(("cache",)), pb.ShardSummary())
 
 
 def report(levels: Levels, origin: Origin, *, fallback: bool = False) -> pb.ReadReport:

@@ -15,8 +15,10 @@ from router.consistency import Consistency
 from router.listings import newest
 from router.merge import merge
 from router.parts import Parts
-from router.report import report
+from router.report import Origin, report
+from router.search_cache import KeptResults, SearchKey
 from router.shards import SEARCH
+from router.stamps import Stamp
 
 # How many of the memories in question have no embedding yet, and so cannot be found by meaning.
 UNEMBEDDED_TRAILER = "memshard-unembedded"
@@ -53,6 +55,9 @@ async def search(
     )
     slot = parts.placement.user_slot(user_id) if user_id else None
     question.index_suffices = bool(user_id) and _index_suffices(parts, slot)
+    memo = None if slot is None or query.fallback else _Memo.of(parts, question, window, consistency, slot)
+    if memo is not None and (kept := memo.find()) is not None:
+        return kept
     if slot is not None:
         answered = await parts.dispatch.read(slot, SEARCH, question, consistency, deadline)
         answers, origin = [answered.answer], answered.origin
@@ -69,10 +74,7 @@ async def search(
             return recent
     if unembedded := sum(answer.unembedded for answer in answers):
         add_trailer(UNEMBEDDED_TRAILER, str(unembedded))
-    response = pb.SearchMemoriesResponse(
-        score_kind=pb.SCORE_KIND_TEXT_RANK if query.words else pb.SCORE_KIND_COSINE,
-        report=report(parts.levels, origin, fallback=query.fallback),
-    )
+    response = pb.SearchMemoriesResponse(score_kind=pb.SCORE_KIND_TEXT_RANK if query.words else pb.SCORE_KIND_COSINE)
     if len(answers) > 1:
         response.results.extend(merge([answer.results for answer in answers], window))
     elif window.offset:
@@ -80,6 +82,9 @@ async def search(
     else:
         # One shard's answer is in order already, and copied as a whole.
         response.results.MergeFrom(answers[0].results)
+    if memo is not None:
+        memo.remember(response, answers[0], origin)
+    response.report.CopyFrom(report(parts.levels, origin, fallback=query.fallback))
     return response
 
 
@@ -87,6 +92,55 @@ def _index_suffices(parts: Parts, slot: int | None) -> bool:
     """Whether a level has a large user's index answer, though an exact search was possible."""
     shard_id = parts.dispatch.owner(slot).shard_id if slot is not None else CLUSTER
     return parts.levels.effects(shard_id).index_instead_of_exact
+
+
+@dataclass(frozen=True, slots=True)
+class _Memo:
+    """What is remembered of a search of one user on one shard, or is to be."""
+
+    parts: Parts
+    key: SearchKey
+    slot: int
+    consistency: Consistency
+    asked_at: float
+
+    @classmethod
+    def of(
+        cls,
+        parts: Parts,
+        question: shard_pb2.SearchRequest,
+        window: validate.Window,
+        consistency: Consistency,
+        slot: int,
+    ) -> "_Memo | None":
+        """None when nothing is remembered. Has the shard say how fresh its answer is."""
+        if consistency.strong or not parts.searches.is_on:
+            return None
+        key = SearchKey.of(parts.remembered.user(question.user_id), question, window.offset)
+        question.stamped = True
+        return cls(parts, key, slot, consistency, parts.searches.now())
+
+    def find(self) -> pb.SearchMemoriesResponse | None:
+        """The answer, if one is remembered that is fresh enough."""
+        kept = self.parts.searches.find(self.key, self.consistency, self.parts.watch.topology)
+        if kept is None:
+            return None
+        self.parts.dispatch.admit(self.slot, SEARCH)
+        response = pb.SearchMemoriesResponse.FromString(kept.encoded)
+        response.report.CopyFrom(report(self.parts.levels, Origin.of_cache(kept.stamp.shard_id)))
+        return response
+
+    def remember(self, response: pb.SearchMemoriesResponse, answer: shard_pb2.SearchResponse, origin: Origin) -> None:
+        """Keeps an answer that has no report yet."""
+        (shard_id,) = origin.shard_ids
+        if not answer.HasField("stamp") or answer.unembedded:
+            # What has no embedding yet gets one without anybody being told, and is found then.
+            return
+        if self.parts.levels.effects(shard_id).index_instead_of_exact:
+            # It may be less than what is found at another level.
+            return
+        stamp = Stamp.of_answer(shard_id, answer.stamp, self.asked_at)
+        self.parts.searches.remember(self.key, KeptResults(self.slot, response.SerializeToString(), stamp), response)
 
 
 async def _most_recent(

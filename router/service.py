@@ -3,17 +3,14 @@
 from typing import TypeVar
 
 from common.deadline import Deadline
-from common.errors import NotFound
 from common.rpc import add_trailer
-from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
-from router import changes, listings, searches, stores, validate
+from router import changes, gets, listings, searches, stores, validate
 from router.consistency import STRONG, Consistency, consistency
 from router.locate import Locator
+from router.memories import Question
 from router.parts import Parts
 from router.report import report
-from router.resolve import slot_of_memory
-from router.shards import GET
 
 W = TypeVar(
     "W",
@@ -40,7 +37,7 @@ class MemoryServicer:
     ) -> pb.BatchStoreMemoriesResponse:
         return self._receipted(await stores.store_batch(self._parts, request, deadline))
 
-    async def GetMemory(self, request: pb.GetMemoryRequest, deadline: Deadline) -> pb.GetMemoryResponse:
+    async def GetMemory(self, request: pb.GetMemoryRequest, deadline: Deadline) -> pb.GetMemoryResponse | bytes:
         memory_id = validate.memory_id(request.id, "id")
         user_id = validate.optional_user_id(request.user_id, "user_id")
         wanted = await self._consistency(request.read, deadline)
@@ -49,17 +46,8 @@ class MemoryServicer:
                 memory_id, deadline, include_embedding=request.include_embedding, consistency=wanted
             )
             return pb.GetMemoryResponse(memory=located.memory, report=report(self._parts.levels, located.origin))
-        missing = NotFound(f"this user has no memory {memory_id}")
-        slot = await slot_of_memory(self._parts.placement, self._parts.dispatch, user_id, memory_id, deadline, wanted)
-        if slot is None:
-            raise missing
-        question = shard_pb2.GetRequest(id=memory_id, user_id=user_id, include_embedding=request.include_embedding)
-        answered = await self._parts.dispatch.read(slot, GET, question, wanted, deadline)
-        if not answered.answer.found:
-            raise missing
-        return pb.GetMemoryResponse(
-            memory=answered.answer.found[0].memory, report=report(self._parts.levels, answered.origin)
-        )
+        question = Question(user_id, memory_id, request.include_embedding)
+        return await gets.get(self._parts, question, wanted, deadline)
 
     async def UpdateMemory(self, request: pb.UpdateMemoryRequest, deadline: Deadline) -> pb.UpdateMemoryResponse:
         return self._receipted(await changes.update(self._parts, request, deadline))

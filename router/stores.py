@@ -36,9 +36,12 @@ async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline
         (error,), claims = await _claim(parts, [item], deadline)
         if error is not None:
             raise error
-    shard, answer = await parts.dispatch.to_owner(
-        item.slot, STORE, shard_pb2.StoreRequest(memory=memory, digest=digest), deadline
-    )
+    try:
+        shard, answer = await parts.dispatch.to_owner(
+            item.slot, STORE, shard_pb2.StoreRequest(memory=memory, digest=digest), deadline
+        )
+    finally:
+        parts.remembered.wrote([memory.user_id])
     if await parts.locations.add(memory.id, item.slot, since=began):
         await parts.invalidations.tell([memory.id])
     if answer.deleted:
@@ -60,7 +63,10 @@ async def store_batch(
         outcomes, claims = await _claim(parts, batch.items(), deadline)
         batch.refuse(outcomes)
     items = batch.items()
-    sent = await parts.scatter.send(_STORING, items, deadline)
+    try:
+        sent = await parts.scatter.send(_STORING, items, deadline)
+    finally:
+        parts.remembered.wrote({item.memory.user_id for item in items})
     if sent.marked:
         numbers = batch.numbers()
         add_trailer(DELETED_TRAILER, ",".join(str(numbers[n]) for n in sorted(sent.marked)))

@@ -22,6 +22,7 @@ from shard.embedding_queue import EmbeddingQueue
 from shard.figures import FiguresWatch
 from shard.large_users.keeper import Keeper
 from shard.large_users.known import OwnIndexes
+from shard.log_seen import LogSeen
 from shard.metrics import ShardMetrics
 from shard.primary import Newest, Primary
 from shard.purge import Retention
@@ -66,7 +67,8 @@ async def main(settings: ShardSettings) -> None:
         own_indexes = OwnIndexes(database)
         # It looks for the primary itself: once a look, and not with the sync set's keeper.
         large_users = Keeper(settings, known, Primary(owner_dsn, newest), own_indexes)
-        servicer = ShardServicer(settings, known, database, commits, durability, queue, disk, large_users)
+        seen = LogSeen()
+        servicer = ShardServicer(settings, known, database, commits, durability, queue, disk, large_users, seen)
         server = lifecycle.Server(
             settings,
             [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission())],
@@ -82,7 +84,7 @@ async def main(settings: ShardSettings) -> None:
             [
                 primary.run,
                 partial(_watch_health, server, primary),
-                partial(heartbeat.run, primary.connect, interval_s=settings.heartbeat_interval_s),
+                partial(heartbeat.run, primary.connect, seen, interval_s=settings.heartbeat_interval_s),
                 partial(purge.run, database, retention, interval_s=settings.purge_interval_s),
                 queue.run,
                 disk.run,

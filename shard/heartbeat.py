@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from common import logs
 from common.postgres import CONNECT_ERRORS
-from shard.position import TIMELINE
+from shard.log_seen import LogSeen
+from shard.position import TIMELINE, read_position
 
 if TYPE_CHECKING:
     import asyncpg
@@ -29,8 +30,12 @@ ON CONFLICT (singleton) DO UPDATE SET timeline = excluded.timeline, at = exclude
 """  # noqa: S608  # A constant.
 
 
-async def run(connect: "Callable[[], Awaitable[asyncpg.Connection[asyncpg.Record]]]", *, interval_s: float) -> None:
+async def run(
+    connect: "Callable[[], Awaitable[asyncpg.Connection[asyncpg.Record]]]", seen: LogSeen, *, interval_s: float
+) -> None:
     """Beats every `interval_s` until cancelled, on a connection of its own; a server that is lost is looked for again.
+
+    With each beat it sees how far the log has come, so that reads can say how fresh they are though nobody writes.
 
     The first beat is at once, so that replicas notice a new timeline as soon as it begins.
     """
@@ -44,6 +49,8 @@ async def run(connect: "Callable[[], Awaitable[asyncpg.Connection[asyncpg.Record
                 while True:
                     async with asyncio.timeout(_TIMEOUT_S):
                         await connection.execute(_BEAT)
+                        here = await read_position(connection)
+                    seen.observe(here.timeline, here.lsn)
                     beating = True
                     await asyncio.sleep(interval_s)
             finally:

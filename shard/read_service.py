@@ -18,6 +18,7 @@ from shard.ownership import NotOwnedError
 from shard.refusal import refusal
 
 T = TypeVar("T")
+S = TypeVar("S", shard_pb2.GetResponse, shard_pb2.SearchResponse)
 
 Read = Callable[[Connection], Awaitable[T]]
 
@@ -36,8 +37,13 @@ class ReadServicer(ABC):
         self._page_bytes = page_bytes
 
     @abstractmethod
-    async def serve(self, read: Read[T], fresh: shard_pb2.Freshness | None, deadline: Deadline) -> T:
-        """Runs `read` on a connection whose server is as fresh as asked for; None: strong."""
+    async def serve(
+        self, read: Read[T], fresh: shard_pb2.Freshness | None, deadline: Deadline, *, stamped: bool
+    ) -> tuple[T, shard_pb2.ReadStamp | None]:
+        """Runs `read` on a connection whose server is as fresh as asked for; None: strong.
+
+        And says how fresh that was, if it is to be `stamped`, and known.
+        """
 
     async def FindClaim(self, request: shard_pb2.FindClaimRequest, deadline: Deadline) -> shard_pb2.FindClaimResponse:
         slot = self._slot(request.route)
@@ -62,7 +68,7 @@ class ReadServicer(ABC):
             )
             return shard_pb2.GetResponse(found=found)
 
-        return await self._read(request.route, read, deadline)
+        return _stamped(*await self._serve(request.route, read, deadline, stamped=request.stamped))
 
     async def List(self, request: shard_pb2.ListRequest, deadline: Deadline) -> shard_pb2.ListResponse:
         self._check_route(request.route)
@@ -77,18 +83,30 @@ class ReadServicer(ABC):
     async def Search(self, request: shard_pb2.SearchRequest, deadline: Deadline) -> shard_pb2.SearchResponse:
         self._check_route(request.route)
         self._check_dimensions(len(request.embedding))
-        return await self._read(
-            request.route, lambda c: searching.search(c, self._identity, request, self._own_indexes), deadline
+        return _stamped(
+            *await self._serve(
+                request.route,
+                lambda c: searching.search(c, self._identity, request, self._own_indexes),
+                deadline,
+                stamped=request.stamped,
+            )
         )
 
     async def _read(self, route: shard_pb2.Route, read: Read[T], deadline: Deadline) -> T:
+        answer, _ = await self._serve(route, read, deadline, stamped=False)
+        return answer
+
+    async def _serve(
+        self, route: shard_pb2.Route, read: Read[T], deadline: Deadline, *, stamped: bool
+    ) -> tuple[T, shard_pb2.ReadStamp | None]:
         async def checked(connection: Connection) -> T:
             try:
                 return await read(connection)
             except (reads.NotServedError, NotOwnedError):
                 raise await refusal(connection, self._identity, route.ranges) from None
 
-        return await self.serve(checked, route.fresh if route.HasField("fresh") else None, deadline)
+        fresh = route.fresh if route.HasField("fresh") else None
+        return await self.serve(checked, fresh, deadline, stamped=stamped)
 
     async def _describe(
         self, connection: Connection, owned: Sequence[tuple[int, int]] | None = None
@@ -127,3 +145,9 @@ class ReadServicer(ABC):
             raise InvalidArgument.field(
                 "embedding", "WRONG_DIMENSION", f"has {length} numbers, not {self._identity.dimensions}"
             )
+
+
+def _stamped(answer: S, stamp: shard_pb2.ReadStamp | None) -> S:
+    if stamp is not None:
+        answer.stamp.CopyFrom(stamp)
+    return answer

@@ -22,6 +22,7 @@ from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
 from shard.identity import Identity
 from shard.large_users.keeper import Keeper
+from shard.log_seen import LogSeen
 from shard.ownership import NotOwnedError
 from shard.position import read_position
 from shard.primary import timeline_of
@@ -60,12 +61,14 @@ class ShardServicer(ReadServicer):
         queue: EmbeddingQueue,
         disk: Disk,
         keeper: Keeper,
+        seen: LogSeen,
     ) -> None:
         super().__init__(known, settings.page_bytes, keeper.known)
         self._keeper = keeper
         self._database = database
         self._durability = durability
-        self._writes = Writes(database, commits, durability)
+        self._seen = seen
+        self._writes = Writes(database, commits, durability, seen)
         self._queue = queue
         self._disk = disk
         self._stores = Gathering("store together", self._store_alone, self._store_together)
@@ -235,7 +238,9 @@ class ShardServicer(ReadServicer):
         _log.warning("connections are replaced", count=replaced)
         return shard_pb2.RecyclePoolResponse(replaced=replaced)
 
-    async def serve(self, read: Read[T], fresh: shard_pb2.Freshness | None, deadline: Deadline) -> T:
+    async def serve(
+        self, read: Read[T], fresh: shard_pb2.Freshness | None, deadline: Deadline, *, stamped: bool
+    ) -> tuple[T, shard_pb2.ReadStamp | None]:
         """The primary is as fresh as can be, unless it has a successor that it does not know of."""
         async with self._database.reading(deadline) as connection:
             self._durability.require_primary(timeline_of(connection))
@@ -243,7 +248,9 @@ class ShardServicer(ReadServicer):
                 raise Unavailable(
                     "another server has taken the writes over", reason="REPLICA_BEHIND", retry_after_s=_RETRY_AFTER_S
                 )
-            return await read(connection)
+            # Before the read begins, or it would say of itself what only others after it can.
+            stamp = self._seen.stamp(timeline_of(connection)) if stamped else None
+            return await read(connection), stamp
 
     async def _receipted(self, write: Write[W], route: shard_pb2.Route, deadline: Deadline) -> W:
         """What a write answers, with the commit in it."""

@@ -11,6 +11,7 @@ from memshard.v1 import memory_pb2 as pb
 from shard.commits import Commits
 from shard.database import Database
 from shard.durability import Durability
+from shard.log_seen import LogSeen
 from shard.position import read_position
 from shard.primary import timeline_of
 
@@ -36,10 +37,11 @@ def _one(_: object) -> int:
 class Writes:
     """Runs the shard's writes."""
 
-    def __init__(self, database: Database, commits: Commits, durability: Durability) -> None:
+    def __init__(self, database: Database, commits: Commits, durability: Durability, seen: LogSeen) -> None:
         self._database = database
         self._commits = commits
         self._durability = durability
+        self._seen = seen
 
     async def run(
         self, write: Write[T], deadline: Deadline, acknowledges: Callable[[T], int] = _one
@@ -61,6 +63,7 @@ class Writes:
                 if repeated:
                     await connection.execute(_BARRIER)
                 here = await read_position(connection)
+            self._seen.observe(here.timeline, here.lsn)
             durability = self._durability.of_commit(begun, here, before)
             _ACKNOWLEDGED[durability].inc(acknowledges(answer))
             return answer, shard_pb2.Commit(timeline=here.timeline, lsn=here.lsn, durability=durability)

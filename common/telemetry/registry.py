@@ -68,7 +68,7 @@ RETRIES_REFUSED = Counter(
 )
 CACHE_REQUESTS = Counter(
     "memory_cache_requests",
-    "Looks into the location cache, by layer and result: hit, miss, or unavailable.",
+    "Looks into the caches, by layer and result: hit, miss, or unavailable.",
     ("layer", "result"),
     registry=REGISTRY,
 )

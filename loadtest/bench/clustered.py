@@ -53,9 +53,12 @@ class Routed:
         self._watch(answer.receipt.degradation_level)
 
     async def get(self, caller: int, user: str, memory_id: str) -> Any:
-        answer = await self._stub.GetMemory(pb.GetMemoryRequest(id=memory_id, user_id=user), timeout=_TIMEOUT_S)
-        self._watch(answer.report.degradation_level)
-        return answer.memory
+        return await self._get(pb.GetMemoryRequest(id=memory_id, user_id=user))
+
+    async def get_again(self, caller: int, user: str, memory_id: str) -> Any:
+        # As the SDK's clients ask.
+        session = pb.ReadOptions(level=pb.READ_LEVEL_SESSION)
+        return await self._get(pb.GetMemoryRequest(id=memory_id, user_id=user, read=session))
 
     async def bulk(self, caller: int, rows: Sequence[Row]) -> None:
         for first in range(0, len(rows), BATCH):
@@ -65,6 +68,11 @@ class Routed:
             )
             assert all(result.id for result in answer.results), "an item of a batch was not stored"
             self._watch(answer.receipt.degradation_level)
+
+    async def _get(self, request: pb.GetMemoryRequest) -> pb.Memory:
+        answer = await self._stub.GetMemory(request, timeout=_TIMEOUT_S)
+        self._watch(answer.report.degradation_level)
+        return answer.memory
 
     def _watch(self, level: "pb.DegradationLevel.ValueType") -> None:
         if level != pb.DEGRADATION_LEVEL_NORMAL:
@@ -92,6 +100,8 @@ class WithClient:
 
     async def get(self, caller: int, user: str, memory_id: str) -> Memory:
         return await self._client.get(memory_id, user_id=user)
+
+    get_again = get
 
     async def bulk(self, caller: int, rows: Sequence[Row]) -> None:
         raise NotImplementedError
@@ -127,6 +137,8 @@ class ShardOnly:
         request = shard_pb2.GetRequest(route=self._route(user), id=memory_id, user_id=user)
         answer = await self._stub.Get(request, timeout=_TIMEOUT_S)
         return answer.found[0]
+
+    get_again = get
 
     async def bulk(self, caller: int, rows: Sequence[Row]) -> None:
         raise NotImplementedError

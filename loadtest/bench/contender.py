@@ -65,6 +65,10 @@ class Contender(Protocol):
         """One memory, without its embedding."""
         ...
 
+    async def get_again(self, caller: int, user: str, memory_id: str) -> Any:
+        """One of a few that all ask for again and again, which need not be the newest state."""
+        ...
+
     async def bulk(self, caller: int, rows: Sequence[Row]) -> None:
         """Stores many memories, the fastest way there is."""
         ...

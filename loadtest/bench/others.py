@@ -42,6 +42,8 @@ class Chroma:
     async def get(self, caller: int, user: str, memory_id: str) -> Any:
         return await self._collection.get(ids=[memory_id], where={"user": user}, include=["documents", "metadatas"])
 
+    get_again = get
+
     async def bulk(self, caller: int, rows: Sequence[Row]) -> None:
         for first in range(0, len(rows), 500):
             part = rows[first : first + 500]
@@ -91,6 +93,8 @@ class Mem0:
 
     async def get(self, caller: int, user: str, memory_id: str) -> Any:
         return await asyncio.to_thread(self._store.get, memory_id)
+
+    get_again = get
 
     async def bulk(self, caller: int, rows: Sequence[Row]) -> None:
         await asyncio.to_thread(

@@ -81,6 +81,8 @@ class Straight:
         assert found is not None, "a memory is missing"
         return found
 
+    get_again = get
+
     async def bulk(self, caller: int, rows: Sequence[Row]) -> None:
         await self._connections[caller].copy_records_to_table(
             self._table,

@@ -145,13 +145,14 @@ class Worker:
     def _get(self, caller: int, task: Task, _: object) -> Callable[[], Awaitable[None]]:
         questions = self._workload.questions(self._start.number * 1000 + caller, task.round)
         few = [questions.get() for _ in range(_FEW)] if task.section == "get-hot" else []
+        get = self._contender.get_again if few else self._contender.get
         number = 0
 
         async def make() -> None:
             nonlocal number
             number += 1
             user, memory_id = few[number % _FEW] if few else questions.get()
-            await self._contender.get(caller, user_name(user), memory_id)
+            await get(caller, user_name(user), memory_id)
 
         return make
 

@@ -5,7 +5,6 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Self
 
 import grpc
 import pytest
@@ -15,43 +14,19 @@ from redis.asyncio import Redis
 from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import Unavailable
-from local import probes
-from local.binaries import redis_server
 from memshard.ids import new_id
 from memshard.v1 import memory_pb2 as pb
 from router.invalidation import Invalidations
 from router.listening import LEASE_S
 from router.location import NOWHERE, LocationCache
-from tests.support.cluster import LocalCluster, free_port
+from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
+from tests.support.own_redis import OwnRedis
 from tests.support.proxy import Proxy
 from tests.support.wire import memory_service, reason_of, store_request
 
 IDS = [str(uuid.uuid4()) for _ in range(2500)]
 HERE = frozenset({7})
-
-
-class OwnRedis:
-    """A redis-server that can be killed and started again, empty, on the same port."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}"
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def start(self) -> Self:
-        options = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "")
-        self._process = await asyncio.create_subprocess_exec(
-            str(redis_server()), *options, stdout=asyncio.subprocess.DEVNULL
-        )
-        await eventually(lambda: probes.answers_ping(self.url))
-        return self
-
-    async def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            await self._process.wait()
-            self._process = None
 
 
 @pytest_asyncio.fixture

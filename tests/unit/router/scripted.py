@@ -144,8 +144,17 @@ class Server:
         finally:
             self.in_flight -= 1
         self.answered += 1
-        memory = pb.Memory(id=request.id, content=self.name)
-        return shard_pb2.GetResponse(found=[shard_pb2.FoundMemory(memory=memory)])
+        memory = pb.Memory(
+            id=request.id,
+            user_id=request.user_id,
+            content=self.name,
+            embedding_state=pb.EMBEDDING_STATE_READY,
+        )
+        answer = shard_pb2.GetResponse(found=[shard_pb2.FoundMemory(memory=memory)])
+        if request.stamped:
+            timeline, lsn = self.position
+            answer.stamp.CopyFrom(shard_pb2.ReadStamp(timeline=timeline, lsn=lsn, age_ms=self.lag_ms))
+        return answer
 
     async def Store(self, request: shard_pb2.StoreRequest, deadline: Deadline) -> shard_pb2.StoreResponse:  # noqa: N802
         self.asked.append(request.route)

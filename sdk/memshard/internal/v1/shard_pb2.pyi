@@ -128,6 +128,35 @@ class ShardPosition(_message.Message):
 Global___ShardPosition: _TypeAlias = ShardPosition  # noqa: Y015
 
 @_typing.final
+class ReadStamp(_message.Message):
+    """How fresh what was read is. It has all of this shard that a token with this position, or an earlier one, speaks of,
+    and lacks nothing that was committed more than `age_ms` before the read.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMELINE_FIELD_NUMBER: _builtins.int
+    LSN_FIELD_NUMBER: _builtins.int
+    AGE_MS_FIELD_NUMBER: _builtins.int
+    timeline: _builtins.int
+    lsn: _builtins.int
+    age_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        timeline: _builtins.int = ...,
+        lsn: _builtins.int = ...,
+        age_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "lsn", b"lsn", "timeline", b"timeline"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadStamp: _TypeAlias = ReadStamp  # noqa: Y015
+
+@_typing.final
 class Commit(_message.Message):
     """Where in the write-ahead log a write is; read after its commit."""
 
@@ -230,10 +259,13 @@ class GetRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
     INCLUDE_EMBEDDING_FIELD_NUMBER: _builtins.int
+    STAMPED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     user_id: _builtins.str
     """Empty: of any user."""
     include_embedding: _builtins.bool
+    stamped: _builtins.bool
+    """The answer is to say how fresh it is."""
     @_builtins.property
     def route(self) -> Global___Route: ...
     def __init__(
@@ -243,10 +275,11 @@ class GetRequest(_message.Message):
         id: _builtins.str = ...,
         user_id: _builtins.str = ...,
         include_embedding: _builtins.bool = ...,
+        stamped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "include_embedding", b"include_embedding", "route", b"route", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "include_embedding", b"include_embedding", "route", b"route", "stamped", b"stamped", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -259,18 +292,24 @@ class GetResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FOUND_FIELD_NUMBER: _builtins.int
+    STAMP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def found(self) -> _containers.RepeatedCompositeFieldContainer[Global___FoundMemory]:
         """With no user given at most two, which is enough to know that the id is ambiguous."""
+
+    @_builtins.property
+    def stamp(self) -> Global___ReadStamp:
+        """Absent: it was not asked for, or is not known."""
 
     def __init__(
         self,
         *,
         found: _abc.Iterable[Global___FoundMemory] | None = ...,
+        stamp: Global___ReadStamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "stamp", b"stamp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -472,6 +511,7 @@ class SearchRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     WORDS_FIELD_NUMBER: _builtins.int
     INDEX_SUFFICES_FIELD_NUMBER: _builtins.int
+    STAMPED_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Empty: all users in the slots asked for."""
     k: _builtins.int
@@ -481,6 +521,8 @@ class SearchRequest(_message.Message):
     """Any of them matches; empty for a search by embedding."""
     index_suffices: _builtins.bool
     """A large user's own index may answer, though its recall is not known to be enough."""
+    stamped: _builtins.bool
+    """The answer is to say how fresh it is."""
     @_builtins.property
     def route(self) -> Global___Route: ...
     @_builtins.property
@@ -503,10 +545,11 @@ class SearchRequest(_message.Message):
         filter: _memory_pb2.Filter | None = ...,
         words: _builtins.str = ...,
         index_suffices: _builtins.bool = ...,
+        stamped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "filter", b"filter", "min_score", b"min_score", "route", b"route"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "embedding", b"embedding", "filter", b"filter", "include_embedding", b"include_embedding", "index_suffices", b"index_suffices", "k", b"k", "min_score", b"min_score", "route", b"route", "user_id", b"user_id", "words", b"words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "embedding", b"embedding", "filter", b"filter", "include_embedding", b"include_embedding", "index_suffices", b"index_suffices", "k", b"k", "min_score", b"min_score", "route", b"route", "stamped", b"stamped", "user_id", b"user_id", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_score: _TypeAlias = _typing.Literal["min_score"]  # noqa: Y015
     _WhichOneofArgType__min_score: _TypeAlias = _typing.Literal["_min_score", b"_min_score"]  # noqa: Y015
@@ -522,21 +565,27 @@ class SearchResponse(_message.Message):
 
     RESULTS_FIELD_NUMBER: _builtins.int
     UNEMBEDDED_FIELD_NUMBER: _builtins.int
+    STAMP_FIELD_NUMBER: _builtins.int
     unembedded: _builtins.int
     """How many memories in question have no embedding yet."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[_memory_pb2.ScoredMemory]:
         """Best first; ties by id, then user."""
 
+    @_builtins.property
+    def stamp(self) -> Global___ReadStamp:
+        """Absent: it was not asked for, or is not known."""
+
     def __init__(
         self,
         *,
         results: _abc.Iterable[_memory_pb2.ScoredMemory] | None = ...,
         unembedded: _builtins.int = ...,
+        stamp: Global___ReadStamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results", "unembedded", b"unembedded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results", "stamp", b"stamp", "unembedded", b"unembedded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1272,7 +1321,7 @@ class RecyclePoolResponse(_message.Message):
 
     REPLACED_FIELD_NUMBER: _builtins.int
     replaced: _builtins.int
-    """Connections that there were."""
+    """Connections that there were. 0: none, or they were replaced less than a minute ago."""
     def __init__(
         self,
         *,

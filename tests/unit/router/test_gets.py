@@ -1,0 +1,176 @@
+"""Fetching one memory: what is asked of the shard, and what several who ask at once have of one answer."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from common.catalog import PlacementStrategy
+from common.config import RouterSettings
+from common.deadline import Deadline
+from common.errors import DeadlineExceeded, Unavailable
+from memshard.v1 import memory_pb2 as pb
+from router import gets
+from router.consistency import EVENTUAL, STRONG, Consistency, Position
+from router.envelope import Envelopes
+from router.memories import MemoryCache, Question
+from router.memories_redis import MemoryRedis
+from router.parts import Parts
+from router.place import Placement
+from router.redis_cache import RedisCache
+from router.single_flight import SingleFlight
+from tests.support.eventually import eventually
+from tests.unit.router.scripted import CLUSTER_ID, Server, router
+
+QUESTION = Question("user-1", str(uuid.uuid4()), include_embedding=False)
+SESSION = Consistency(strong=False, positions={"shard-0": Position(1, 100)})
+
+
+@dataclass
+class Getting:
+    """A router's way to a primary, and what it remembers."""
+
+    primary: Server
+    parts: Parts
+
+    async def get(
+        self, consistency: Consistency, question: Question = QUESTION, *, seconds: float = 5
+    ) -> tuple[str, str]:
+        """Whose the memory is, and who served it."""
+        encoded = await gets.get(self.parts, question, consistency, Deadline.after(seconds))
+        answer = pb.GetMemoryResponse.FromString(encoded)
+        (served_by,) = answer.report.served_by
+        return answer.memory.user_id, served_by
+
+    def go(
+        self, consistency: Consistency, question: Question = QUESTION, *, seconds: float = 5
+    ) -> "asyncio.Task[tuple[str, str]]":
+        return asyncio.create_task(self.get(consistency, question, seconds=seconds))
+
+
+@asynccontextmanager
+async def getting(**settings: object) -> AsyncIterator[Getting]:
+    configured = RouterSettings(catalog_dsn="postgresql://unused", **settings)  # type: ignore[arg-type]
+    async with Server("primary", writable=True) as primary, router(primary) as made:
+        memories = MemoryCache(configured, lambda: True)
+        others: Any = SimpleNamespace()
+        parts = Parts(
+            cluster=others,
+            placement=Placement(PlacementStrategy.USER_BASED),
+            embedding=others,
+            dispatch=made.dispatch,
+            request_ids=others,
+            scatter=others,
+            fanout=made.fanout,
+            locations=others,
+            memories=memories,
+            memories_redis=MemoryRedis(configured, RedisCache(configured), Envelopes(b"k" * 32), CLUSTER_ID, memories),
+            searches=others,
+            flights=SingleFlight(),
+            remembered=others,
+            invalidations=others,
+            levels=made.shards.levels,
+            tokens=others,
+            watch=SimpleNamespace(topology=made.topology),  # type: ignore[arg-type]
+        )
+        yield Getting(primary, parts)
+
+
+async def test_what_was_got_is_not_asked_for_again() -> None:
+    async with getting() as one:
+        assert await one.get(STRONG) == ("user-1", "primary")
+        for consistency in (EVENTUAL, SESSION):
+            assert await one.get(consistency) == ("user-1", "cache")
+        assert await one.get(STRONG) == ("user-1", "primary")
+        assert one.primary.answered == 2
+        later = Consistency(strong=False, positions={"shard-0": Position(1, 101)})
+        await one.primary.move(Position(1, 101))
+        assert await one.get(later) == ("user-1", "primary")
+        assert await one.get(later) == ("user-1", "cache")
+
+
+@pytest.mark.parametrize("consistency", [EVENTUAL, SESSION])
+async def test_those_who_ask_the_same_at_once_share_one_answer(consistency: Consistency) -> None:
+    async with getting(memory_cache_bytes=0) as one:
+        one.primary.freeze()
+        callers = [one.go(consistency) for _ in range(20)]
+        await eventually(lambda: one.primary.in_flight)
+        one.primary.thaw()
+        assert await asyncio.gather(*callers) == [("user-1", "primary")] * 20
+        assert one.primary.answered == 1
+
+
+async def test_those_who_ask_for_something_else_do_not() -> None:
+    async with getting(memory_cache_bytes=0) as one:
+        one.primary.freeze()
+        callers = [
+            one.go(EVENTUAL),
+            one.go(SESSION),
+            one.go(Consistency(strong=False, positions={"shard-0": Position(1, 99)})),
+            one.go(EVENTUAL, QUESTION._replace(user_id="user-2")),
+            one.go(EVENTUAL, QUESTION._replace(memory_id=str(uuid.uuid4()))),
+            one.go(EVENTUAL, QUESTION._replace(include_embedding=True)),
+            *(one.go(STRONG) for _ in range(3)),
+        ]
+        await eventually(lambda: one.primary.in_flight == len(callers))
+        one.primary.thaw()
+        users = [user for user, _ in await asyncio.gather(*callers)]
+        assert users == ["user-1"] * 3 + ["user-2"] + ["user-1"] * 5
+
+
+async def test_who_asks_after_a_change_has_no_answer_of_before_it() -> None:
+    async with getting() as one:
+        one.primary.freeze()
+        before = one.go(EVENTUAL)
+        await eventually(lambda: one.primary.in_flight == 1)
+        one.parts.memories.drop([QUESTION.memory_id])
+        after = one.go(EVENTUAL)
+        await eventually(lambda: one.primary.in_flight == 2)
+        one.primary.thaw()
+        await asyncio.gather(before, after)
+        assert one.primary.answered == 2
+
+
+async def test_a_bound_is_that_of_each_who_asks() -> None:
+    """What the first began half a second ago is too old for who comes now."""
+    async with getting(memory_cache_bytes=0) as one:
+        bounded = Consistency(strong=False, max_staleness_ms=300)
+        one.primary.freeze()
+        first = one.go(bounded)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + 0.5
+        await eventually(lambda: loop.time() > until)
+        second = one.go(bounded)
+        await asyncio.sleep(0)
+        one.primary.thaw()
+        assert set(await asyncio.gather(first, second)) == {("user-1", "primary")}
+        assert one.primary.answered == 2
+
+
+async def test_who_leaves_takes_nothing_from_the_others() -> None:
+    async with getting(memory_cache_bytes=0) as one:
+        one.primary.freeze()
+        first, second = one.go(EVENTUAL), one.go(EVENTUAL)
+        await eventually(lambda: one.primary.in_flight)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        one.primary.thaw()
+        assert await second == ("user-1", "primary")
+        assert one.primary.answered == 1
+
+
+async def test_who_has_little_time_takes_none_from_who_has_more() -> None:
+    async with getting(memory_cache_bytes=0) as one:
+        one.primary.freeze()
+        hasty = one.go(EVENTUAL, seconds=0.2)
+        await eventually(lambda: one.primary.in_flight)
+        patient = one.go(EVENTUAL, seconds=10)
+        with pytest.raises((DeadlineExceeded, Unavailable, TimeoutError)):
+            await hasty
+        one.primary.thaw()
+        assert await patient == ("user-1", "primary")
