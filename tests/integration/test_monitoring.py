@@ -27,8 +27,8 @@ from memshard.v1 import memory_pb2 as pb
 from tests.support.cluster import LocalCluster, free_port
 from tests.support.eventually import eventually
 from tests.support.metrics import names_of, page_of
-from tests.support.otlp import OtlpReceiver
 from tests.support.promql import MONITORING, RULES, labels_in, metrics_in, panels, rules, selectors_in, targets
+from tests.support.traced import receiving_traces
 from tests.support.wire import memory_service, store_request
 
 if TYPE_CHECKING:
@@ -61,15 +61,9 @@ class Watched:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def watched() -> AsyncIterator[Watched]:
-    async with OtlpReceiver() as receiver:
-        with receiver.environment():
-            cluster = LocalCluster(shards=2, replicas=1, options=["--hung-after", "0"])
-            await cluster.__aenter__()
-        try:
-            async with memory_service(cluster.address) as api:
-                yield Watched(cluster, api)
-        finally:
-            await cluster.__aexit__(None, None, None)
+    cluster = LocalCluster(shards=2, replicas=1, options=["--hung-after", "0"])
+    async with receiving_traces(cluster), memory_service(cluster.address) as api:
+        yield Watched(cluster, api)
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import pytest
+from grpc_health.v1 import health_pb2
 
 from common.breaker import BREAKER_OPEN, State
 from common.deadline import Deadline
@@ -37,6 +38,20 @@ class Behind(Server):
     @property
     def address(self) -> str:
         return self._proxy.address
+
+
+class SilentNowAndThen(Server):
+    """A server that leaves every other look unanswered, and says to those between that it does not serve."""
+
+    checks = 0
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, deadline: Deadline
+    ) -> health_pb2.HealthCheckResponse:
+        self.checks += 1
+        if self.checks % 2:
+            await asyncio.Event().wait()
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
 # What opens a shard's breaker (common/breaker_settings.py).
@@ -299,3 +314,11 @@ async def test_a_server_whose_connection_was_lost_without_a_word_is_reached_by_a
 
         assert not await answered()
         await eventually(answered, within_s=8)
+
+
+async def test_a_server_that_is_not_silent_twice_in_a_row_keeps_its_connection() -> None:
+    async with SilentNowAndThen("primary", writable=True) as primary, router(primary) as reader:
+        await open_for_reads(reader, primary)
+        channel = reader.shards.channel(primary.address)
+        await eventually(lambda: primary.checks >= 4)
+        assert reader.shards.channel(primary.address) is channel
