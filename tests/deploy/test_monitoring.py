@@ -57,12 +57,26 @@ def test_alerts_fire_when_they_should_and_no_others(file: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+ALERTMANAGER = DIRECTORY / "alertmanager" / "alertmanager.yml"
+
+
 def test_amtool_finds_nothing_wrong_with_alertmanagers_configuration() -> None:
-    amtool = shutil.which("amtool")
-    if amtool is None:
+    amtool("check-config", str(ALERTMANAGER))
+
+
+@pytest.mark.parametrize("rule", [rule for rule in rules() if "alert" in rule], ids=lambda rule: str(rule["alert"]))
+def test_every_alert_goes_to_the_pager_or_by_mail(rule: dict[str, Any]) -> None:
+    severity = rule["labels"]["severity"]
+    receiver = {"page": "pager", "ticket": "mail"}[severity]
+    labels = f"alertname={rule['alert']}", f"severity={severity}"
+    amtool("config", "routes", "test", f"--config.file={ALERTMANAGER}", f"--verify.receivers={receiver}", *labels)
+
+
+def amtool(*arguments: str) -> None:
+    program = shutil.which("amtool")
+    if program is None:
         pytest.skip("amtool is not installed (Debian's package prometheus-alertmanager has it)")
-    file = DIRECTORY / "alertmanager" / "alertmanager.yml"
-    done = subprocess.run([amtool, "check-config", str(file)], check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program, *arguments], check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -12,8 +12,8 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,11 +125,23 @@ async def test_every_metric_that_a_rule_or_a_panel_names_is_there(watched: Watch
 
 
 def test_promtool_finds_nothing_wrong_with_the_rules() -> None:
+    checked_by_promtool("rules", *map(str, RULES))
+
+
+async def test_promtool_finds_nothing_wrong_with_the_pages(watched: Watched) -> None:
+    await use(watched.api, "somebody")
+    for service in ("router-0", "shard-0", "shard-0-replica-1"):
+        page = await page_of(watched.cluster, service, as_text=True)
+        assert "# TYPE process_cpu_seconds_total counter" in page
+        checked_by_promtool("metrics", given=page)
+
+
+def checked_by_promtool(*what: str, given: str = "") -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed (Debian's package prometheus has it)")
     done = subprocess.run(
-        [promtool, "check", "rules", *map(str, RULES)], check=False, capture_output=True, text=True, timeout=60
+        [promtool, "check", *what], input=given, check=False, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -268,18 +280,30 @@ def _get(url: str) -> str:
 
 
 @pytest.mark.timeout(180)
-async def test_a_shard_that_is_away_fires_its_alert_and_the_alert_resolves(watched: Watched, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["hangs", "is killed"])
+async def test_a_shard_that_is_away_fires_its_alert_and_the_alert_resolves(
+    watched: Watched, tmp_path: Path, how: str
+) -> None:
     async with prometheus(watched.cluster, tmp_path) as url:
         await eventually(lambda: all_up(url, SERVICES), within_s=60)
         assert ("MemshardDown", "shard-1") not in await firing(url)
-        stopped = watched.cluster.kill("shard-1", signal.SIGSTOP)
-        try:
+        with away(watched.cluster, "shard-1", killed=how == "is killed"):
             await eventually(lambda: fires(url, "MemshardDown", "shard-1"), within_s=20)
             assert {shard for name, shard in await firing(url) if name == "MemshardDown"} == {"shard-1"}
-        finally:
-            os.kill(stopped, signal.SIGCONT)
         await eventually(lambda: fires(url, "MemshardDown", None), within_s=30)
     await eventually(watched.cluster.healthy, within_s=60)
+
+
+@contextmanager
+def away(cluster: LocalCluster, service: str, *, killed: bool) -> Iterator[None]:
+    """The service hangs meanwhile; or is dead, and whoever would start it again is held."""
+    held = cluster.kill("supervisor" if killed else service, signal.SIGSTOP)
+    try:
+        if killed:
+            cluster.kill(service)
+        yield
+    finally:
+        os.kill(held, signal.SIGCONT)
 
 
 async def firing(url: str) -> set[tuple[str, str]]:
