@@ -21,6 +21,11 @@ class Node:
     name: str
     children: tuple["Node", ...] = ()
 
+    @property
+    def size(self) -> int:
+        """How many spans it is, with those below."""
+        return 1 + sum(child.size for child in self.children)
+
 
 def values_of(attributes: Iterable[common_pb2.KeyValue]) -> dict[str, Any]:
     """Attributes, of a span or an event, by name."""
