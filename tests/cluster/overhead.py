@@ -3,13 +3,13 @@
     python -m tests.cluster.overhead          # six minutes; exit code 1 below 0.95
     python -m tests.cluster.overhead --quick  # one and a half: whether it works, and no figure to go by
 
-One cluster is as `memshard up` makes it, with one trace in ten sent to a receiver here, and its pages read in each turn,
-twice as often as our prometheus.yml does. In the other nothing is counted, served or traced at all
+One cluster is as `memshard up` makes it, with one trace in ten sent to a receiver here, and its pages read in each of
+its turns, twice as often as our prometheus.yml does. In the other nothing is counted, served or traced at all
 (tests/support/without_telemetry). In each round the same callers search both, one after the other, and who comes first
 changes, so that what else the machine does falls on both. The result is the median of the rounds' ratios.
 
-Three things make what is measured look dearer than it is: there are few memories, so that little of a search is the
-database's work; the receiver and what reads the pages are on the same machine; and spans are sent ten times a second.
+Two things make what is measured look dearer than it is: there are few memories, so that little of a search is the
+database's work; and the receiver and what reads the pages are on the same machine.
 """
 
 import argparse
@@ -169,7 +169,7 @@ async def main(length: _Length) -> bool:
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         told = LocalCluster(shards=2, embedder="none", dimensions=_DIMENSIONS)
-        receiver = await stack.enter_async_context(receiving_traces(told))
+        receiver = await stack.enter_async_context(receiving_traces(told, soon=False))
         with _without_telemetry():
             untold = await stack.enter_async_context(LocalCluster(shards=2, embedder="none", dimensions=_DIMENSIONS))
         plans = {

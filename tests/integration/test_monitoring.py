@@ -159,6 +159,7 @@ async def test_every_query_finds_something_or_what_it_watches_is_there(watched: 
             if title not in EMPTY_WHEN_ALL_IS_WELL and not metrics_in(target["expr"]) & OF_KUBELETS:
                 await eventually(partial(shown, url, title, target), within_s=30)
         for query in [*(query for _, query in panels()), *(rule["expr"] for rule in rules())]:
+            await ask(url, "query", query=filled_in(query))
             if not metrics_in(query) & OF_KUBELETS:
                 await there(url, filled_in(query))
         slots = await ask(url, "query", query="sum(memory_shard_slots)")

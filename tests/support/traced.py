@@ -8,10 +8,10 @@ from tests.support.otlp import OtlpReceiver
 
 
 @asynccontextmanager
-async def receiving_traces(cluster: LocalCluster) -> AsyncIterator[OtlpReceiver]:
-    """Runs the cluster, all of whose processes send their traces to the receiver, soon."""
+async def receiving_traces(cluster: LocalCluster, *, soon: bool = True) -> AsyncIterator[OtlpReceiver]:
+    """Runs the cluster, all of whose processes send their traces to the receiver."""
     async with AsyncExitStack() as stack:
         receiver = await stack.enter_async_context(OtlpReceiver())
-        with receiver.environment():
+        with receiver.environment(soon=soon):
             await stack.enter_async_context(cluster)
         yield receiver
