@@ -1,6 +1,6 @@
 """What metrics and traces cost: searches a second with them ÷ without, on two clusters side by side.
 
-    python -m tests.cluster.overhead          # six minutes; exit code 1 below 0.95
+    python -m tests.cluster.overhead          # five minutes; exit code 1 below 0.95
     python -m tests.cluster.overhead --quick  # one and a half: whether it works, and no figure to go by
 
 One cluster is as `memshard up` makes it, with one trace in ten sent to a receiver here, and its pages read in each of

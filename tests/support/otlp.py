@@ -59,8 +59,8 @@ class OtlpReceiver:
 
     async def __aenter__(self) -> Self:
         self._server = grpc.aio.server()
-        export = {"Export": grpc.unary_unary_rpc_method_handler(self._export)}
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, export),))
+        export: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(self._export)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {"Export": export}),))
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
         self.endpoint = f"http://127.0.0.1:{port}"
