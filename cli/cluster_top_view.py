@@ -24,8 +24,10 @@ _LONGEST_NAME = 26
 _LONGEST_USER = 32
 # Heading and width of the columns with numbers: with the two before them, 80 characters.
 _NUMBERS = (("slots", 5), ("lag ms", 6), ("calls/s", 7), ("err/s", 6), ("p50 ms", 6), ("p99 ms", 6))
-# Lines besides those of servers and moves: headings, empty lines, hot users.
-_OTHER_LINES = 14
+# Lines about breakers at most, without the one that counts the others.
+_MOST_BREAKERS = 5
+# Rows of servers for which hot users give way where a terminal is too low for both.
+_FEWEST_ROWS = 6
 
 
 def document_of(stats: Answers, hot: HotAnswers, now: float) -> Document:
@@ -72,19 +74,25 @@ def show(document: Document) -> None:
 
 
 def rendered(document: Document, height: int | None = None) -> RenderableType:
-    """The screen. With a `height`, what is not well comes first, and what does not fit is left out and counted."""
-    parts: list[RenderableType] = [_heading(document)]
-    parts += [
-        Text(f"{router['router']}: {printable_line(router['error'])}", style="red")
-        for router in document["routers"]
-        if "error" in router
+    """The screen, with what is not well first. With a `height`, what does not fit is left out and counted."""
+    above: list[RenderableType] = [_heading(document), *_router_errors(document, one_line=height is not None), ""]
+    below: list[RenderableType] = [
+        "",
+        *_breaker_lines(document["breakers"]),
+        *_level_lines(document["shards"]),
+        *move_lines(document["moves"]),
     ]
-    moves = move_lines(document["moves"])
-    room = None if height is None else height - _OTHER_LINES - len(moves)
-    parts += ["", _server_table(document, room), "", *_breaker_lines(document), *moves]
-    if document["hot_users"]:
-        parts += ["", _hot_table(document["hot_users"][:_HOT_SHOWN])]
-    return Group(*parts)
+    hot = document["hot_users"][:_HOT_SHOWN]
+    hot_lines = 2 + len(hot) if hot else 0
+    room = None
+    if height is not None:
+        # Each part is a line, and the table has one with its headings.
+        room = height - len(above) - 1 - len(below) - hot_lines
+        rows = sum(len(shard["servers"]) for shard in document["shards"])
+        if room < min(rows, _FEWEST_ROWS):
+            hot, room = [], room + hot_lines
+    parts = [*above, _server_table(document, room), *below]
+    return Group(*parts, "", _hot_table(hot)) if hot else Group(*parts)
 
 
 def _router(router: RouterAdmin, answer: pb.GetStatsResponse | LocalClusterError) -> Document:
@@ -167,18 +175,34 @@ def _heading(document: Document) -> Text:
     )
 
 
+def _router_errors(document: Document, *, one_line: bool) -> list[Text]:
+    return [
+        Text(
+            f"{router['router']}: {printable_line(router['error'])}",
+            style="red",
+            no_wrap=one_line,
+            overflow="ellipsis" if one_line else None,
+        )
+        for router in document["routers"]
+        if "error" in router
+    ]
+
+
 def _server_table(document: Document, room: int | None) -> Table:
-    """All servers, or as many as there is room for."""
+    """All servers, or as many as there is room for: of shards in trouble first."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("server", width=_LONGEST_NAME, no_wrap=True)
     table.add_column("state", width=11, no_wrap=True)
     for name, width in _NUMBERS:
         table.add_column(name, width=width, justify="right", no_wrap=True)
-    shards = document["shards"]
-    if room is not None:
-        shards = sorted(shards, key=lambda shard: (not _is_troubled(shard), shard["shard_id"]))
+    broken = {_shard_of(breaker) for breaker in document["breakers"]}
+    shards = sorted(
+        document["shards"],
+        key=lambda shard: (shard["shard_id"] not in broken and not _is_troubled(shard), shard["shard_id"]),
+    )
     rows = [(shard, server) for shard in shards for server in shard["servers"]]
-    most = len(rows) if room is None else max(3, room)
+    # One line says how many more there are.
+    most = len(rows) if room is None or len(rows) <= room else max(3, room - 1)
     for shard, server in rows[:most]:
         is_primary = server["role"] == "primary"
         name = server["server"] if is_primary else f"  {server['server'].removeprefix(shard['shard_id'] + '-')}"
@@ -189,8 +213,9 @@ def _server_table(document: Document, room: int | None) -> Table:
             "" if server["lag_ms"] is None or not server["serving"] else _ms(server["lag_ms"]),
             f"{server['calls_per_s']:.1f}",
             Text(f"{server['errors_per_s']:.1f}", style="red" if server["errors_per_s"] else ""),
-            _ms(server["p50_ms"]),
-            _ms(server["p99_ms"]),
+            # Of a server that has answered nothing, nothing is known.
+            _ms(server["p50_ms"]) if server["p50_ms"] else "-",
+            _ms(server["p99_ms"]) if server["p99_ms"] else "-",
         )
     if len(rows) > most:
         table.add_row(f"… and {len(rows) - most} more", *[""] * 7)
@@ -202,33 +227,61 @@ def _is_troubled(shard: Document) -> bool:
     return shard["level"] != "normal" or any(not server["serving"] or server["errors_per_s"] for server in servers)
 
 
+def _shard_of(breaker: Document) -> str:
+    """The shard of a breaker; that of what is no shard has another name."""
+    return str(breaker["callee"]).partition("/")[0]
+
+
 def _state(shard: Document, server: Document) -> Text:
-    if not server["serving"]:
-        return Text("away", style="bold red")
     if server["role"] == "replica":
-        return Text("serving", style="green")
+        return Text("serving", style="green") if server["serving"] else Text("away", style="bold red")
+    if not server["serving"]:
+        # Calls of one kind at least: on a full disk reads are answered all the same.
+        return Text("failing", style="bold red")
     if shard["status"] != "active":
         return Text(shard["status"], style="yellow")
     return Text(shard["level"], style="green" if shard["level"] == "normal" else "yellow")
 
 
-def _breaker_lines(document: Document) -> list[RenderableType]:
-    if not document["breakers"]:
+def _breaker_lines(breakers: Sequence[Document]) -> list[RenderableType]:
+    """A line for each callee and state, with the kinds of calls and the routers that they are of."""
+    if not breakers:
         return ["All breakers are closed."]
+    kinds: dict[tuple[str, str, str], list[str]] = {}
+    for breaker in breakers:
+        kinds.setdefault((breaker["state"], breaker["callee"], breaker["router"]), []).append(breaker["kind"])
+    routers: dict[tuple[str, str, str], list[str]] = {}
+    for (state, callee, router), of_router in kinds.items():
+        routers.setdefault((state, callee, ", ".join(of_router)), []).append(router)
     styles = {"open": "bold red", "half_open": "yellow"}
-    lines: list[RenderableType] = []
-    for breaker in document["breakers"][:5]:
-        state = breaker["state"]
-        lines.append(
-            Text.assemble(
-                "breaker ",
-                (state.replace("_", "-"), styles.get(state, "")),
-                f"  {printable_line(breaker['callee'])}, {breaker['kind']} calls of {breaker['router']}",
-            )
+    # Open before half-open.
+    found = sorted(routers.items(), key=lambda item: item[0][0] != "open")
+    lines: list[RenderableType] = [
+        Text.assemble(
+            "breaker ",
+            (state.replace("_", "-"), styles.get(state, "")),
+            f"  {printable_line(callee)}: {calls} calls of {', '.join(names)}",
+            no_wrap=True,
+            overflow="ellipsis",
         )
-    if len(document["breakers"]) > len(lines):
-        lines.append(f"… and {len(document['breakers']) - len(lines)} more breakers that are not closed")
+        for (state, callee, calls), names in found[:_MOST_BREAKERS]
+    ]
+    if len(found) > len(lines):
+        lines.append(f"… and {len(found) - len(lines)} more like these")
     return lines
+
+
+def _level_lines(shards: Sequence[Document]) -> list[RenderableType]:
+    """The levels that the table does not say, since it says there that a primary fails."""
+    hidden: dict[str, list[str]] = {}
+    for shard in shards:
+        failing = any(server["role"] == "primary" and not server["serving"] for server in shard["servers"])
+        if shard["level"] != "normal" and failing:
+            hidden.setdefault(shard["level"], []).append(shard["shard_id"])
+    return [
+        Text.assemble("level ", (level, "yellow"), f"  {', '.join(names)}", no_wrap=True, overflow="ellipsis")
+        for level, names in sorted(hidden.items())
+    ]
 
 
 def _hot_table(users: Sequence[Document]) -> Table:

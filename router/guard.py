@@ -105,8 +105,7 @@ class Guard:
                 raise  # Of a caller in a hurry, or of one alone: nobody else is to feel it.
             _judge(permit, error, waited_s)
             if speaks_of_callee(error):
-                for tally in (self.tally, self.lately):
-                    tally.failed.add()
+                self._tell(lambda tally: tally.failed.add())
                 self._failed_at[kind] = self._clock()
             else:
                 self._answered(kind)
@@ -123,8 +122,7 @@ class Guard:
             admission.release(took_s)
             self._answered(kind)
             if priority is Priority.INTERACTIVE:
-                for tally in (self.tally, self.lately):
-                    tally.latency.add(took_s)
+                self._tell(lambda tally: tally.latency.add(took_s))
         finally:
             # Of a call that its caller gave up, and of one that failed at once, the time says nothing.
             permit.ignore()
@@ -169,14 +167,17 @@ class Guard:
         return True
 
     def _answered(self, kind: Kind) -> None:
-        for tally in (self.tally, self.lately):
-            tally.answered.add()
+        self._tell(lambda tally: tally.answered.add())
         self._failed_at.pop(kind, None)
 
     def _shed(self) -> None:
-        for tally in (self.tally, self.lately):
-            tally.shed.add()
+        self._tell(lambda tally: tally.shed.add())
         _SHED.inc()
+
+    def _tell(self, what: Callable[[Tally], None]) -> None:
+        """Has both tallies count something."""
+        for tally in (self.tally, self.lately):
+            what(tally)
 
     def _count(self, kind: Kind, status: str) -> None:
         if (kind, status) not in self._ended:

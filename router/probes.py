@@ -43,21 +43,21 @@ class Probes:
     async def _look(self, shard: Shard) -> None:
         """Health first, which says whether the service has a database that takes writes; then a question that goes
         through that database, so that one that hangs is not taken for well."""
+        said = None
         try:
-            if not await self._shards.is_serving(shard.address, timeout_s=_EVERY_S):
-                return
-            said = await self._shards.describe(shard.address, shard.shard_id, timeout_s=_EVERY_S)
+            if await self._shards.is_serving(shard.address, timeout_s=_EVERY_S):
+                said = await self._shards.describe(shard.address, shard.shard_id, timeout_s=_EVERY_S)
         except DeadlineExceeded:
             self._heard_nothing(shard)
             return
         except MemshardError:
-            return
+            pass  # A refusal is an answer too, if not one that helps.
         except Exception as bug:
             # The looks at all others, and the router with them, would end.
             _log.error("a look at a primary failed by a bug", **logs.describe_bug(bug))
             return
         self._silent.pop(shard.shard_id, None)
-        if said.shard_id == shard.shard_id:
+        if said is not None and said.shard_id == shard.shard_id:
             self._shards.guards.of(shard.shard_id).heard()
 
     def _heard_nothing(self, shard: Shard) -> None:

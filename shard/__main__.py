@@ -29,6 +29,7 @@ from shard.purge import Retention
 from shard.read_service import admission
 from shard.service import ShardServicer
 from shard.sync_keeper import SyncKeeper
+from shard.writes import Writes
 
 _log = logs.get_logger("shard")
 
@@ -68,7 +69,8 @@ async def main(settings: ShardSettings) -> None:
         # It looks for the primary itself: once a look, and not with the sync set's keeper.
         large_users = Keeper(settings, known, Primary(owner_dsn, newest), own_indexes)
         seen = LogSeen()
-        servicer = ShardServicer(settings, known, database, commits, durability, queue, disk, large_users, seen)
+        writes = Writes(database, commits, durability, seen)
+        servicer = ShardServicer(settings, known, database, writes, durability, queue, disk, large_users)
         server = lifecycle.Server(
             settings,
             [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission())],

@@ -15,14 +15,12 @@ from common.status import to_status
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from shard import changes, claims, erase, reads, request_claims, store
-from shard.commits import Commits
 from shard.database import Database
 from shard.disk import Disk
 from shard.durability import Durability
 from shard.embedding_queue import EmbeddingQueue
 from shard.identity import Identity
 from shard.large_users.keeper import Keeper
-from shard.log_seen import LogSeen
 from shard.ownership import NotOwnedError
 from shard.position import read_position
 from shard.primary import timeline_of
@@ -56,19 +54,17 @@ class ShardServicer(ReadServicer):
         settings: ShardSettings,
         known: Identity,
         database: Database,
-        commits: Commits,
+        writes: Writes,
         durability: Durability,
         queue: EmbeddingQueue,
         disk: Disk,
         keeper: Keeper,
-        seen: LogSeen,
     ) -> None:
         super().__init__(known, settings.page_bytes, keeper.known)
         self._keeper = keeper
         self._database = database
         self._durability = durability
-        self._seen = seen
-        self._writes = Writes(database, commits, durability, seen)
+        self._writes = writes
         self._queue = queue
         self._disk = disk
         self._stores = Gathering("store together", self._store_alone, self._store_together)
@@ -249,7 +245,7 @@ class ShardServicer(ReadServicer):
                     "another server has taken the writes over", reason="REPLICA_BEHIND", retry_after_s=_RETRY_AFTER_S
                 )
             # Before the read begins, or it would say of itself what only others after it can.
-            stamp = self._seen.stamp(timeline_of(connection)) if stamped else None
+            stamp = self._writes.seen.stamp(timeline_of(connection)) if stamped else None
             return await read(connection), stamp
 
     async def _receipted(self, write: Write[W], route: shard_pb2.Route, deadline: Deadline) -> W:

@@ -41,7 +41,8 @@ class Writes:
         self._database = database
         self._commits = commits
         self._durability = durability
-        self._seen = seen
+        self.seen = seen
+        """Hears how far into the log they have come."""
 
     async def run(
         self, write: Write[T], deadline: Deadline, acknowledges: Callable[[T], int] = _one
@@ -63,7 +64,7 @@ class Writes:
                 if repeated:
                     await connection.execute(_BARRIER)
                 here = await read_position(connection)
-            self._seen.observe(here.timeline, here.lsn)
+            self.seen.observe(here.timeline, here.lsn)
             durability = self._durability.of_commit(begun, here, before)
             _ACKNOWLEDGED[durability].inc(acknowledges(answer))
             return answer, shard_pb2.Commit(timeline=here.timeline, lsn=here.lsn, durability=durability)

@@ -86,7 +86,8 @@ def pod_labels(pod: Workload, endpoint: Manifest) -> dict[str, str]:
 
 def _meta(pod: Workload) -> dict[str, str]:
     labels = {f"__meta_kubernetes_pod_label_{re.sub('[^a-zA-Z0-9_]', '_', k)}": v for k, v in pod.labels.items()}
-    return {"__meta_kubernetes_pod_name": "pod-0", **labels}
+    namespace = pod.manifest["metadata"]["namespace"]
+    return {"__meta_kubernetes_pod_name": "pod-0", "__meta_kubernetes_namespace": namespace, **labels}
 
 
 def scraped_by_monitor(monitor: Manifest, among: tuple[Manifest, ...]) -> list[tuple[Manifest, str, str]]:

@@ -13,12 +13,13 @@ import jsonschema
 import pytest
 import yaml
 
+from common import dsn
 from tests.deploy import compose, monitoring
 from tests.deploy.compose import FILE
 from tests.deploy.kubernetes import OVERLAYS, Workload, named, of_kind, render, workloads
 from tests.deploy.monitoring import DIRECTORY, JOBS, pod_labels, scrape_config, scraped_by_monitor, scraped_by_pod
 from tests.deploy.settings import service_of, settings_of
-from tests.support.promql import metrics_in, targets
+from tests.support.promql import metrics_in, rules, targets
 
 PRODUCTION = OVERLAYS[0]
 SCHEMA = yaml.safe_load(Path(__file__).with_name("prometheus_operator_schema.yaml").read_text())
@@ -56,12 +57,26 @@ def test_alerts_fire_when_they_should_and_no_others(file: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+ALERTMANAGER = DIRECTORY / "alertmanager" / "alertmanager.yml"
+
+
 def test_amtool_finds_nothing_wrong_with_alertmanagers_configuration() -> None:
-    amtool = shutil.which("amtool")
-    if amtool is None:
+    amtool("check-config", str(ALERTMANAGER))
+
+
+@pytest.mark.parametrize("rule", [rule for rule in rules() if "alert" in rule], ids=lambda rule: str(rule["alert"]))
+def test_every_alert_goes_to_the_pager_or_by_mail(rule: dict[str, Any]) -> None:
+    severity = rule["labels"]["severity"]
+    receiver = {"page": "pager", "ticket": "mail"}[severity]
+    labels = f"alertname={rule['alert']}", f"severity={severity}"
+    amtool("config", "routes", "test", f"--config.file={ALERTMANAGER}", f"--verify.receivers={receiver}", *labels)
+
+
+def amtool(*arguments: str) -> None:
+    program = shutil.which("amtool")
+    if program is None:
         pytest.skip("amtool is not installed (Debian's package prometheus-alertmanager has it)")
-    file = DIRECTORY / "alertmanager" / "alertmanager.yml"
-    done = subprocess.run([amtool, "check-config", str(file)], check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program, *arguments], check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -141,6 +156,21 @@ def test_compose_has_prometheus_ask_every_service_where_it_has_its_metrics() -> 
     assert len(asked) == 6
 
 
+def test_a_shard_of_compose_sees_the_room_on_its_primarys_volume() -> None:
+    services: dict[str, Any] = compose.load(FILE)["services"]
+    seen = set()
+    for name, service in services.items():
+        if service_of(service.get("command", [])) == "shard":
+            settings = settings_of("shard", service["environment"])
+            (mount,) = service["volumes"]
+            volume, path, options = mount.split(":")
+            assert (path, options) == (str(settings.data_path), "ro")
+            primary, _ = dsn.hosts(settings.database_dsn.get_secret_value())[0]
+            assert any(mount.startswith(f"{volume}:/var/lib/postgresql") for mount in services[primary]["volumes"])
+            seen.add(name)
+    assert seen == {"shard-0", "shard-1"}
+
+
 def test_compose_mounts_the_one_set_to_where_it_is_looked_for() -> None:
     services: dict[str, Any] = compose.load(FILE)["services"]
     mounts: dict[str, dict[str, Path]] = {}
@@ -215,7 +245,11 @@ def test_the_service_monitor_finds_each_service_once_and_calls_its_job_by_its_na
 def test_a_prometheus_without_its_operator_finds_the_same(directory: str) -> None:
     config = scrape_config("prometheus-kubernetes.yml")
     known = {
-        named(workload.manifest): {"job": JOBS[service], **of_pod(service, settings)}
+        named(workload.manifest): {
+            "job": JOBS[service],
+            "namespace": workload.manifest["metadata"]["namespace"],
+            **of_pod(service, settings),
+        }
         for workload, service, settings in pods(directory)
     }
     for workload in workloads(render(directory)):
@@ -226,6 +260,26 @@ def test_a_prometheus_without_its_operator_finds_the_same(directory: str) -> Non
 def of_pod(service: str, settings: Any) -> dict[str, str]:
     """What a target's labels have to say of the pod: of what does not answer, nothing else says it."""
     return {"service": "pod-0", "shard": "" if service == "router" else settings.shard_id}
+
+
+@pytest.mark.parametrize("directory", OVERLAYS)
+def test_the_volumes_of_every_database_are_watched_each_by_its_name(directory: str) -> None:
+    """CloudNativePG calls an instance as its cluster with a number, and its volumes as the instance."""
+    (rule,) = [rule for rule in rules() if rule.get("alert") == "MemshardVolumeFull"]
+    (panel,) = [t["expr"] for title, t in targets() if title == "Disk free" and "kubelet" in t["expr"]]
+    (watched, shown) = (re.findall(r'persistentvolumeclaim=~"([^"]+)"', query)[0] for query in (rule["expr"], panel))
+    (of_shard,) = re.findall(r'"persistentvolumeclaim", "([^"]+)"', rule["expr"])
+    manifests = render(directory)
+    databases = [(each, each["metadata"]["labels"].get("memshard.io/shard")) for each in of_kind(manifests, "Cluster")]
+    # The catalog's is of no shard.
+    assert {shard for _, shard in databases} > {None}
+    for database, shard in databases:
+        for volume in (f"{database['metadata']['name']}-1", f"{database['metadata']['name']}-12-wal"):
+            assert re.fullmatch(watched, volume)
+            assert re.fullmatch(shown.replace("$shard", shard or ".*"), volume)
+            found = re.fullmatch(of_shard, volume)
+            assert (found and found[1]) == shard
+    assert not re.fullmatch(shown.replace("$shard", "shard-1"), "shard-10-postgres-1")
 
 
 def test_what_the_operator_and_grafana_get_is_what_the_others_get() -> None:

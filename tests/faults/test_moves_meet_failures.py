@@ -3,20 +3,19 @@
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 
 import pytest
 
 from common.moves import Step
 from local.cluster import CATALOG_SERVER
-from local.postgres import SUPERUSER
 from memshard import AsyncMemoryClient, NotFound, ReadLevel
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.faulty import faulty_cluster
 from tests.support.moving import Slots
 from tests.support.proxy import Fault
+from tests.support.replay import replay_paused
 from tests.support.wire import database, user_slot
 from tests.support.writers import Writers
 
@@ -48,24 +47,6 @@ async def test_a_router_without_the_catalog_follows_the_slots() -> None:
         assert await stale.found() == stale.expected
         assert await fresh.found() == fresh.expected
         assert await slots.left_over() == []
-
-
-@asynccontextmanager
-async def replay_paused(cluster: LocalCluster, shard_id: str) -> AsyncIterator[None]:
-    """The shard's one standby gets the log, and replays none of it."""
-    plan = cluster.plan()
-    server = plan.shard_servers(shard_id)[cluster.standbys(shard_id)[0]]
-    async with database(server.dsn(SUPERUSER, plan.secrets.postgres)) as connection:
-        await connection.execute("SELECT pg_wal_replay_pause()")
-
-        async def paused() -> bool:
-            return bool(await connection.fetchval("SELECT pg_get_wal_replay_pause_state() = 'paused'"))
-
-        await eventually(paused)
-        try:
-            yield
-        finally:
-            await connection.execute("SELECT pg_wal_replay_resume()")
 
 
 async def _is_there(client: AsyncMemoryClient, user: str, memory_id: str, level: ReadLevel) -> bool:

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-import asyncpg
 import grpc
 import pytest
 import pytest_asyncio
@@ -14,13 +13,13 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from common import catalog
-from local.postgres import SUPERUSER
 from memshard import AsyncMemoryClient, ReadLevel
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router.tokens import Tokens
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
+from tests.support.replay import replay_paused
 from tests.support.wire import database, fields_of, memory_service, reason_of, store_request
 
 if TYPE_CHECKING:
@@ -42,25 +41,6 @@ async def api(replicated: LocalCluster) -> "AsyncIterator[MemoryServiceAsyncStub
     """Its public API."""
     async with memory_service(replicated.address) as stub:
         yield stub
-
-
-@asynccontextmanager
-async def replay_held(cluster: LocalCluster) -> AsyncIterator[None]:
-    """While it lasts, the standby gets no further than it is."""
-    (name,) = cluster.standbys(SHARD)
-    plan = cluster.plan()
-    connection = await asyncpg.connect(plan.shard_servers(SHARD)[name].dsn(SUPERUSER, plan.secrets.postgres))
-    try:
-        await connection.execute("SELECT pg_wal_replay_pause()")
-
-        async def held() -> bool:
-            return bool(await connection.fetchval("SELECT pg_get_wal_replay_pause_state()") == "paused")
-
-        await eventually(held)
-        yield
-    finally:
-        await connection.execute("SELECT pg_wal_replay_resume()")
-        await connection.close()
 
 
 @asynccontextmanager
@@ -125,7 +105,7 @@ async def test_a_lagging_replica_answers_only_what_it_has(
 ) -> None:
     before = (await api.StoreMemory(store_request(user, "tea"))).receipt.consistency_token
     await eventually(lambda: _is(api, user, session(before), (["tea"], ["replica"])))
-    async with replay_held(replicated):
+    async with replay_paused(replicated, SHARD):
         after = (await api.StoreMemory(store_request(user, "coffee"))).receipt.consistency_token
         for _ in range(3):
             assert await listed(api, user, session(before, after)) == (["coffee", "tea"], ["primary"])
@@ -143,7 +123,7 @@ async def test_none_fresh_and_the_primary_away_is_unavailable_and_never_an_old_a
 ) -> None:
     before = (await api.StoreMemory(store_request(user, "tea"))).receipt.consistency_token
     await eventually(lambda: _is(api, user, session(before), (["tea"], ["replica"])))
-    async with replay_held(replicated):
+    async with replay_paused(replicated, SHARD):
         after = (await api.StoreMemory(store_request(user, "coffee"))).receipt.consistency_token
         async with stopped(replicated, SHARD):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -187,7 +167,7 @@ async def test_a_client_sees_its_own_writes_and_those_of_a_session_that_it_joins
     replicated: LocalCluster, user: str
 ) -> None:
     async with AsyncMemoryClient(replicated.address) as one, AsyncMemoryClient(replicated.address) as other:
-        async with replay_held(replicated):
+        async with replay_paused(replicated, SHARD):
             stored = (await one.store(user, "tea")).memory
             assert (await one.get(stored.id, user_id=user)).content == "tea"
             assert [found.memory.content for found in (await one.search("tea", user_id=user)).results] == ["tea"]

@@ -10,7 +10,7 @@ import signal
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,15 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from redis.asyncio import Redis
 
 from common.topology import Topology
+from local.cluster import metrics_of
 from memshard.v1 import memory_pb2 as pb
 from router.balance import PRIMARY
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
-from tests.support.metrics import page_of
+from tests.support.metrics import page_of, total_of
 from tests.support.otlp import Node, OtlpReceiver, Received, values_of
+from tests.support.replay import replay_paused
+from tests.support.traced import receiving_traces
 from tests.support.wire import memory_service, store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ PUBLIC, INTERNAL = "memshard.v1.MemoryService", "memshard.internal.v1.ShardServi
 SHARDS = ("shard-0", "shard-1", "shard-2")
 SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"]
 EVENTUAL = pb.ReadOptions(level=pb.READ_LEVEL_EVENTUAL)
+STRONG = pb.ReadOptions(level=pb.READ_LEVEL_STRONG)
+EVERYBODYS = pb.SearchMemoriesRequest(query="what do people drink?", read=STRONG)
+"""Asks the primaries of all shards."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,13 @@ class Traced:
         with suppress(AssertionError):
             await eventually(lambda: self.receiver.tree(caller.trace_id, below) == (expected,))
         assert self.receiver.tree(caller.trace_id, below) == (expected,)
+
+    async def all_came(self) -> None:
+        """Returns once all spans of what has ended are here: services send them in order, and a later call's are."""
+        later = Caller()
+        await self.api.SearchMemories(EVERYBODYS, metadata=later.metadata)
+        await eventually(lambda: len(self.named(later, "SELECT memories")) == len(SHARDS))
+        await eventually(lambda: self.named(later, f"{PUBLIC}/SearchMemories"))
 
     def named(self, caller: "Caller", name: str) -> list[Received]:
         """The spans with this name, of the caller's trace."""
@@ -78,15 +91,9 @@ class Caller:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def traced() -> AsyncIterator[Traced]:
-    async with OtlpReceiver() as receiver:
-        with receiver.environment():
-            cluster = LocalCluster(shards=3, replicas=1, options=["--hung-after", "0"])
-            await cluster.__aenter__()
-        try:
-            async with memory_service(cluster.address) as api:
-                yield Traced(cluster, receiver, api)
-        finally:
-            await cluster.__aexit__(None, None, None)
+    cluster = LocalCluster(shards=3, replicas=1, options=["--hung-after", "0"])
+    async with receiving_traces(cluster) as receiver, memory_service(cluster.address) as api:
+        yield Traced(cluster, receiver, api)
 
 
 def server(service: str, rpc: str, *children: Node) -> Node:
@@ -101,13 +108,14 @@ def asked(rpc: str, *statements: str) -> Node:
 
 async def test_a_search_of_all_users_is_one_tree_with_a_branch_for_each_shard(traced: Traced) -> None:
     caller = Caller()
-    strong = pb.ReadOptions(level=pb.READ_LEVEL_STRONG)
-    request = pb.SearchMemoriesRequest(query="what do people drink?", read=strong)
-    await traced.api.SearchMemories(request, metadata=caller.metadata)
+    await traced.api.SearchMemories(EVERYBODYS, metadata=caller.metadata)
     branches = tuple(Node(ROUTER, f"ask {shard}", (asked("Search", "SELECT memories"),)) for shard in SHARDS)
     expected = server(ROUTER, "SearchMemories", Node(ROUTER, "embed"), Node(ROUTER, "fan-out", branches))
-    await eventually(lambda: traced.receiver.tree(caller.trace_id, caller.span_id) == (expected,))
+    await traced.all_came()
+    assert traced.receiver.tree(caller.trace_id, caller.span_id) == (expected,)
     spans = traced.receiver.of_trace(caller.trace_id)
+    # And nothing of this trace is anywhere else.
+    assert len(spans) == expected.size == 15
     (root,) = [found for found in spans if found.span.name == f"{PUBLIC}/SearchMemories"]
     assert root.attributes["memshard.degradation.level"] == "normal"
     assert {found.attributes["memshard.shard"] for found in spans if found.span.name.startswith("ask ")} == set(SHARDS)
@@ -170,7 +178,7 @@ async def test_a_retry_is_an_event_and_its_failure_keeps_a_trace_that_was_not_sa
     user = next(u for u in (f"user-{uuid.uuid4()}" for _ in range(100)) if on(topology, u) == "shard-1")
     storing, searching = Caller(sampled=False), Caller(sampled=False)
     memory = pb.Memory(user_id=user, content="Bob drinks coffee")
-    search = pb.SearchMemoriesRequest(query="coffee", read=pb.ReadOptions(level=pb.READ_LEVEL_STRONG))
+    search = pb.SearchMemoriesRequest(query="coffee", read=STRONG)
     dead = traced.cluster.kill("shard-1")
     # Whether the last of its attempts finds the shard there again is not what this is about.
     with suppress(grpc.aio.AioRpcError):
@@ -234,6 +242,59 @@ async def test_a_hedge_is_an_event_and_both_servers_are_in_the_tree(traced: Trac
     await eventually(traced.cluster.healthy, within_s=60)
 
 
+async def test_a_read_that_is_hedged_and_tried_again_shows_both(traced: Traced) -> None:
+    """Its first attempt asks both servers of the shard in vain: the replica has not replayed what is asked for, and the
+    primary, which the hedge goes to, is gone. The second gets what the replica has replayed by then.
+    """
+    shard_id, replica = "shard-2", "shard-2/shard-2-replica-1"
+    topology = await topology_of(traced.cluster.catalog_dsn())
+    user = next(u for u in (f"user-{uuid.uuid4()}" for _ in range(100)) if on(topology, u) == shard_id)
+    # Before a hedge is thought of, it must be known how long reads take.
+    for _ in range(200):
+        await traced.api.ListMemories(pb.ListMemoriesRequest(user_id=user, read=EVENTUAL), timeout=10)
+    metrics_port = traced.cluster.plan().record.ports[metrics_of("router-0")]
+    caller = Caller()
+    async with AsyncExitStack() as paused:
+        await paused.enter_async_context(replay_paused(traced.cluster, shard_id))
+        stored = await traced.api.StoreMemory(store_request(user, "Carol drinks mate"))
+        read = pb.ReadOptions(level=pb.READ_LEVEL_SESSION, consistency_tokens=[stored.receipt.consistency_token])
+        request = pb.ListMemoriesRequest(user_id=user, read=read)
+        before = await total_of(metrics_port, "memory_retries")
+        dead = traced.cluster.kill(shard_id)
+        listing = asyncio.ensure_future(traced.api.ListMemories(request, metadata=caller.metadata, timeout=20))
+
+        async def tried_again() -> bool:
+            return await total_of(metrics_port, "memory_retries") > before
+
+        await eventually(tried_again)
+    listed = await listing
+    assert [memory.id for memory in listed.memories] == [stored.memory.id]
+    await eventually(lambda: traced.cluster.pid(shard_id) != dead)
+    await eventually(traced.cluster.healthy, within_s=60)
+    await traced.all_came()
+    (root,) = traced.named(caller, f"{PUBLIC}/ListMemories")
+    happened = [(event.name, values_of(event.attributes)) for event in root.span.events]
+    assert [name for name, _ in happened][:2] == ["hedge", "retry"]
+    (_, hedge), (_, retry) = happened[:2]
+    assert hedge["memshard.server"] == PRIMARY
+    assert (retry["memshard.attempt"], retry["error.type"]) == (2, "NO_FRESH_SERVER")
+    # No other span has such events, and all attempts are the call's children.
+    holders = {found.span.span_id for what in ("hedge", "retry") for found, _ in traced.events(caller, what)}
+    assert holders == {root.span.span_id}
+    attempts = [found for found in traced.named(caller, f"{INTERNAL}/List") if found.service == ROUTER]
+    assert {found.span.parent_span_id for found in attempts} == {root.span.span_id}
+    retried_at = root.span.events[1].time_unix_nano
+    in_vain = [found for found in attempts if found.span.start_time_unix_nano < retried_at]
+    assert [found.attributes["memshard.server"] for found in by_start(in_vain)] == [replica, shard_id, replica]
+    assert all(found.attributes["error.type"] for found in in_vain)
+    assert any("error.type" not in found.attributes for found in attempts)
+
+
+def by_start(spans: list[Received]) -> list[Received]:
+    """In the order in which they began."""
+    return sorted(spans, key=lambda found: found.span.start_time_unix_nano)
+
+
 async def test_what_callers_send_is_in_no_output(traced: Traced, user: str) -> None:
     """A marker in every text that a request has, one at a time, in what succeeds and in what fails, is then looked for.
 
@@ -272,9 +333,9 @@ async def test_what_callers_send_is_in_no_output(traced: Traced, user: str) -> N
     await eventually(lambda: len(traced.receiver.of_trace(caller.trace_id)) > sum(outcomes.values()))
     names = ["router-0", *SHARDS, *(f"{shard}-replica-1" for shard in SHARDS)]
     pages = [await page_of(traced.cluster, name) for name in names]
-    services = [file for file in traced.cluster.layout.logs.glob("*.log*") if not file.name.startswith("postgres")]
-    assert services
-    written = [*pages, *(file.read_text() for file in services)]
+    logs = [*traced.cluster.layout.logs.glob("*.log*")]
+    assert {file.name.partition("-")[0].partition(".")[0] for file in logs} >= {"postgres", "redis", "router", "shard"}
+    written = [*pages, *(file.read_text(errors="replace") for file in logs)]
     for text in (*written, *(raw.decode("latin-1") for raw in traced.receiver.raw)):
         assert marker not in text
         assert str(number)[:8] not in text

@@ -2,6 +2,7 @@
 
 import asyncio
 import urllib.request
+from collections.abc import Mapping
 
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -19,10 +20,10 @@ _SUFFIXES = {
 _ACCEPT = {"Accept": "application/openmetrics-text; version=1.0.0"}
 
 
-async def page_of(cluster: LocalCluster, service: str) -> str:
-    """The page of one of its services, in the format that has exemplars."""
+async def page_of(cluster: LocalCluster, service: str, *, as_text: bool = False) -> str:
+    """The page of one of its services, in the format that has exemplars, or in Prometheus' older one."""
     port = cluster.plan().record.ports[metrics_of(service)]
-    return await asyncio.to_thread(_get, f"http://127.0.0.1:{port}/metrics")
+    return await asyncio.to_thread(_get, f"http://127.0.0.1:{port}/metrics", {} if as_text else _ACCEPT)
 
 
 async def total_of(port: int, counter: str) -> float:
@@ -50,7 +51,7 @@ async def names_of(cluster: LocalCluster) -> set[str]:
     }
 
 
-def _get(url: str) -> str:
-    with urllib.request.urlopen(urllib.request.Request(url, headers=_ACCEPT), timeout=10) as answer:
+def _get(url: str, headers: Mapping[str, str] = _ACCEPT) -> str:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers)), timeout=10) as answer:
         text: str = answer.read().decode()
     return text

@@ -8,9 +8,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.proto.common.v1 import common_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
+
+_SERVICE = trace_service_pb2.DESCRIPTOR.services_by_name["TraceService"].full_name
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,11 @@ class Node:
     service: str
     name: str
     children: tuple["Node", ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many spans it is, with those below."""
+        return 1 + sum(child.size for child in self.children)
 
 
 def values_of(attributes: Iterable[common_pb2.KeyValue]) -> dict[str, Any]:
@@ -41,17 +48,19 @@ class Received:
 
 
 class OtlpReceiver:
-    """`async with` it: collects all spans that are sent to `endpoint`."""
+    """`async with` it: collects all spans that are sent to `endpoint`. They are looked into when somebody asks."""
 
     def __init__(self) -> None:
-        self.received: list[Received] = []
         self.raw: list[bytes] = []
         self.endpoint = ""
+        self._received: list[Received] = []
+        self._read = 0
         self._server: grpc.aio.Server | None = None
 
     async def __aenter__(self) -> Self:
         self._server = grpc.aio.server()
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        export: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(self._export)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {"Export": export}),))
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
         self.endpoint = f"http://127.0.0.1:{port}"
@@ -63,24 +72,27 @@ class OtlpReceiver:
         assert self._server is not None
         await self._server.stop(None)
 
-    async def Export(  # noqa: N802
-        self, request: trace_service_pb2.ExportTraceServiceRequest, _: object
-    ) -> trace_service_pb2.ExportTraceServiceResponse:
-        self.raw.append(request.SerializeToString())
-        for resource_spans in request.resource_spans:
-            named = {item.key: item.value.string_value for item in resource_spans.resource.attributes}
-            for scope_spans in resource_spans.scope_spans:
-                self.received += [Received(named["service.name"], span) for span in scope_spans.spans]
-        return trace_service_pb2.ExportTraceServiceResponse()
+    async def _export(self, request: bytes, _: object) -> bytes:
+        self.raw.append(request)
+        return trace_service_pb2.ExportTraceServiceResponse().SerializeToString()
+
+    @property
+    def received(self) -> list[Received]:
+        """All spans, as far as they have come."""
+        for raw in self.raw[self._read :]:
+            self._read += 1
+            for resource_spans in trace_service_pb2.ExportTraceServiceRequest.FromString(raw).resource_spans:
+                named = {item.key: item.value.string_value for item in resource_spans.resource.attributes}
+                for scope_spans in resource_spans.scope_spans:
+                    self._received += [Received(named["service.name"], span) for span in scope_spans.spans]
+        return self._received
 
     @contextmanager
-    def environment(self) -> Iterator[None]:
-        """What is started meanwhile sends its traces here, soon."""
-        wanted = {
-            "OTEL_TRACES_EXPORTER": "otlp",
-            "OTEL_EXPORTER_OTLP_ENDPOINT": self.endpoint,
-            "OTEL_BSP_SCHEDULE_DELAY": "100",
-        }
+    def environment(self, *, soon: bool = True) -> Iterator[None]:
+        """What is started meanwhile sends its traces here: soon, or as rarely as OpenTelemetry's SDK does by itself."""
+        wanted = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": self.endpoint}
+        if soon:
+            wanted["OTEL_BSP_SCHEDULE_DELAY"] = "100"
         before = {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)
         try:

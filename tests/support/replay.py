@@ -1,15 +1,37 @@
-"""Standbys whose replay is paused and resumed at random: what makes them lag on a machine where replay is fast."""
+"""Standbys whose replay is paused, for a while or at random: what makes them lag on a machine where replay is fast."""
 
 import asyncio
 import random
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import asyncpg
 
 from common.postgres import CONNECT_ERRORS
 from local.postgres import SUPERUSER
 from tests.support.cluster import LocalCluster
+from tests.support.eventually import eventually
+from tests.support.wire import database
+
+
+@asynccontextmanager
+async def replay_paused(cluster: LocalCluster, shard_id: str) -> AsyncIterator[None]:
+    """The shard's one standby gets the log, and replays none of it."""
+    (name,) = cluster.standbys(shard_id)
+    plan = cluster.plan()
+    server = plan.shard_servers(shard_id)[name]
+    async with database(server.dsn(SUPERUSER, plan.secrets.postgres)) as connection:
+        await connection.execute("SELECT pg_wal_replay_pause()")
+
+        async def paused() -> bool:
+            return bool(await connection.fetchval("SELECT pg_get_wal_replay_pause_state() = 'paused'"))
+
+        try:
+            await eventually(paused)
+            yield
+        finally:
+            await connection.execute("SELECT pg_wal_replay_resume()")
 
 
 class UnsteadyReplay:

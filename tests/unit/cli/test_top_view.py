@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from cli.cluster_health_view import stats_document
@@ -85,9 +86,69 @@ def test_an_open_breaker_and_a_router_that_is_away_are_said() -> None:
     broken.breakers.add(callee="shard-1", kind="store", state=pb.BREAKER_STATE_OPEN)
     broken.breakers.add(callee="Redis", kind="all", state=pb.BREAKER_STATE_CLOSED)
     shown = lines(document(broken, LocalClusterError("router-1 does not answer")))
-    assert "breaker open  shard-1, store calls of router-0" in shown
+    assert "breaker open  shard-1: store calls of router-0" in shown
     assert "router-1: router-1 does not answer" in shown
     assert not any("Redis" in line for line in shown)
+
+
+def failing(answer: pb.GetStatsResponse, shard_id: str, *kinds: str) -> pb.GetStatsResponse:
+    """With the primary of a shard that answers none of these calls."""
+    for kind in kinds:
+        answer.breakers.add(callee=shard_id, kind=kind, state=pb.BREAKER_STATE_OPEN)
+    for server in answer.servers:
+        if server.server == shard_id:
+            server.serving, server.errors_per_s, server.p50_ms, server.p99_ms = False, 1.5, 0, 0
+    for level in answer.levels:
+        if level.shard_id == shard_id:
+            level.level = memory_pb2.DEGRADATION_LEVEL_READONLY
+    return answer
+
+
+def test_a_primary_that_fails_comes_first_with_its_breakers_in_a_line_and_its_level() -> None:
+    all_kinds = ("store", "retrieve", "search")
+    found = document(failing(stats(3), "shard-2", *all_kinds), failing(stats(3), "shard-2", *all_kinds))
+    shown = lines(found)
+    assert shown[3].split() == ["shard-2", "failing", "5461", "100.0", "3.0", "-", "-"]
+    assert shown[4].split()[:2] == ["replica-1", "serving"]
+    assert "breaker open  shard-2: store, retrieve, search calls of router-0, router-1" in shown
+    assert "level readonly  shard-2" in shown
+    # What one router alone has found is said of that one.
+    found = document(failing(stats(3), "shard-2", *all_kinds), failing(stats(3), "shard-2", "store"))
+    shown = lines(found)
+    assert "breaker open  shard-2: store, retrieve, search calls of router-0" in shown
+    assert "breaker open  shard-2: store calls of router-1" in shown
+
+
+def test_a_replica_whose_breaker_is_open_brings_its_shard_to_the_top() -> None:
+    broken = stats(3)
+    broken.breakers.add(callee="shard-1/shard-1-replica-1", kind="search", state=pb.BREAKER_STATE_HALF_OPEN)
+    shown = lines(document(broken))
+    assert shown[3].split()[0] == "shard-1"
+    assert "breaker half-open  shard-1/shard-1-replica-1: search calls of router-0" in shown
+
+
+@pytest.mark.parametrize("shards", [3, 64])
+def test_whatever_is_wrong_fits_the_terminal(shards: int) -> None:
+    broken = moving(stats(shards), 9)
+    for number in range(shards):
+        failing(broken, f"shard-{number}", "store", "search")
+    away = LocalClusterError("nobody answers at " + "x" * 100)
+    for height in (24, 30, 60):
+        shown = lines(document(broken, away), height)
+        assert len(shown) <= height
+        assert all(len(line) <= 80 for line in shown)
+        assert any(line.startswith("router-1: nobody answers") for line in shown)
+        assert sum(line.startswith("breaker open") for line in shown) == min(shards, 5)
+        assert next(line.split()[0] for line in shown if "failing" in line) == "shard-0"
+
+
+def test_hot_users_give_way_to_servers_where_a_terminal_is_too_low_for_both() -> None:
+    found = document(stats(4))
+    assert any("0123456789abcdef" in line for line in lines(found, 24))
+    shown = lines(found, 14)
+    assert len(shown) <= 14
+    assert not any("0123456789abcdef" in line for line in shown)
+    assert sum("replica-1" in line for line in shown) >= 3
 
 
 def test_a_large_cluster_fits_the_terminal_with_its_troubles_first() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import pytest
+from grpc_health.v1 import health_pb2
 
 from common.breaker import BREAKER_OPEN, State
 from common.deadline import Deadline
@@ -19,6 +20,7 @@ from common.errors import (
 )
 from common.limiter import OVERLOADED
 from common.retry import RetryBudget, RetrySettings
+from memshard.internal.v1 import shard_pb2
 from router.consistency import EVENTUAL, STRONG
 from router.guard import Kind
 from router.retries import Retries
@@ -37,6 +39,25 @@ class Behind(Server):
     @property
     def address(self) -> str:
         return self._proxy.address
+
+
+class SilentNowAndThen(Server):
+    """A server that leaves every other look unanswered, and has nothing good to say to those between."""
+
+    checks = 0
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, deadline: Deadline
+    ) -> health_pb2.HealthCheckResponse:
+        self.checks += 1
+        if self.checks % 2:
+            await asyncio.Event().wait()
+        return await super().Check(request, deadline)
+
+    async def Describe(  # noqa: N802
+        self, request: shard_pb2.DescribeRequest, deadline: Deadline
+    ) -> shard_pb2.DescribeResponse:
+        raise Unavailable("no database")
 
 
 # What opens a shard's breaker (common/breaker_settings.py).
@@ -299,3 +320,13 @@ async def test_a_server_whose_connection_was_lost_without_a_word_is_reached_by_a
 
         assert not await answered()
         await eventually(answered, within_s=8)
+
+
+@pytest.mark.parametrize("serving", [False, True])
+async def test_a_server_that_is_not_silent_twice_in_a_row_keeps_its_connection(serving: bool) -> None:
+    async with SilentNowAndThen("primary", writable=True) as primary, router(primary) as reader:
+        primary.serving = serving
+        await open_for_reads(reader, primary)
+        channel = reader.shards.channel(primary.address)
+        await eventually(lambda: primary.checks >= 4)
+        assert reader.shards.channel(primary.address) is channel
