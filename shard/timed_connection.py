@@ -6,7 +6,8 @@ before a commit begins (PostgreSQL's postgres.c, `finish_xact_command`), so that
 """
 
 import asyncio
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import asyncpg
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     _Base: TypeAlias = asyncpg.Connection[asyncpg.Record]
 else:
     _Base = asyncpg.Connection
+
+T = TypeVar("T")
+
+# What asyncpg lets through, or makes, of messages that are none of PostgreSQL's.
+_GARBLED = (BufferError, LookupError, UnicodeDecodeError, asyncpg.UnknownPostgresError)
 
 # Seconds. Few, since each change costs a round trip: those who are in a hurry, those who wait as long as callers do by
 # default, and the longest that any statement may take.
@@ -64,16 +70,24 @@ class TimedConnection(_Base):
             self.statement_timeout_s = wanted_s
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-        return await observed(query, super().execute(query, *args, timeout=timeout))
+        return await _answer(query, super().execute(query, *args, timeout=timeout))
 
     async def executemany(self, command: str, args: Any, *, timeout: float | None = None) -> None:
-        return await observed(command, super().executemany(command, args, timeout=timeout))
+        return await _answer(command, super().executemany(command, args, timeout=timeout))
 
     async def fetch(self, query: str, *args: Any, **options: Any) -> Any:
-        return await observed(query, super().fetch(query, *args, **options))
+        return await _answer(query, super().fetch(query, *args, **options))
 
     async def fetchval(self, query: str, *args: Any, **options: Any) -> Any:
-        return await observed(query, super().fetchval(query, *args, **options))
+        return await _answer(query, super().fetchval(query, *args, **options))
 
     async def fetchrow(self, query: str, *args: Any, **options: Any) -> Any:
-        return await observed(query, super().fetchrow(query, *args, **options))
+        return await _answer(query, super().fetchrow(query, *args, **options))
+
+
+async def _answer(query: str, asking: Awaitable[T]) -> T:
+    """What the server answers. Raises what asyncpg does; InternalClientError for what no server would say."""
+    try:
+        return await observed(query, asking)
+    except _GARBLED as error:
+        raise asyncpg.InternalClientError("the answer is not PostgreSQL's") from error
