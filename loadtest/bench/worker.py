@@ -30,7 +30,7 @@ KINDS = {
     "mem0": "loadtest.bench.others:Mem0",
 }
 
-# Of so many searches one is looked at for its recall.
+# Of so many searches of a caller one is looked at for its recall, and its first.
 _EXAMINED = 25
 _MOST_EXAMINED = 60
 # A get of few memories again and again is what caches are for.
@@ -136,9 +136,9 @@ class Worker:
             nonlocal made
             user, query = questions.search()
             found = await self._contender.search(caller, user_name(user), query)
-            made += 1
             if made % _EXAMINED == 0 and len(examined) < _MOST_EXAMINED:
                 examined.append((user, query, found))
+            made += 1
 
         return make
 
