@@ -33,6 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "test_model" not in item.location[0])
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups that are not kept together fail nothing at first, and then this or that (pytest-xdist, issue 1386)."""
+    if session.config.getoption("loadgroup", False) and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("this pytest-xdist does not keep groups together with this pytest; see constraints.txt")
+
+
 @pytest.fixture
 def user() -> str:
     """A user that nobody else has."""
