@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from common.breaker_settings import SHARD
 from tests.faults.conftest import Record
 from tests.support.faulty import faulty_cluster
 from tests.support.generator import Plan, generating, result_file
@@ -19,6 +20,8 @@ _GRACE_S = 0.5
 _HANGING_MS = TIMEOUT_S * 1000 / 2
 # By the breaker; or, as long as calls hang that began before it opened, by the limit of calls in flight.
 _REFUSED = ("UNAVAILABLE BREAKER_OPEN", "RESOURCE_EXHAUSTED OVERLOADED")
+_FAILED = ("DEADLINE_EXCEEDED", "UNAVAILABLE OUTCOME_UNKNOWN")
+_FAILURES = SHARD.consecutive_failures
 _CLEAN = ("OK", "UNAVAILABLE ", "DEADLINE_EXCEEDED", *_REFUSED)
 
 
@@ -66,7 +69,10 @@ async def scenario(
     assert during.percentile_ms(99) < (2 * before.percentile_ms(99) if whole else _HANGING_MS)
     assert mine.longest_s() < TIMEOUT_S + _GRACE_S
     assert all(name.startswith(_CLEAN) for name in mine.counts())
-    assert opened - gone < TIMEOUT_S + _GRACE_S
+    # As soon as as many calls of a kind have failed as open its breaker.
+    failed = [calls.where(group=AWAY, since=gone, outcome=_FAILED, kinds=(kind,)).ends() for kind in calls.kinds]
+    enough = min(float(sorted(ends)[_FAILURES - 1]) for ends in failed if len(ends) >= _FAILURES)
+    assert opened - enough < _GRACE_S
     assert len(at_once) > 0.8 * len(since_open)
     patience = 1 if whole else 5
     assert at_once.percentile_ms(50) < 20 * patience

@@ -29,7 +29,9 @@ _MONITOR_EVERY_S, _OF_THE_MONITOR = 10, 16
 
 async def scenario(record: Record, tmp_path: Path, *, before_s: float, slow_s: float, whole: bool) -> None:
     metrics = free_port()
-    async with faulty_cluster(shards=2, replicas=1, settings={"metrics_port": metrics}) as faulty:
+    # What is remembered asks no shard.
+    forgetful = {"memory_cache_bytes": 0, "memory_redis_ttl_s": 0, "search_cache_bytes": 0}
+    async with faulty_cluster(shards=2, replicas=1, settings={"metrics_port": metrics, **forgetful}) as faulty:
         users = {shard.shard_id: faulty.users(shard.shard_id, 20) for shard in faulty.topology.shards}
         mix = {"get": 5.0, "list": 2.0, "search": 3.0}
         plan = Plan(
