@@ -80,9 +80,9 @@ class SearchCache:
 
     def find(self, key: SearchKey, consistency: Consistency, topology: Topology) -> KeptResults | None:
         """The results of this search, if what is remembered is fresh enough."""
-        if consistency.strong or not self._cache.max_bytes:
+        if consistency.strong or not self.is_on:
             return None
-        kept = self._cache.get(key) if self._believes() else None
+        kept = self._cache.get(key)
         hit = (
             kept is not None
             and not self._forgettings.since(key.user, kept.stamp.fresh_at)

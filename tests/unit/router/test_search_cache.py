@@ -154,3 +154,15 @@ def test_a_filter_is_part_of_what_is_asked() -> None:
 
     keys = {SearchKey.of("user", question, 0) for question in (filtered("x"), filtered("y"), filtered("x"))}
     assert len(keys) == 2
+
+
+def test_a_look_into_a_cache_that_is_off_is_no_miss() -> None:
+    cache = Cache()
+    cache.believes = False
+    assert cache.find() is None
+    assert cache.searches.layer.hit_ratio is None
+    cache.believes = True
+    assert cache.find() is None
+    assert cache.searches.layer.hit_ratio == 0
+
+
