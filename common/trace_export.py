@@ -71,7 +71,7 @@ class Export:
         return trace_id % _LOW_BITS < self._bound
 
     def keep(self, trace: Trace) -> bool:
-        if not trace.sampled and not self._is_telling(trace):
+        if not trace.sampled and not trace.wanted and not self._is_telling(trace):
             return False
         for span in trace.spans:
             self._processor.on_end(self._made(trace, span))

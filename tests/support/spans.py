@@ -9,7 +9,7 @@ from common.tracing import Span, Trace
 
 
 class Spans:
-    """Records what `recording` says, and keeps what is sampled."""
+    """Records what `recording` says, and keeps what is sampled or is to be there for one that is."""
 
     def __init__(self) -> None:
         self.kept: list[Trace] = []
@@ -18,9 +18,9 @@ class Spans:
         return True
 
     def keep(self, trace: Trace) -> bool:
-        if trace.sampled:
+        if trace.sampled or trace.wanted:
             self.kept.append(trace)
-        return trace.sampled
+        return trace.sampled or trace.wanted
 
     def call(self, *, sampled: bool = True) -> Span:
         """The span of a call with a trace of its own, to be entered."""

@@ -177,6 +177,39 @@ async def test_lines_of_a_tracestate_are_one_list() -> None:
         assert dict(tracing.outgoing() or ())["tracestate"] == "a=1,b=2"
 
 
+async def test_what_a_sampled_trace_leads_to_is_kept_as_well() -> None:
+    async with Recording() as recording:
+        for wanted in (False, True):
+            with call(UNSAMPLED), tracing.span("awaited") as awaited, call(SAMPLED), tracing.span("waits") as waits:
+                if wanted:
+                    waits.link(awaited)
+        assert sorted(recording.names()) == [*["Service/Rpc"] * 3, "awaited", "waits", "waits"]
+
+
+async def test_a_trace_that_is_held_ends_when_that_has_ended_for_which_it_is() -> None:
+    async with Recording() as recording:
+        with call(SAMPLED) as root:
+            held = root.hold()
+            assert held is not None
+            root.hold()
+        assert recording.names() == []
+        root.event("retry", {})
+        with held.spans[0], tracing.span("for the others"):
+            pass
+        held.release()
+        assert recording.names() == []
+        held.release()
+        assert recording.names() == ["Service/Rpc", "for the others"]
+        (kept, _) = recording.exporter.get_finished_spans()
+    assert [event.name for event in kept.events] == ["retry"]
+
+
+def test_where_nothing_is_recorded_nothing_is_held() -> None:
+    with call() as root:
+        assert root.hold() is None
+    assert tracing.NO_SPAN.hold() is None
+
+
 async def test_what_is_still_open_at_the_end_of_the_call_is_ended_and_marked() -> None:
     async with Recording() as recording:
         release = asyncio.Event()

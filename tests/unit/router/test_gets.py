@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from common import tracing
 from common.catalog import PlacementStrategy
 from common.config import RouterSettings
 from common.deadline import Deadline
@@ -25,6 +26,7 @@ from router.place import Placement
 from router.redis_cache import RedisCache
 from router.single_flight import SingleFlight
 from tests.support.eventually import eventually
+from tests.support.spans import Spans
 from tests.unit.router.scripted import CLUSTER_ID, Server, router
 
 QUESTION = Question("user-1", str(uuid.uuid4()), include_embedding=False)
@@ -174,3 +176,61 @@ async def test_who_has_little_time_takes_none_from_who_has_more() -> None:
             await hasty
         one.primary.thaw()
         assert await patient == ("user-1", "primary")
+
+
+@pytest.mark.parametrize("first_leaves", [False, True])
+async def test_who_shares_a_read_has_a_trace_that_leads_to_what_became_of_it(spans: Spans, first_leaves: bool) -> None:
+    """Though the first is not sampled, and may be gone before it is known."""
+    async with getting(memory_cache_bytes=0) as one:
+        roots: list[tracing.Span] = []
+
+        async def traced(*, sampled: bool) -> None:
+            with spans.call(sampled=sampled) as root:
+                roots.append(root)
+                await one.get(EVENTUAL)
+
+        one.primary.freeze()
+        first = asyncio.create_task(traced(sampled=False))
+        await eventually(lambda: one.primary.in_flight)
+        others = [asyncio.create_task(traced(sampled=True)) for _ in range(2)]
+        await eventually(lambda: len(roots) == 3)
+        if first_leaves:
+            first.cancel()
+            await asyncio.wait([first])
+        one.primary.fails_next = 1
+        one.primary.thaw()
+        await asyncio.gather(*others)
+        await asyncio.wait([first])
+        assert one.primary.answered == 1
+    parts = {trace.spans[0]: trace.spans[1:] for trace in spans.kept}
+    began, *joined = roots
+    for root in joined:
+        (wait,) = parts[root]
+        assert wait.name == "wait for the same read"
+        assert wait.links == ((int(began.trace_id, 16), began.span_id),)
+    # The attempt that failed, and the one that did not: both were waited for to their end.
+    attempts = parts[began]
+    assert [span.attributes.get("error.type") for span in attempts] == ["DATABASE_UNAVAILABLE", None]
+    assert not any(span.attributes.keys() & {"memshard.abandoned", "memshard.cancelled"} for span in attempts)
+    assert [name for name, _, _ in began.events] == ["retry"]
+    assert began.attributes.get("memshard.cancelled", False) is first_leaves
+
+
+async def test_a_read_that_nobody_waits_for_any_more_ends_with_the_call_that_began_it(spans: Spans) -> None:
+    async with getting(memory_cache_bytes=0) as one:
+
+        async def traced() -> None:
+            with spans.call():
+                await one.get(EVENTUAL)
+
+        one.primary.freeze()
+        alone = asyncio.create_task(traced())
+        await eventually(lambda: one.primary.in_flight)
+        alone.cancel()
+        await asyncio.wait([alone])
+        # At once, and not when the shard notices.
+        ((root, attempt),) = [trace.spans for trace in spans.kept]
+        assert root.attributes["memshard.cancelled"] is True
+        assert attempt.attributes["memshard.abandoned"] is True
+
+
