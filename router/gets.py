@@ -57,13 +57,14 @@ async def _look_together(parts: Parts, question: Question, consistency: Consiste
 async def _look(parts: Parts, question: Question, consistency: Consistency, deadline: Deadline) -> Answer:
     """What Redis has, if it is fresh enough, or else the shard."""
     if parts.memories_redis.is_on:
-        found = await parts.memories_redis.find(question)
+        found = await parts.memories_redis.find(
+            question, lambda kept: parts.memories.may_answer(kept, question, consistency, parts.watch.topology)
+        )
         if found is not None:
             kept, memory = found
-            if parts.memories.may_answer(kept, question, consistency, parts.watch.topology):
-                parts.dispatch.admit(kept.slot, GET)
-                parts.memories.remember(question, kept, memory)
-                return Answer(kept.encoded, Origin.of_cache(kept.stamp.shard_id), kept.stamp)
+            parts.dispatch.admit(kept.slot, GET)
+            parts.memories.remember(question, kept, memory)
+            return Answer(kept.encoded, Origin.of_cache(kept.stamp.shard_id), kept.stamp)
     return await _ask(parts, question, consistency, deadline)
 
 
