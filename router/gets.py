@@ -38,6 +38,8 @@ async def get(parts: Parts, question: Question, consistency: Consistency, deadli
         answer = await _ask(parts, question, consistency, deadline)
     else:
         answer = await _look_together(parts, question, consistency, deadline)
+        # Of who waited for another's read as well, whose span knows neither.
+        parts.levels.tell_trace(answer.origin.shard_ids)
     return answer.encoded + _encoded(report(parts.levels, answer.origin))
 
 

@@ -58,7 +58,7 @@ class Observed:
         if not span.is_recorded:
             return
         span.set("memshard.operation", rpc)
-        span.set("memshard.degradation.level", self._levels.of().name.lower())
+        self._levels.tell_trace()
         if len(users) == 1:
             span.set("enduser.pseudo.id", self.hashed(next(iter(users))))
         agents = _agents(request)

@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,6 +15,8 @@ from common.catalog import PlacementStrategy
 from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import DeadlineExceeded, Unavailable
+from common.level import Level
+from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import gets
 from router.consistency import EVENTUAL, STRONG, Consistency, Position
@@ -24,6 +26,9 @@ from router.memories_redis import MemoryRedis
 from router.parts import Parts
 from router.place import Placement
 from router.redis_cache import RedisCache
+from router.retries import Retries
+from router.scatter import Scatter, Sending
+from router.shards import GET, STORE
 from router.single_flight import SingleFlight
 from tests.support.eventually import eventually
 from tests.support.spans import Spans
@@ -61,13 +66,14 @@ async def getting(**settings: object) -> AsyncIterator[Getting]:
     async with Server("primary", writable=True) as primary, router(primary) as made:
         memories = MemoryCache(configured, lambda: True)
         others: Any = SimpleNamespace()
+        watch: Any = SimpleNamespace(topology=made.topology)
         parts = Parts(
             cluster=others,
             placement=Placement(PlacementStrategy.USER_BASED),
             embedding=others,
             dispatch=made.dispatch,
             request_ids=others,
-            scatter=others,
+            scatter=Scatter(watch, made.shards, Retries()),
             fanout=made.fanout,
             locations=others,
             memories=memories,
@@ -78,7 +84,7 @@ async def getting(**settings: object) -> AsyncIterator[Getting]:
             invalidations=others,
             levels=made.shards.levels,
             tokens=others,
-            watch=SimpleNamespace(topology=made.topology),  # type: ignore[arg-type]
+            watch=watch,
         )
         yield Getting(primary, parts)
 
@@ -234,3 +240,37 @@ async def test_a_read_that_nobody_waits_for_any_more_ends_with_the_call_that_beg
         assert attempt.attributes["memshard.abandoned"] is True
 
 
+LEVEL = "memshard.degradation.level"
+
+
+async def test_the_level_in_a_trace_is_that_of_the_shard_that_answers(spans: Spans) -> None:
+    async with getting() as one:
+        one.parts.levels.override({"shard-0": Level.ESSENTIAL})
+
+        async def level_of(call: Awaitable[object]) -> tracing.Value:
+            with spans.call() as root:
+                one.parts.levels.tell_trace()
+                assert root.attributes[LEVEL] == "normal"
+                await call
+            return root.attributes[LEVEL]
+
+        # Of one who began the read, one who waited for it, and one who was answered from memory.
+        one.primary.freeze()
+        both = [asyncio.create_task(level_of(one.get(EVENTUAL))) for _ in range(2)]
+        await eventually(lambda: one.primary.in_flight)
+        one.primary.thaw()
+        assert await asyncio.gather(*both) == ["essential"] * 2
+        assert one.primary.answered == 1
+        assert await level_of(one.get(EVENTUAL)) == "essential"
+        assert one.primary.answered == 1
+        # Of one whose shard fails; of a write; and of what all shards are asked.
+        one.primary.error = Unavailable("not now", reason="DATABASE_UNAVAILABLE", retry_after_s=0.0)
+        with spans.call() as failed, pytest.raises(Unavailable):
+            await one.get(STRONG)
+        assert failed.attributes[LEVEL] == "essential"
+        one.primary.error = None
+        store, get, deadline = shard_pb2.StoreRequest(), shard_pb2.GetRequest(), Deadline.after(5)
+        assert await level_of(one.parts.dispatch.to_owner(0, STORE, store, deadline)) == "essential"
+        assert await level_of(one.parts.fanout.ask_all(GET, get, deadline)) == "essential"
+        sending: Sending[int, Any, Any] = Sending(STORE, lambda slot: slot, lambda _: store, lambda _: [None])
+        assert await level_of(one.parts.scatter.send(sending, [7], deadline)) == "essential"
