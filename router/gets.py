@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from common import tracing
 from common.deadline import Deadline
 from common.errors import NotFound
 from common.level import Level
@@ -40,6 +41,8 @@ async def get(parts: Parts, question: Question, consistency: Consistency, deadli
         answer = await _look_together(parts, question, consistency, deadline)
         # Of who waited for another's read as well, whose span knows neither.
         parts.levels.tell_trace(answer.origin.shard_ids)
+        if "cache" in answer.origin.served_by:
+            tracing.current().set("memshard.cache.hit", True)
     return answer.encoded + _encoded(report(parts.levels, answer.origin))
 
 

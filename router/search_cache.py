@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from common import tracing
 from common.config import RouterSettings
 from common.topology import Topology
 from memshard.internal.v1 import shard_pb2
@@ -90,6 +91,7 @@ class SearchCache:
             and kept.stamp.satisfies(consistency, topology.cutovers, self.now())
         )
         self.layer.looked("hit" if hit else "miss")
+        tracing.current().set("memshard.cache.hit", hit)
         return kept if hit else None
 
     def remember(self, key: SearchKey, kept: KeptResults, response: pb.SearchMemoriesResponse) -> None:

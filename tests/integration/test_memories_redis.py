@@ -16,7 +16,7 @@ from common.config import RouterSettings
 from common.telemetry.registry import REGISTRY
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
-from router.consistency import Position
+from router.consistency import EVENTUAL, Position
 from router.envelope import Envelopes
 from router.location import era_key
 from router.memories import Kept, MemoryCache, Question
@@ -26,6 +26,8 @@ from router.stamps import Stamp
 from tests.support.eventually import eventually
 from tests.support.own_redis import OwnRedis
 from tests.support.spans import Spans, recording
+from tests.unit.router.scripted import CLUSTER_ID
+from tests.unit.router.test_gets import getting
 
 CLUSTER = "cluster"
 KEY = b"k" * 32
@@ -154,6 +156,33 @@ async def test_what_will_not_do_is_no_hit(own_redis: OwnRedis, redis: Redis, que
 
         assert [await look_for(lsn) for lsn in (101, 100)] == [False, True]
         assert (looked("hit") - hits, looked("miss") - misses) == (1, 1)
+
+
+async def test_a_call_that_redis_answers_is_a_hit_also_of_who_waits_for_it(own_redis: OwnRedis, redis: Redis) -> None:
+    await redis.set(era_key(CLUSTER_ID), ERA)
+    async with (
+        getting(redis_url=own_redis.url, redis_timeout_s=1) as one,
+        getting(redis_url=own_redis.url, redis_timeout_s=1) as other,
+    ):
+        one.parts.memories_redis.hear_era(ERA)
+        writing = asyncio.create_task(one.parts.memories_redis.run())
+        assert await one.get(EVENTUAL) == ("user-1", "primary")
+        await eventually(lambda: redis.keys("mem:*"))
+        writing.cancel()
+        await asyncio.wait([writing])
+        hits = []
+
+        async def get(spans: Spans) -> None:
+            with spans.call() as root:
+                assert await other.get(EVENTUAL) == ("user-1", "cache")
+                hits.append(root.attributes["memshard.cache.hit"])
+
+        with recording() as spans:
+            await asyncio.gather(get(spans), get(spans))
+        assert hits == [True, True]
+        looks = [name for names in spans.names() for name in names if name == "look into Redis"]
+        assert looks == ["look into Redis"]
+        assert other.primary.answered == 0
 
 
 async def test_nobody_finds_what_is_anothers(own_redis: OwnRedis, redis: Redis, question: Question) -> None:

@@ -64,7 +64,7 @@ class Getting:
 async def getting(**settings: object) -> AsyncIterator[Getting]:
     configured = RouterSettings(catalog_dsn="postgresql://unused", **settings)  # type: ignore[arg-type]
     async with Server("primary", writable=True) as primary, router(primary) as made:
-        memories = MemoryCache(configured, lambda: True)
+        memories, link = MemoryCache(configured, lambda: True), RedisCache(configured)
         others: Any = SimpleNamespace()
         watch: Any = SimpleNamespace(topology=made.topology)
         parts = Parts(
@@ -77,7 +77,7 @@ async def getting(**settings: object) -> AsyncIterator[Getting]:
             fanout=made.fanout,
             locations=others,
             memories=memories,
-            memories_redis=MemoryRedis(configured, RedisCache(configured), Envelopes(b"k" * 32), CLUSTER_ID, memories),
+            memories_redis=MemoryRedis(configured, link, Envelopes(b"k" * 32), CLUSTER_ID, memories),
             searches=others,
             flights=SingleFlight(),
             remembered=others,
@@ -86,7 +86,10 @@ async def getting(**settings: object) -> AsyncIterator[Getting]:
             tokens=others,
             watch=watch,
         )
-        yield Getting(primary, parts)
+        try:
+            yield Getting(primary, parts)
+        finally:
+            await link.close()
 
 
 async def test_what_was_got_is_not_asked_for_again() -> None:

@@ -16,6 +16,7 @@ from router.consistency import EVENTUAL, STRONG, Consistency, Position
 from router.search_cache import KeptResults, SearchCache, SearchKey
 from router.stamps import Stamp
 from tests.support.clock import Clock
+from tests.support.spans import Spans
 from tests.unit.router.memories import memory
 
 SLOT = 7
@@ -166,3 +167,12 @@ def test_a_look_into_a_cache_that_is_off_is_no_miss() -> None:
     assert cache.searches.layer.hit_ratio == 0
 
 
+def test_a_span_says_whether_a_search_was_remembered(spans: Spans) -> None:
+    cache = Cache()
+    said = []
+    for _ in range(2):
+        with spans.call() as span:
+            cache.find()
+        said.append(span.attributes["memshard.cache.hit"])
+        cache.remember(content="tea")
+    assert said == [False, True]
