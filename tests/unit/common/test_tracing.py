@@ -1,21 +1,27 @@
 """Traces: who is whose child, what is kept, what travels, and that nothing is noted when nobody records."""
 
 import asyncio
+from socket import gethostname
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from common import tracing
+from common.config import ReplicaSettings, RouterSettings, ServiceSettings, ShardSettings
 from common.errors import InvalidArgument, ResourceExhausted, Unavailable
 from common.telemetry.registry import REGISTRY
-from common.trace_export import Export
+from common.trace_export import Export, exporting
 from common.tracing import Kind, parse, parse_state
 from tests.support.clock import Clock
+from tests.support.otlp import OtlpReceiver, values_of
 
 SAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 UNSAMPLED = SAMPLED[:-1] + "0"
+DSN: Any = "postgresql://user@host/database"
 TRACE = 0x0AF7651916CD43DD8448EB211C80319C
 CALLER = 0xB7AD6B7169203331
 
@@ -235,6 +241,39 @@ def test_without_a_recorder_there_is_an_id_to_log_and_nothing_else() -> None:
         assert tracing.span("child") is tracing.NO_SPAN
         assert tracing.outgoing() == (("traceparent", f"00-{span.trace_id}-{span.span_id:016x}-00"),)
     assert tracing.current() is tracing.NO_SPAN
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (RouterSettings(catalog_dsn=DSN, port=1234), {"service.instance.id": f"{gethostname()}:1234"}),
+        (
+            ShardSettings(shard_id="shard-7", catalog_dsn=DSN, database_dsn=DSN, port=1234),
+            {"service.instance.id": f"{gethostname()}:1234", "memshard.shard": "shard-7"},
+        ),
+        (
+            ReplicaSettings(shard_id="shard-7", catalog_dsn=DSN, database_dsn=DSN, port=1235),
+            {"service.instance.id": f"{gethostname()}:1235", "memshard.shard": "shard-7"},
+        ),
+    ],
+)
+async def test_spans_say_which_one_of_a_service_they_are_of(
+    settings: ServiceSettings, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for named in ("", "from the environment"):
+        monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", f"service.instance.id={named}" if named else "")
+        async with OtlpReceiver() as receiver:
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
+            async with exporting("service", settings.model_copy(update={"traces_exporter": "otlp"})):
+                with call(SAMPLED):
+                    pass
+            (raw,) = receiver.raw
+        (spans,) = trace_service_pb2.ExportTraceServiceRequest.FromString(raw).resource_spans
+        said = values_of(spans.resource.attributes)
+        assert said["service.name"] == "memshard-service"
+        if named:
+            expected = {**expected, "service.instance.id": named}
+        assert expected.items() <= said.items()
 
 
 async def test_a_part_of_a_trace_is_bounded() -> None:
