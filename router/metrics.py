@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from common.breaker import State
+from common.breaker import CircuitBreaker
+from common.breaker_log import ALL, states_of
 from common.level import Level
 from common.moves import Step
 from common.topology import CLUSTER
@@ -22,7 +23,6 @@ from router.topology_watch import TopologyWatch
 CLUSTER_NAME = "cluster"
 """Stands for the whole where a metric names a shard."""
 
-_BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +95,18 @@ class RouterMetrics:
         yield slots
 
     def _guards(self) -> Iterable[Metric]:
-        breakers = GaugeMetricFamily(
-            "circuit_breaker_state", "0: closed. 1: half-open. 2: open, calls are turned away.", labels=["name", "kind"]
-        )
+        breakers: list[tuple[CircuitBreaker, str]] = []
         limits = GaugeMetricFamily(
             "memory_server_call_limit", "Calls that a server may have at once.", labels=["server"]
         )
         in_flight = GaugeMetricFamily("memory_server_calls_in_flight", "Calls that it has now.", labels=["server"])
         for guards in self.shards.guards.by_shard().values():
             for guard in guards.values():
-                for kind, breaker in guard.breakers.items():
-                    breakers.add_metric([guard.name, kind.value], _BREAKER_VALUES[breaker.state])
+                breakers += [(breaker, kind.value) for kind, breaker in guard.breakers.items()]
                 limits.add_metric([guard.name], guard.limiter.limit)
                 in_flight.add_metric([guard.name], guard.limiter.in_flight)
-        for breaker in self.shards.levels.dependencies:
-            breakers.add_metric([breaker.name, "all"], _BREAKER_VALUES[breaker.state])
-        return breakers, limits, in_flight
+        breakers += [(breaker, ALL) for breaker in self.shards.levels.dependencies]
+        return states_of(breakers), limits, in_flight
 
     def _levels(self) -> Iterable[Metric]:
         active = GaugeMetricFamily(
