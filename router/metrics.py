@@ -23,6 +23,8 @@ from router.topology_watch import TopologyWatch
 CLUSTER_NAME = "cluster"
 """Stands for the whole where a metric names a shard."""
 
+# Seconds after which what the catalog told of moves is told no more: it is read every five, and may be away for a few.
+_MOVES_HOLD_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class RouterMetrics:
 
     def _moves(self) -> Iterable[Metric]:
         moving = self.watch.moving
-        if moving.age_s is None:
+        if moving.age_s is None or moving.age_s > _MOVES_HOLD_S:
             return
         progress = moving.progress
         counts = Counter(progress.ended)
