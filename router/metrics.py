@@ -122,8 +122,9 @@ class RouterMetrics:
             in_force = levels.decider(name).level
             for level in Level:
                 active.add_metric([name or CLUSTER_NAME, level.name.lower()], level is in_force)
-        for shard_id, share in levels.pool_use.items():
-            pools.add_metric([shard_id], share)
+        for shard in self.watch.topology.shards:
+            if (share := levels.pool_use.get(shard.shard_id)) is not None:
+                pools.add_metric([shard.shard_id], share)
         return active, pools
 
     def _replicas(self) -> Iterable[Metric]:

@@ -4,13 +4,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
+from common.config import RouterSettings
 from common.moves import Progress
 from common.slots import SLOT_COUNT
 from common.topology import Shard, SlotRange, Topology
 from router.metrics import RouterMetrics
+from router.shards import Shards
 
 TOPOLOGY = Topology("c", 1, (Shard("a", "a:1"),), (SlotRange(0, SLOT_COUNT - 1, "a"),))
+
+
+def test_of_a_shard_that_has_left_nothing_is_told() -> None:
+    shards = Shards(RouterSettings(catalog_dsn=SecretStr("postgresql://nowhere")))
+    shards.levels.pool_use.update({"a": 0.5, "left": 0.9})
+    watch: Any = SimpleNamespace(topology=TOPOLOGY)
+    nothing: Any = None
+    metrics = RouterMetrics(watch, shards, nothing, nothing, nothing, nothing, nothing)
+    (pools,) = [family for family in metrics._levels() if family.name == "memory_shard_pool_usage"]
+    assert [(sample.labels["shard"], sample.value) for sample in pools.samples] == [("a", 0.5)]
 
 
 @pytest.mark.parametrize(("age_s", "told"), [(None, False), (0.0, True), (59.0, True), (61.0, False)])
