@@ -1,10 +1,12 @@
 """Large users have an index of their own: made in the background, as good as an exact search, and moved along."""
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -422,6 +424,19 @@ async def test_a_build_that_fails_is_counted_and_one_that_is_given_up_is_not(sea
             await indexes.build(connection, replace(known, precision=Precision.SINGLE), user, memory_mb=16)
         assert (built("made"), built("failed")) == (made, failed + 1)
         await indexes.tidy(connection)
+
+
+async def test_no_log_has_what_an_index_is_called(sea: Sea) -> None:
+    """Its name has a hash that whoever guesses a user's name can make as well."""
+    (index,) = await sea.indexes(WHALE)
+    lines = [json.loads(line) for file in sea.cluster.layout.logs.glob("shard-*.log*") for line in _of_shards(file)]
+    made = [line["index"] for line in lines if line["event"] == "made"]
+    assert index["oid"] in made
+    assert index["relname"].removeprefix("memories_own_") not in str(lines)
+
+
+def _of_shards(log: Path) -> list[str]:
+    return [line for line in log.read_text(errors="replace").splitlines() if line.startswith("{")]
 
 
 async def test_a_user_in_many_slots_is_counted_and_measured_as_one(sea: Sea) -> None:
