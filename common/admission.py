@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted, Unavailable
 from common.limiter import Limiter, Priority
 from common.limiter_settings import SERVER
+from common.telemetry.registry import SHED
 from common.waiting_room import WaitingRoom
+
+# Neither at the entrance of a router nor by a router before a server, but by the server itself.
+_SHED = SHED.labels("admission")
 
 
 class Admission:
@@ -32,7 +36,11 @@ class Admission:
     async def room(self, rpc: str) -> None:
         """Waits for a place, for a short time; `of` is to be entered at once. Raises ResourceExhausted / OVERLOADED."""
         if rpc not in self.free:
-            await self._queue.room(self._priority(rpc))
+            try:
+                await self._queue.room(self._priority(rpc))
+            except ResourceExhausted:
+                _SHED.inc()
+                raise
 
     @contextmanager
     def of(self, rpc: str) -> Iterator[None]:
@@ -40,7 +48,11 @@ class Admission:
         if rpc in self.free:
             yield
             return
-        place = self.limiter.admit(rpc, self._priority(rpc))
+        try:
+            place = self.limiter.admit(rpc, self._priority(rpc))
+        except ResourceExhausted:
+            _SHED.inc()
+            raise
         began = self.clock()
         try:
             yield

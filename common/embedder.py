@@ -5,7 +5,7 @@ Which model, and how many dimensions, is fixed when the cluster is made; `check`
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -21,6 +21,7 @@ from common.deadline import Deadline
 from common.errors import Unavailable
 from common.local_model import LOCAL_DIMENSIONS, local_model_name
 from common.retry import RetrySettings
+from common.telemetry.registry import EMBEDDING_DURATION
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
 
@@ -38,6 +39,9 @@ _RETRY = RetrySettings(attempts=2, base_s=0.1, cap_s=0.5, least_attempt_s=0.05, 
 _NO_TIMEOUT_S = 86400.0
 _MAX_DIGITS = 6
 _NOT_THE_TEXT = frozenset((401, 403, 404, 408, 429))
+
+
+_DURATIONS = {outcome: EMBEDDING_DURATION.labels(outcome) for outcome in ("ok", "failed")}
 
 
 class EmbedderMismatchError(Exception):
@@ -69,6 +73,18 @@ class Embedder(Protocol):
     async def close(self) -> None:
         """Lets go of connections."""
         ...
+
+
+async def observed(embedding: Awaitable[Vectors]) -> Vectors:
+    """The same; how long it took is counted."""
+    began = time.perf_counter()
+    outcome = "failed"
+    try:
+        vectors = await embedding
+        outcome = "ok"
+    finally:
+        _DURATIONS[outcome].observe(time.perf_counter() - began)
+    return vectors
 
 
 def create(settings: EmbedderSettings, embedding_model: str, dimensions: int) -> Embedder | None:

@@ -8,14 +8,15 @@ Each cause has a number of its own, so that a flood of refusals leaves room for 
 # ruff: noqa: PLC0415  # Each exporter brings what the others do not need, and one of them may not be installed.
 
 import asyncio
+import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Literal
 
 from opentelemetry.attributes import BoundedAttributes
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
@@ -23,7 +24,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.status import Status, StatusCode
 
 from common import logs, tracing
-from common.config import ServiceSettings
+from common.config import ReplicaSettings, ServiceSettings, ShardSettings
 from common.lifecycle import StartError
 from common.telemetry.registry import TRACES_DROPPED
 from common.tracing import Kind, Span, Trace
@@ -58,12 +59,16 @@ class Export:
         sample_ratio: float,
         slow_s: float,
         clock: Callable[[], float] = time.monotonic,
+        attributes: Mapping[str, str] | None = None,
     ) -> None:
+        """`attributes` say which one of the service this is, where OTEL_RESOURCE_ATTRIBUTES do not."""
         self._bound = round(sample_ratio * _LOW_BITS)
         self._slow_ns = slow_s * 1e9
         self._kept = {cause: SlidingCount(1.0, 1, clock) for cause in _MOST_KEPT_PER_S}
         self._dropped = {cause: TRACES_DROPPED.labels(cause) for cause in _MOST_KEPT_PER_S}
-        self._resource = Resource.create({"service.name": f"memshard-{service}", "service.version": _VERSION})
+        said = OTELResourceDetector().detect().attributes
+        named = {"service.name": f"memshard-{service}", "service.version": _VERSION}
+        self._resource = Resource.create({**(attributes or {}), **said, **named})
         self._scope = InstrumentationScope("memshard", _VERSION)
         self._processor = BatchSpanProcessor(exporter)
 
@@ -71,7 +76,7 @@ class Export:
         return trace_id % _LOW_BITS < self._bound
 
     def keep(self, trace: Trace) -> bool:
-        if not trace.sampled and not self._is_telling(trace):
+        if not trace.sampled and not trace.wanted and not self._is_telling(trace):
             return False
         for span in trace.spans:
             self._processor.on_end(self._made(trace, span))
@@ -142,7 +147,13 @@ async def exporting(service: str, settings: ServiceSettings) -> AsyncIterator[No
     if exporter is None:
         yield
         return
-    export = Export(service, exporter, sample_ratio=settings.traces_sample_ratio, slow_s=settings.traces_slow_s)
+    export = Export(
+        service,
+        exporter,
+        sample_ratio=settings.traces_sample_ratio,
+        slow_s=settings.traces_slow_s,
+        attributes=_which(settings),
+    )
     tracing.record(export)
     _log.info("traces", exporter=settings.traces_exporter, sample_ratio=settings.traces_sample_ratio)
     try:
@@ -150,6 +161,14 @@ async def exporting(service: str, settings: ServiceSettings) -> AsyncIterator[No
     finally:
         tracing.record(None)
         await export.close()
+
+
+def _which(settings: ServiceSettings) -> dict[str, str]:
+    """One of several that do the same. In a container the host's name is its own."""
+    instance = {"service.instance.id": f"{socket.gethostname()}:{settings.port}"}
+    if isinstance(settings, ShardSettings | ReplicaSettings):
+        instance["memshard.shard"] = settings.shard_id
+    return instance
 
 
 def _exporter(settings: ServiceSettings) -> SpanExporter | None:

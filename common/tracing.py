@@ -74,9 +74,9 @@ class Recorder(Protocol):
 
 
 class Trace:
-    """This process's part of a trace. Its first span is the one that ends it."""
+    """This process's part of a trace. Its first span is the one that ends it, unless others wait for it (`held`)."""
 
-    __slots__ = ("ended", "id", "recorder", "sampled", "spans", "state")
+    __slots__ = ("ended", "held", "id", "recorder", "sampled", "spans", "state", "wanted")
 
     def __init__(self, trace_id: int, state: str, recorder: Recorder | None, *, sampled: bool) -> None:
         self.id = trace_id
@@ -85,6 +85,28 @@ class Trace:
         self.recorder = recorder
         self.spans: list[Span] = []
         self.ended = False
+        self.held = 0
+        """How much of what is done in it has to end before it ends: others wait for that, whoever began it."""
+        self.wanted = False
+        """A sampled trace leads here (`Span.link`)."""
+
+    def release(self) -> None:
+        """Something that it was held for has ended."""
+        self.held -= 1
+        if self.spans[0].ended_ns:
+            self.end(time.time_ns())
+
+    def end(self, now_ns: int) -> bool:
+        """Its first span has ended. Whether it is kept, if nothing holds it."""
+        if self.recorder is None or self.held:
+            return False
+        self.ended = True
+        for span in self.spans:
+            if not span.ended_ns:
+                # Whoever still works on it, or has been cancelled and not noticed it yet, is waited for by nobody.
+                span.attributes["memshard.abandoned"] = True
+                span.ended_ns = now_ns
+        return self.recorder.keep(self)
 
 
 class Span:
@@ -135,13 +157,24 @@ class Span:
 
     def event(self, name: str, attributes: dict[str, Value]) -> None:
         """Something that happened at this moment."""
-        if not self.ended_ns:
+        # What others wait for goes on after whoever began it has left.
+        if not self.ended_ns or (self.trace is not None and self.trace.held):
             self.events.append((name, time.time_ns(), attributes))
 
     def link(self, other: "Span") -> None:
-        """That another span, of another trace, has something to do with this one."""
+        """That another span, of another trace, has something to do with this one. If this one is sampled, the other is
+        kept as well."""
         if not self.ended_ns and other.trace is not None:
             self.links += ((other.trace.id, other.span_id),)
+            other.trace.wanted |= self.is_sampled
+
+    def hold(self) -> Trace | None:
+        """Has its trace end only after `Trace.release`, once for each time: others wait for what is done in it. None
+        where nothing is recorded."""
+        if not self.is_recorded or self.trace is None:
+            return None
+        self.trace.held += 1
+        return self.trace
 
     def end(self, error: BaseException | None = None) -> None:
         """Ends it, once, with the error that it ended with."""
@@ -151,14 +184,8 @@ class Span:
             self._fail(error)
         self.ended_ns = time.time_ns()
         trace = self.trace
-        if trace is not None and trace.recorder is not None and trace.spans[0] is self:
-            trace.ended = True
-            for span in trace.spans:
-                if not span.ended_ns:
-                    # Whoever still works on it, or has been cancelled and not noticed it yet, is waited for by nobody.
-                    span.attributes["memshard.abandoned"] = True
-                    span.ended_ns = self.ended_ns
-            self.is_kept = trace.recorder.keep(trace)
+        if trace is not None and trace.spans[0] is self:
+            self.is_kept = trace.end(self.ended_ns)
 
     def __enter__(self) -> Self:
         self._token = _current.set(self)

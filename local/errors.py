@@ -7,6 +7,7 @@ LocalClusterError
 ├── PortInUseError          a port that the person chose is taken
 ├── AlreadyRunningError     a supervisor holds this data directory
 └── StartError              a process did not become ready
+    └── StepError           what is done once at the start failed, and nobody expected that
 """
 
 
@@ -40,3 +41,8 @@ class StartError(LocalClusterError):
     def __init__(self, message: str, log_tail: str = "") -> None:
         super().__init__(message)
         self.log_tail = log_tail
+
+
+class StepError(StartError):
+    """What is done once at the start failed by what nobody expected. Its text is for who has started the cluster; a log
+    has the type and the place."""

@@ -8,6 +8,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from common.logs import describe_bug
+
 # Two files of this size per process, the current one and the one before.
 MAX_BYTES = 32 * 1024 * 1024
 
@@ -59,7 +61,7 @@ def supervisor_logger(path: Path) -> tuple[logging.Logger, logging.Handler]:
 
 
 class _JsonLines(logging.Formatter):
-    """One object a line, with the names that the services' logs use."""
+    """One object a line, with the names that the services' logs use; an exception by its type and place, as there."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -67,6 +69,6 @@ class _JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "event": record.getMessage(),
         }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+        if record.exc_info and record.exc_info[1] is not None:
+            line |= describe_bug(record.exc_info[1])
         return json.dumps(line, ensure_ascii=False)

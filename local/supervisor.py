@@ -11,7 +11,7 @@ from itertools import groupby
 import psutil
 
 from local import logs
-from local.errors import LocalClusterError, StartError
+from local.errors import LocalClusterError, StartError, StepError
 from local.layout import Layout
 from local.process import Child, ProcessSpec
 from local.state import ProcessState, State, TopologyState
@@ -161,7 +161,8 @@ class Supervisor:
                     self._hooks.ready()
                     await self._stop.wait()
             except LocalClusterError as error:
-                self._log.error("%s", error)
+                if not isinstance(error, StepError):
+                    self._log.error("%s", error)
                 failure = error
             finally:
                 self._hooks.stopping()
@@ -203,8 +204,8 @@ class Supervisor:
         except LocalClusterError:
             raise
         except Exception as error:
-            self._log.exception("%s failed", step.name)
-            raise StartError(f"{step.name} failed: {error or type(error).__name__}") from error
+            self._log.exception("%s failed by a bug", step.name)
+            raise StepError(f"{step.name} failed: {error or type(error).__name__}") from error
         self._log.info("%s done in %.2f s", step.name, time.monotonic() - began)
         self._gates[step.name].set()
 
@@ -239,7 +240,7 @@ class Supervisor:
             try:
                 await work()
             except Exception:
-                self._log.exception("a background task failed")
+                self._log.exception("a background task failed by a bug")
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
     async def _watch_start(self) -> None:

@@ -112,6 +112,7 @@ async def main(settings: RouterSettings) -> None:
         )
         entrance = Entrance(levels.shed)
         observed = Observed(cluster.token_key, levels)
+        remembered.on_erased(lambda erased: observed.forget(lambda user: remembered.user(user) == erased))
         checks = Checks(
             cluster=cluster,
             watch=watch,

@@ -86,6 +86,7 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
             break
         del question.forgotten[:]
         question.forgotten.extend(ids)
+    parts.remembered.erase(user_id)
     behind = [standby for _, answer in answers for standby in answer.unconfirmed]
     if behind:
         raise Unavailable(

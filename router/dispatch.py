@@ -48,7 +48,9 @@ class Dispatch:
 
         Raises Unavailable / SHARD_MAINTENANCE.
         """
-        self._reads.shards.admit(self.owner(slot), rpc)
+        shard = self.owner(slot)
+        self._tell_level(shard)
+        self._reads.shards.admit(shard, rpc)
 
     def owner(self, slot: int) -> Shard:
         """The owner of a slot by the snapshot."""
@@ -86,10 +88,14 @@ class Dispatch:
     ) -> Answered[R]:
         topology = self._watch.topology
         shard = topology.owner(slot)
+        self._tell_level(shard)
         set_route(request, topology, shard, [(slot, slot)])
         wanted = consistency.under(topology.cutovers)
         answer, served_by = await self._reads.ask(shard, rpc, request, wanted, deadline)
         return Answered(shard, answer, served_by)
+
+    def _tell_level(self, shard: Shard) -> None:
+        self._reads.shards.levels.tell_trace((shard.shard_id,))
 
 
 def set_route(request: Message, topology: Topology, shard: Shard, ranges: list[tuple[int, int]]) -> None:

@@ -1,20 +1,17 @@
 """Embeddings for what comes as text: at once, or, for a memory whose embedder is away, later."""
 
-import time
 from collections.abc import Sequence
 
 from common import logs, tracing
 from common.deadline import Deadline
-from common.embedder import Embedder
+from common.embedder import Embedder, observed
 from common.errors import InvalidArgument, Unavailable
-from common.telemetry.registry import EMBEDDING_DURATION
 from memshard.v1 import memory_pb2 as pb
 
 _log = logs.get_logger("embed")
 
 Vector = Sequence[float]
 
-_DURATIONS = {outcome: EMBEDDING_DURATION.labels(outcome) for outcome in ("ok", "failed")}
 # An embedding that follows: the shard makes it when the embedder is back.
 LATER: Vector = ()
 
@@ -66,14 +63,8 @@ class Embedding:
             raise InvalidArgument.field(
                 field, "EMBEDDING_REQUIRED", "is required: this cluster was made without an embedder"
             )
-        began = time.perf_counter()
-        outcome = "failed"
-        try:
-            with tracing.span("embed", {"memshard.texts": len(texts)}):
-                vectors: list[Vector] = (await self._embedder.embed(texts, deadline.remaining_s() / 2)).tolist()
-            outcome = "ok"
-        finally:
-            _DURATIONS[outcome].observe(time.perf_counter() - began)
+        with tracing.span("embed", {"memshard.texts": len(texts)}):
+            vectors: list[Vector] = (await observed(self._embedder.embed(texts, deadline.remaining_s() / 2))).tolist()
         return vectors
 
 

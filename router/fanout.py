@@ -109,6 +109,7 @@ class Fanout:
                 failed.append((shard, error))
 
         asked = topology.serving()
+        self._reads.shards.levels.tell_trace(shard.shard_id for shard in asked)
         with tracing.span("fan-out", {"memshard.shards.asked": len(asked)}) as span:
             async with asyncio.TaskGroup() as group:
                 for shard in asked:

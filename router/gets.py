@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from common import tracing
 from common.deadline import Deadline
 from common.errors import NotFound
 from common.level import Level
@@ -38,6 +39,10 @@ async def get(parts: Parts, question: Question, consistency: Consistency, deadli
         answer = await _ask(parts, question, consistency, deadline)
     else:
         answer = await _look_together(parts, question, consistency, deadline)
+        # Of who waited for another's read as well, whose span knows neither.
+        parts.levels.tell_trace(answer.origin.shard_ids)
+        if "cache" in answer.origin.served_by:
+            tracing.current().set("memshard.cache.hit", True)
     return answer.encoded + _encoded(report(parts.levels, answer.origin))
 
 
@@ -57,13 +62,14 @@ async def _look_together(parts: Parts, question: Question, consistency: Consiste
 async def _look(parts: Parts, question: Question, consistency: Consistency, deadline: Deadline) -> Answer:
     """What Redis has, if it is fresh enough, or else the shard."""
     if parts.memories_redis.is_on:
-        found = await parts.memories_redis.find(question)
+        found = await parts.memories_redis.find(
+            question, lambda kept: parts.memories.may_answer(kept, question, consistency, parts.watch.topology)
+        )
         if found is not None:
             kept, memory = found
-            if parts.memories.may_answer(kept, question, consistency, parts.watch.topology):
-                parts.dispatch.admit(kept.slot, GET)
-                parts.memories.remember(question, kept, memory)
-                return Answer(kept.encoded, Origin.of_cache(kept.stamp.shard_id), kept.stamp)
+            parts.dispatch.admit(kept.slot, GET)
+            parts.memories.remember(question, kept, memory)
+            return Answer(kept.encoded, Origin.of_cache(kept.stamp.shard_id), kept.stamp)
     return await _ask(parts, question, consistency, deadline)
 
 

@@ -20,7 +20,7 @@ from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted
 from common.hedge import LatencyWindow
 from common.limiter import Admission, Limiter, Priority
 from common.limiter_settings import SERVER
-from common.telemetry.registry import SERVER_CALL_DURATION, SERVER_CALLS, SHED
+from common.telemetry.registry import BREAKER_OPENED, SERVER_CALL_DURATION, SERVER_CALLS, SHED
 from common.waiting_room import WaitingRoom
 from common.window import SlidingCount
 
@@ -76,6 +76,7 @@ class Guard:
         self._ended: dict[tuple[Kind, str], Counter] = {}
         self.breakers = {kind: logged(name, SHARD, kind.value, clock) for kind in Kind}
         self._clock = clock
+        self._has_left = False
         self._heard_at = -math.inf
         # When a call of a kind was last found to have failed; nothing while the last one had an answer.
         self._failed_at: dict[Kind, float] = {}
@@ -179,7 +180,18 @@ class Guard:
         for tally in (self.tally, self.lately):
             what(tally)
 
+    def retire(self) -> None:
+        """The server has left, and its series with it; what is still in flight there makes no new ones."""
+        for kind in Kind:
+            SERVER_CALL_DURATION.remove(self.name, kind.value)
+            BREAKER_OPENED.remove(self.name, kind.value)
+        for kind, status in self._ended:
+            SERVER_CALLS.remove(self.name, kind.value, status)
+        self._has_left = True
+
     def _count(self, kind: Kind, status: str) -> None:
+        if self._has_left:
+            return
         if (kind, status) not in self._ended:
             self._ended[kind, status] = SERVER_CALLS.labels(self.name, kind.value, status)
         self._ended[kind, status].inc()
@@ -232,7 +244,7 @@ class Guards:
     def keep(self, servers: set[tuple[str, str | None]]) -> None:
         """Drops the guards of all others."""
         for key in self._guards.keys() - servers:
-            del self._guards[key]
+            self._guards.pop(key).retire()
 
     def by_shard(self) -> dict[str, dict[str | None, Guard]]:
         """Those that there are, by shard and then by replica; None is the primary."""

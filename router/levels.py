@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
-from common import logs
+from common import logs, tracing
 from common.breaker import CircuitBreaker, State
 from common.level import Effects, Level, LevelDecider, LevelSettings
 from common.machine import Machine
@@ -21,6 +21,8 @@ from router.guard import LATELY_S, Clock, Guard, Guards, Kind, Tally
 _log = logs.get_logger("levels")
 
 _EVERY_S = 1.0
+
+_NAMES = {level: level.name.lower() for level in Level}
 
 # What makes the cluster reduced, and not essential.
 _MOST_OF_HELPERS = LevelSettings().open_breakers.reduced
@@ -52,6 +54,12 @@ class Levels:
     def of(self, shard_ids: Iterable[str] = ()) -> Level:
         """The level of an answer that these shards have a part in."""
         return max(self.decider(name).level for name in (CLUSTER, *shard_ids))
+
+    def tell_trace(self, shard_ids: Iterable[str] = ()) -> None:
+        """Has the trace say at which level a call is answered: the cluster's, until it is known by which shards."""
+        span = tracing.current()
+        if span.is_recorded:
+            span.set("memshard.degradation.level", _NAMES[self.of(shard_ids)])
 
     def effects(self, shard_id: str = CLUSTER) -> Effects:
         """What the levels of a shard and of the cluster do together."""

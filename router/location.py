@@ -25,7 +25,7 @@ from common.config import RouterSettings
 from common.deadline import Deadline
 from common.gathering import Gathering
 from common.slots import SLOT_COUNT
-from router.cache_layer import CacheLayer
+from router.cache_layer import CacheLayer, Result
 from router.redis_cache import SILENCE, RedisCache
 
 Slots = frozenset[int]
@@ -109,19 +109,18 @@ class LocationCache:
         self._of_memory, self._of_redis = CacheLayer("memory"), CacheLayer("redis")
 
     async def find(self, memory_id: str) -> Slots:
-        """The slots where a memory with this id was last known; empty when nothing is known."""
-        slots = self._recall(memory_id)
-        self._of_memory.looked("hit" if slots else "miss")
-        if not slots and self._link.redis is not None:
-            with tracing.span("look into Redis", {"memshard.cache.layer": self._of_redis.name}) as span:
-                began = self.moment()
-                reply = await self._link.ask(lambda redis: redis.get(_key(memory_id)))
-                slots = parse(reply)
-                span.set("memshard.cache.hit", bool(slots))
-            self._of_redis.looked("hit" if slots else "unavailable" if reply is SILENCE else "miss")
-            if slots:
-                self._remember(memory_id, slots, began)
-        tracing.current().set("memshard.cache.hit", bool(slots))
+        """The slots where a memory with this id was last known; empty when nothing is known.
+
+        This is what is counted: the look of a read, into each layer that is on.
+        """
+        slots, is_on = self._recall(memory_id), self._is_on
+        if is_on:
+            self._of_memory.looked("hit" if slots else "miss")
+        if not slots and self.is_shared:
+            slots, result = await self._look_into_redis(memory_id)
+            self._of_redis.looked(result)
+        if is_on or self.is_shared:
+            tracing.current().set("memshard.cache.hit", bool(slots))
         return slots
 
     def moment(self) -> Moment:
@@ -147,7 +146,7 @@ class LocationCache:
         """
         if made_just_now(memory_id):
             return bool(await self.add_many([(memory_id, slot)], since=since))
-        known = await self.find(memory_id)
+        known = self._recall(memory_id) or (await self._look_into_redis(memory_id))[0]
         await (self.learn(memory_id, known | {slot}, since=since) if known else self.forget(memory_id))
         return True
 
@@ -241,12 +240,30 @@ class LocationCache:
         """Closes the connections to Redis."""
         await self._link.close()
 
+    @property
+    def _is_on(self) -> bool:
+        """Whether this router itself remembers anything at the moment."""
+        return bool(self._memory.maxsize) and self._believes()
+
+    async def _look_into_redis(self, memory_id: str) -> tuple[Slots, Result]:
+        """What Redis has, which is remembered; and what became of the look."""
+        if not self.is_shared:
+            return NOWHERE, "unavailable"
+        with tracing.span("look into Redis", {"memshard.cache.layer": self._of_redis.name}) as span:
+            began = self.moment()
+            reply = await self._link.ask(lambda redis: redis.get(_key(memory_id)))
+            slots = parse(reply)
+            span.set("memshard.cache.hit", bool(slots))
+        if slots:
+            self._remember(memory_id, slots, began)
+        return slots, "hit" if slots else "unavailable" if reply is SILENCE else "miss"
+
     def _recall(self, memory_id: str) -> Slots:
         return self._memory.get(memory_id, NOWHERE) if self._believes() else NOWHERE
 
     def _remember(self, memory_id: str, slots: Slots, since: Moment) -> None:
         # A cache of no entries refuses the first with an error.
-        if self._memory.maxsize and self._believes() and since.forgettings == self._forgettings:
+        if self._is_on and since.forgettings == self._forgettings:
             self._memory[memory_id] = slots
 
     async def _keep(self, entries: Mapping[str, Slots], since: Moment) -> dict[str, Slots]:

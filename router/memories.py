@@ -77,9 +77,9 @@ class MemoryCache:
 
     def find(self, question: Question, consistency: Consistency, topology: Topology) -> Kept | None:
         """The memory that is asked for, if what is remembered of it is fresh enough."""
-        if consistency.strong or not self._cache.max_bytes:
+        if consistency.strong or not self.is_on:
             return None
-        kept = self._cache.get((question.memory_id, question.include_embedding)) if self._believes() else None
+        kept = self._cache.get((question.memory_id, question.include_embedding))
         hit = kept is not None and self._answers(kept, question, consistency, topology)
         self.layer.looked("hit" if hit else "miss")
         tracing.current().set("memshard.cache.hit", hit)

@@ -127,13 +127,15 @@ class MemoryRedis:
         """What era it is in Redis."""
         self._era = era
 
-    async def find(self, question: Question) -> tuple[Kept, pb.Memory] | None:
-        """What Redis has, however fresh that is."""
+    async def find(self, question: Question, will_do: Callable[[Kept], bool]) -> tuple[Kept, pb.Memory] | None:
+        """What Redis has, if it will do, as fresh as it is: what will not is no hit."""
         name = self._name(question)
         asked_at = self._first.now()
         with tracing.span("look into Redis", {"memshard.cache.layer": self.layer.name}) as span:
             reply = await self._looks.serve(name, Deadline.after(self._redis.timeout_s * 2))
             found = self._opened(question, name, reply, asked_at)
+            if found is not None and not will_do(found[0]):
+                found = None
             span.set("memshard.cache.hit", found is not None)
         self.layer.looked("hit" if found else "unavailable" if reply.value is SILENCE else "miss")
         return found

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from common.breaker import State
+from common.breaker import CircuitBreaker
+from common.breaker_log import ALL, states_of
 from common.level import Level
 from common.moves import Step
 from common.topology import CLUSTER
@@ -22,7 +23,8 @@ from router.topology_watch import TopologyWatch
 CLUSTER_NAME = "cluster"
 """Stands for the whole where a metric names a shard."""
 
-_BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
+# Seconds after which what the catalog told of moves is told no more: it is read every five, and may be away for a few.
+_MOVES_HOLD_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class RouterMetrics:
 
     def _moves(self) -> Iterable[Metric]:
         moving = self.watch.moving
-        if moving.age_s is None:
+        if moving.age_s is None or moving.age_s > _MOVES_HOLD_S:
             return
         progress = moving.progress
         counts = Counter(progress.ended)
@@ -95,22 +97,18 @@ class RouterMetrics:
         yield slots
 
     def _guards(self) -> Iterable[Metric]:
-        breakers = GaugeMetricFamily(
-            "circuit_breaker_state", "0: closed. 1: half-open. 2: open, calls are turned away.", labels=["name", "kind"]
-        )
+        breakers: list[tuple[CircuitBreaker, str]] = []
         limits = GaugeMetricFamily(
             "memory_server_call_limit", "Calls that a server may have at once.", labels=["server"]
         )
         in_flight = GaugeMetricFamily("memory_server_calls_in_flight", "Calls that it has now.", labels=["server"])
         for guards in self.shards.guards.by_shard().values():
             for guard in guards.values():
-                for kind, breaker in guard.breakers.items():
-                    breakers.add_metric([guard.name, kind.value], _BREAKER_VALUES[breaker.state])
+                breakers += [(breaker, kind.value) for kind, breaker in guard.breakers.items()]
                 limits.add_metric([guard.name], guard.limiter.limit)
                 in_flight.add_metric([guard.name], guard.limiter.in_flight)
-        for breaker in self.shards.levels.dependencies:
-            breakers.add_metric([breaker.name, "all"], _BREAKER_VALUES[breaker.state])
-        return breakers, limits, in_flight
+        breakers += [(breaker, ALL) for breaker in self.shards.levels.dependencies]
+        return states_of(breakers), limits, in_flight
 
     def _levels(self) -> Iterable[Metric]:
         active = GaugeMetricFamily(
@@ -124,8 +122,9 @@ class RouterMetrics:
             in_force = levels.decider(name).level
             for level in Level:
                 active.add_metric([name or CLUSTER_NAME, level.name.lower()], level is in_force)
-        for shard_id, share in levels.pool_use.items():
-            pools.add_metric([shard_id], share)
+        for shard in self.watch.topology.shards:
+            if (share := levels.pool_use.get(shard.shard_id)) is not None:
+                pools.add_metric([shard.shard_id], share)
         return active, pools
 
     def _replicas(self) -> Iterable[Metric]:

@@ -58,7 +58,7 @@ class Observed:
         if not span.is_recorded:
             return
         span.set("memshard.operation", rpc)
-        span.set("memshard.degradation.level", self._levels.of().name.lower())
+        self._levels.tell_trace()
         if len(users) == 1:
             span.set("enduser.pseudo.id", self.hashed(next(iter(users))))
         agents = _agents(request)
@@ -76,9 +76,10 @@ class Observed:
                 self._relevance[response.score_kind].observe(max(0.0, response.results[0].score))
         elif isinstance(request, pb.BatchStoreMemoriesRequest):
             BATCH_SIZE.observe(len(request.memories))
-        elif isinstance(request, pb.EraseUserRequest):
-            # An erased user is nowhere, and so not here either.
-            self._hot.forget(lambda hot: hot[1] == request.user_id)
+
+    def forget(self, is_erased: Callable[[str], bool]) -> None:
+        """Takes users off the list of hot ones: who is erased is nowhere, and so not there either."""
+        self._hot.forget(lambda hot: is_erased(hot[1]))
 
     def hot_users(self, most: int) -> tuple[list[Hitter[HotUser]], float]:
         """Who is asked about most, and how many calls there were in all, weighted by age."""

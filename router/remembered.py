@@ -1,6 +1,6 @@
 """All that a router remembers of its users' memories, as what has to be forgotten: one place for those who say so."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -89,6 +89,11 @@ class Remembered:
         self.searches = searches
         self._others = others
         self._envelopes = envelopes
+        self._on_erased: list[Callable[[str], None]] = []
+
+    def on_erased(self, forget: Callable[[str], None]) -> None:
+        """Has `forget` hear of each user who is erased, here or elsewhere, as what stands for them (`user`)."""
+        self._on_erased.append(forget)
 
     def user(self, user_id: str) -> str:
         """What stands for a user, here and when routers tell each other."""
@@ -97,6 +102,12 @@ class Remembered:
     def erased(self, user_id: str) -> str:
         """What tells routers that a user is erased."""
         return _ERASED + self.user(user_id)
+
+    def erase(self, user_id: str) -> None:
+        """What is known of a user is forgotten here, and soon by the others: also when they had no memories."""
+        said = [self.erased(user_id)]
+        self.drop(said)
+        self._others.tell_soon(said)
 
     def wrote(self, user_ids: Iterable[str]) -> None:
         """Something of these users was written, or may have been: what their searches found is forgotten."""
@@ -133,7 +144,10 @@ class Remembered:
             elif one.startswith(_WROTE):
                 self.searches.user_wrote(one.removeprefix(_WROTE))
             elif one.startswith(_ERASED):
-                self.searches.erase(one.removeprefix(_ERASED))
+                user = one.removeprefix(_ERASED)
+                self.searches.erase(user)
+                for forget in self._on_erased:
+                    forget(user)
 
     def clear(self) -> None:
         self.locations.clear()

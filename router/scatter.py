@@ -74,6 +74,7 @@ class Scatter:
         groups: dict[str, list[int]] = {}
         for number, item in items.items():
             groups.setdefault(topology.owner(sending.slot_of(item)).shard_id, []).append(number)
+        self._shards.levels.tell_trace(groups)
         outcomes: dict[int, MemshardError | None] = {}
         answers: list[tuple[Shard, R]] = []
 

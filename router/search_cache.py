@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from common import tracing
 from common.config import RouterSettings
 from common.topology import Topology
 from memshard.internal.v1 import shard_pb2
@@ -80,9 +81,9 @@ class SearchCache:
 
     def find(self, key: SearchKey, consistency: Consistency, topology: Topology) -> KeptResults | None:
         """The results of this search, if what is remembered is fresh enough."""
-        if consistency.strong or not self._cache.max_bytes:
+        if consistency.strong or not self.is_on:
             return None
-        kept = self._cache.get(key) if self._believes() else None
+        kept = self._cache.get(key)
         hit = (
             kept is not None
             and not self._forgettings.since(key.user, kept.stamp.fresh_at)
@@ -90,6 +91,7 @@ class SearchCache:
             and kept.stamp.satisfies(consistency, topology.cutovers, self.now())
         )
         self.layer.looked("hit" if hit else "miss")
+        tracing.current().set("memshard.cache.hit", hit)
         return kept if hit else None
 
     def remember(self, key: SearchKey, kept: KeptResults, response: pb.SearchMemoriesResponse) -> None:

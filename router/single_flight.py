@@ -3,6 +3,9 @@
 What brings it is nobody's own: whoever leaves, the first included, leaves the others waiting, and only when the last
 has left is it given up. Each waits for as long as its own deadline is. Who has more time than the first had does not
 take a failure from it, which may be for want of time.
+
+In a trace, whoever waits has a span, with a link to that of the one who began it. What is done is in the first one's
+trace, which does not end before that does.
 """
 
 import asyncio
@@ -10,7 +13,9 @@ from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from common import tracing
 from common.deadline import Deadline
+from common.tracing import Span, Trace
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -20,6 +25,9 @@ T = TypeVar("T")
 class _Flight(Generic[T]):
     task: "asyncio.Task[T]"
     deadline: Deadline
+    span: Span
+    """That in which it was begun."""
+    held: Trace | None
     waiting: int = 0
 
 
@@ -44,7 +52,11 @@ class SingleFlight(Generic[K, T]):
                 flight = self._begin(key, deadline, work)
             flight.waiting += 1
             try:
-                return await asyncio.shield(flight.task), is_own
+                if is_own:
+                    return await asyncio.shield(flight.task), True
+                with tracing.span("wait for the same read") as span:
+                    span.link(flight.span)
+                    return await asyncio.shield(flight.task), False
             except asyncio.CancelledError:
                 if is_own or _is_cancelled() or not flight.task.cancelled():
                     raise
@@ -59,7 +71,8 @@ class SingleFlight(Generic[K, T]):
                     flight.task.cancel()
 
     def _begin(self, key: K, deadline: Deadline, work: Callable[[], Awaitable[T]]) -> _Flight[T]:
-        flight = self._flights[key] = _Flight(asyncio.ensure_future(_awaited(work)), deadline)
+        span = tracing.current()
+        flight = self._flights[key] = _Flight(asyncio.ensure_future(_awaited(work)), deadline, span, span.hold())
         flight.task.add_done_callback(lambda task: self._landed(key, flight, task))
         return flight
 
@@ -72,6 +85,8 @@ class SingleFlight(Generic[K, T]):
     def _end(self, key: K, flight: _Flight[T]) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
+            if flight.held is not None:
+                flight.held.release()
 
 
 async def _awaited(work: Callable[[], Awaitable[T]]) -> T:

@@ -79,7 +79,9 @@ async def main(settings: ShardSettings) -> None:
             tombstone_s=settings.tombstone_ttl_s, version_s=max(settings.version_ttl_s, settings.tombstone_ttl_s)
         )
         figures = FiguresWatch(database)
-        metrics = ShardMetrics(settings.shard_id, database, commits, durability, primary, disk, figures, own_indexes)
+        metrics = ShardMetrics(
+            settings.shard_id, database, commits, durability, primary, disk, figures, own_indexes, embeds
+        )
         await stack.enter_async_context(Exposition(settings, [metrics.look]))
         await server.start()
         await server.run_until_stopped(

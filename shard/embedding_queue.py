@@ -15,9 +15,9 @@ from uuid import UUID
 import asyncpg
 
 from common import logs
-from common.breaker import BREAKER_OPEN
+from common.breaker import BREAKER_OPEN, State
 from common.deadline import Deadline
-from common.embedder import TEXT_REFUSED, Embedder, Vectors
+from common.embedder import TEXT_REFUSED, Embedder, Vectors, observed
 from common.errors import MemshardError, Unavailable
 from shard.database import Database
 from shard.identity import Identity
@@ -29,6 +29,8 @@ _BATCH = 64
 # How long a text is left aside that failed alone: others may go through while it does not, and it may when they do.
 _ASIDE_S = 60.0
 _PROBE_TIMEOUT_S = 5.0
+# What it is asked for to see whether it answers.
+_WORD = "health"
 # Texts that the model cannot embed, remembered so as not to begin with them every time.
 _MAX_HOPELESS = 1000
 _STATEMENT_TIMEOUT_S = 30.0
@@ -73,6 +75,8 @@ class EmbeddingQueue:
             try:
                 while self._embedder is not None and await self.embed_batch(self._embedder):
                     backoff_s = _BACKOFF_S[0]
+                if self._embedder is not None:
+                    await self._prove(self._embedder)
             except (MemshardError, TimeoutError, asyncpg.PostgresError) as error:
                 _log.warning("embedding put off", error=type(error).__name__, retry_s=backoff_s)
                 # Not cut short by what is stored meanwhile, or each store would be another attempt.
@@ -127,10 +131,18 @@ class EmbeddingQueue:
             return False
         return True
 
+    async def _prove(self, embedder: Embedder) -> None:
+        """With nothing left to embed, nobody else would find out that the embedder is well again, and its breaker be
+        shown as it was for ever. Raises Unavailable."""
+        breaker = embedder.breaker
+        if breaker is not None and breaker.state is not State.CLOSED and await self._look():
+            for _ in range(breaker.settings.probes):
+                await embedder.embed([_WORD])
+
     async def _embed(self, embedder: Embedder, texts: Sequence[str]) -> "list[Vectors | None]":
         """The embedding of each text; None for one that the model cannot embed, which keeps none of the others back."""
         try:
-            return [vector if vector.any() else None for vector in await embedder.embed(texts)]
+            return [vector if vector.any() else None for vector in await observed(embedder.embed(texts))]
         except Unavailable as error:
             if error.reason != TEXT_REFUSED:
                 raise

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 
+from common.breaker_log import ALL, states_of
+from common.embedder import Embedder
 from shard.commits import Commits
 from shard.database import Database
 from shard.disk import Disk
@@ -27,6 +29,7 @@ class ShardMetrics:
     disk: Disk
     figures: FiguresWatch
     own_indexes: OwnIndexes
+    embedder: Embedder | None = None
 
     def look(self) -> Iterable[Metric]:
         """All of it."""
@@ -43,6 +46,8 @@ class ShardMetrics:
                 figures.waiting_for_embedding,
             )
         yield of_own_indexes(self.shard_id, self.own_indexes)
+        if self.embedder is not None and self.embedder.breaker is not None:
+            yield states_of([(self.embedder.breaker, ALL)])
         if (room := self.disk.room).size_bytes:
             yield self._of("memory_disk_size_bytes", "Size of the file system with the data.", room.size_bytes)
             yield self._of("memory_disk_free_bytes", "What is free of it.", room.free_bytes)

@@ -58,7 +58,7 @@ BREAKER_OPENED = Counter(
 )
 SHED = Counter(
     "memory_requests_shed",
-    "Requests refused because there was too much to do: at the entrance of this process, or before a server.",
+    "Requests refused for too much to do: at a router's entrance, before a server, or at the server's own admission.",
     ("at",),
     registry=REGISTRY,
 )

@@ -22,6 +22,9 @@ from shard.schema import USER_KEY
 
 _log = logs.get_logger("own indexes")
 
+# From the beginning: of a counter that appears with the first of them, nobody sees the increase.
+_BUILDS = {outcome: OWN_INDEX_BUILDS.labels(outcome) for outcome in ("made", "failed")}
+
 # The two keys of the advisory lock. Any numbers will do that nothing else here takes.
 _LOCK = (0x6F776E, 0)  # "own"
 _LOCK_POLL_S = 0.5
@@ -72,7 +75,8 @@ SELECT name, key, measured_rows FROM own_indexes JOIN pg_index ON indexrelid = t
 """
 # What a maker that died has left, or somebody else: an index that cannot be used, or that nobody knows.
 _LEFT_OVER = """
-SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid LEFT JOIN own_indexes ON name = relname
+SELECT relname, indexrelid::bigint AS oid
+FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid LEFT JOIN own_indexes ON name = relname
 WHERE indrelid = 'memories'::regclass AND starts_with(relname, $1) AND NOT (indisvalid AND name IS NOT NULL)
 """
 _FORGET_MISSING = "DELETE FROM own_indexes WHERE to_regclass(name) IS NULL"
@@ -86,6 +90,8 @@ _CREATE = f"""
 SELECT format('CREATE INDEX CONCURRENTLY %I ON memories USING hnsw (embedding %I)
                WHERE {USER_KEY} = %L::bigint AND deleted_at IS NULL', $1::text, $2::text, $3::bigint)
 """
+# What tells one from another in a log: the name has a hash in it that whoever guesses a user's name can make as well.
+_OID = "SELECT to_regclass($1)::oid::bigint"
 _DROP = "SELECT format('DROP INDEX CONCURRENTLY IF EXISTS %I', $1::text)"
 _OF_SLOTS = """
 SELECT key, user_hash, slot, ef_few, ef_many, measured_rows FROM own_indexes
@@ -127,16 +133,17 @@ async def existing(connection: Connection) -> list[Existing]:
 async def tidy(connection: Connection) -> None:
     """Drops what makers that died have left. For who is `alone`."""
     for row in await connection.fetch(_LEFT_OVER, _PREFIX):
-        _log.warning("an index is left over", index=row["relname"])
+        _log.warning("an index is left over", index=row["oid"])
         await drop(connection, row["relname"])
     await connection.execute(_FORGET_MISSING)
 
 
 async def drop(connection: Connection, name: str) -> None:
     """Drops an index. For who is `alone`."""
+    oid = await connection.fetchval(_OID, name)
     await connection.execute(await connection.fetchval(_DROP, name))
     await connection.execute(_FORGET, name)
-    _log.info("dropped", index=name)
+    _log.info("dropped", index=oid)
 
 
 async def build(connection: Connection, identity: Identity, user: LargeUser, *, memory_mb: int) -> None:
@@ -150,13 +157,14 @@ async def build(connection: Connection, identity: Identity, user: LargeUser, *, 
     try:
         operators = f"{identity.vector_type}_cosine_ops"
         await connection.execute(await connection.fetchval(_CREATE, name, operators, user.key))
-    except BaseException:
-        OWN_INDEX_BUILDS.labels("failed").inc()
+    except Exception:
+        # Whoever is cancelled did not fail: it is made the next time.
+        _BUILDS["failed"].inc()
         raise
     seconds = time.monotonic() - began
-    OWN_INDEX_BUILDS.labels("made").inc()
+    _BUILDS["made"].inc()
     OWN_INDEX_BUILD_DURATION.observe(seconds)
-    _log.info("made", index=name, rows=user.rows, seconds=round(seconds, 1))
+    _log.info("made", index=await connection.fetchval(_OID, name), rows=user.rows, seconds=round(seconds, 1))
 
 
 async def record_measured(connection: Connection, user: LargeUser, ef_few: int | None, ef_many: int | None) -> None:

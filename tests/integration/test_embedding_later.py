@@ -12,6 +12,7 @@ from memshard.v1 import memory_pb2 as pb
 from tests.support.cluster import LocalCluster
 from tests.support.embedding_server import DIMENSIONS, EmbeddingServer, embedding_of
 from tests.support.eventually import eventually
+from tests.support.metrics import families_of
 from tests.support.wire import memory_service, store_request
 
 if TYPE_CHECKING:
@@ -27,13 +28,17 @@ def server() -> Iterator[EmbeddingServer]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def remote(server: EmbeddingServer) -> "AsyncIterator[MemoryServiceAsyncStub]":
-    """The API of a cluster that asks the server for embeddings."""
+async def asking(server: EmbeddingServer) -> AsyncIterator[LocalCluster]:
+    """A cluster that asks the server for embeddings."""
     options = ["--embedder-url", server.url, "--embedder-model", "words"]
-    async with (
-        LocalCluster(shards=1, embedder="http", dimensions=DIMENSIONS, options=options) as cluster,
-        memory_service(cluster.address) as api,
-    ):
+    async with LocalCluster(shards=1, embedder="http", dimensions=DIMENSIONS, options=options) as cluster:
+        yield cluster
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def remote(asking: LocalCluster) -> "AsyncIterator[MemoryServiceAsyncStub]":
+    """Its API."""
+    async with memory_service(asking.address) as api:
         yield api
 
 
@@ -59,6 +64,42 @@ async def test_with_the_server_up_texts_are_embedded_at_once(remote: "MemoryServ
     await remote.StoreMemory(store_request(user, "black coffee"))
     found = await remote.SearchMemories(pb.SearchMemoriesRequest(user_id=user, query="green tea"))
     assert [r.memory.content for r in found.results] == ["green tea", "black coffee"]
+
+
+async def test_what_a_shard_embeds_later_and_its_breaker_show_on_its_page(
+    asking: LocalCluster, remote: "MemoryServiceAsyncStub", server: EmbeddingServer, user: str
+) -> None:
+    async def page() -> tuple[float, float, float]:
+        """The state of the breaker; how many texts, in how many exchanges, were embedded and were not."""
+        families = await families_of(asking, "shard-0")
+        (breaker,) = families["circuit_breaker_state"].samples
+        assert breaker.labels == {"name": "the embedder", "kind": "all"}
+        counts = {
+            sample.labels["outcome"]: sample.value
+            for sample in families["memory_embedding_duration_seconds"].samples
+            if sample.name.endswith("_count")
+        }
+        return breaker.value, counts["ok"], counts["failed"]
+
+    state_before, ok, failed = await page()
+    assert state_before == 0
+    server.down = True
+    stored = (await remote.StoreMemory(store_request(user, "embedded later"))).memory
+
+    async def is_open() -> bool:
+        state_now, _, failed_now = await page()
+        return state_now == 2 and failed_now > failed
+
+    await eventually(is_open, within_s=40)
+    server.down = False
+    await eventually(partial(is_ready, remote, stored), within_s=20)
+
+    async def is_closed() -> bool:
+        # Though one text is not proof enough, and no more come.
+        state_now, ok_now, _ = await page()
+        return state_now == 0 and ok_now > ok
+
+    await eventually(is_closed, within_s=20)
 
 
 async def test_a_text_stored_while_it_is_down_is_found_by_words_and_embedded_when_it_is_back(

@@ -15,7 +15,9 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
+from common.bearer import credentials
 from common.topology import Topology
+from memshard.admin.v1 import cluster_pb2, cluster_pb2_grpc
 from memshard.ids import new_id
 from memshard.v1 import memory_pb2 as pb
 from router.listening import LEASE_S
@@ -112,6 +114,40 @@ async def test_a_router_that_was_held_up_hears_the_others_again_and_leaves_when_
     await eventually(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, within_s=10)
     await eventually(pair.cluster.healthy, within_s=20)
     await eventually(lambda: _all_write(pair))
+
+
+async def hot_users(pair: Pair, router: str) -> set[str]:
+    """Whom a router names as those it is asked about most."""
+    token = credentials(pair.cluster.layout.admin_token.read_text().strip())
+    address = f"127.0.0.1:{pair.cluster.plan().record.ports[f'{router}-admin']}"
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+        named = await stub.GetHotUsers(cluster_pb2.GetHotUsersRequest(most=100, names=True), metadata=token)
+    return {found.user for found in named.users}
+
+
+@pytest.mark.parametrize("memories", [0, 1])
+async def test_who_is_erased_is_on_no_routers_list_of_hot_users(pair: Pair, user: str, memories: int) -> None:
+    """Nor is a user who was only ever asked about."""
+    for _ in range(memories):
+        await pair.one.StoreMemory(store_request(user, "erased"))
+    for router in (pair.one, pair.other):
+        for _ in range(20):
+            await router.ListMemories(pb.ListMemoriesRequest(user_id=user))
+            await router.ListMemories(pb.ListMemoriesRequest(user_id=f"{user} who stays"))
+    for name in ("router-0", "router-1"):
+        assert user in await hot_users(pair, name)
+    await pair.one.EraseUser(pb.EraseUserRequest(user_id=user))
+
+    async def forgotten() -> bool:
+        return user not in {*await hot_users(pair, "router-0"), *await hot_users(pair, "router-1")}
+
+    if memories:
+        # It has returned when every router has confirmed that.
+        assert await forgotten()
+    await eventually(forgotten)
+    for name in ("router-0", "router-1"):
+        assert f"{user} who stays" in await hot_users(pair, name)
 
 
 async def test_a_redis_that_hangs_costs_a_store_next_to_nothing(pair: Pair, user: str) -> None:

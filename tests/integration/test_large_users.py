@@ -1,10 +1,12 @@
 """Large users have an index of their own: made in the background, as good as an exact search, and moved along."""
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -15,8 +17,9 @@ import pytest_asyncio
 from pgvector import HalfVector
 from pgvector.asyncpg import register_vector
 
-from common.catalog import PlacementStrategy
+from common.catalog import PlacementStrategy, Precision
 from common.slots import slot_of
+from common.telemetry.registry import REGISTRY
 from local.postgres import SUPERUSER
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
@@ -374,6 +377,63 @@ async def test_writes_and_searches_go_on_while_an_index_is_made_and_one_whose_ma
         assert new["oid"] != old["oid"]
     await sea.known()
     assert await sea.recall(WHALE, 10) >= 0.99
+
+
+def built(outcome: str) -> float:
+    count = REGISTRY.get_sample_value("memory_own_index_builds_total", {"outcome": outcome})
+    assert count is not None, "a counter that is not there from the beginning hides its first increase"
+    return count
+
+
+async def test_a_build_that_fails_is_counted_and_one_that_is_given_up_is_not(sea: Sea) -> None:
+    shard_id = await sea.owner("middling")
+    plan = sea.cluster.plan()
+    server = plan.shard_servers(shard_id)[sea.cluster.primary(shard_id)]
+    async with (
+        database(sea.cluster.shard_dsn(shard_id, owner=True)) as connection,
+        database(server.dsn(SUPERUSER, plan.secrets.postgres)) as superuser,
+        database(sea.cluster.shard_dsn(shard_id)) as blocker,
+        indexes.alone(connection, patience_s=30) as had,
+    ):
+        assert had
+        await register_vector(connection)
+        known = await identity.read(connection)
+        assert known is not None
+        users = await indexes.large_users(connection, known, Bounds(SIZES["middling"], 9))
+        (user,) = (user for user in users if user.user_id == "middling")
+        made, failed = built("made"), built("failed")
+        transaction = blocker.transaction()
+        await transaction.start()
+        await blocker.execute("UPDATE memories SET importance = importance WHERE user_id = 'nobody'")
+        try:
+            given_up = asyncio.create_task(indexes.build(connection, known, user, memory_mb=16))
+            await eventually(lambda: superuser.fetchval(_WAITS), within_s=20)
+            given_up.cancel()
+            await asyncio.wait([given_up])
+            assert given_up.cancelled()
+        finally:
+            await transaction.rollback()
+        assert (built("made"), built("failed")) == (made, failed)
+        await indexes.tidy(connection)
+        # Of embeddings that are not of this precision.
+        assert known.precision is Precision.HALF
+        with pytest.raises(asyncpg.PostgresError):
+            await indexes.build(connection, replace(known, precision=Precision.SINGLE), user, memory_mb=16)
+        assert (built("made"), built("failed")) == (made, failed + 1)
+        await indexes.tidy(connection)
+
+
+async def test_no_log_has_what_an_index_is_called(sea: Sea) -> None:
+    """Its name has a hash that whoever guesses a user's name can make as well."""
+    (index,) = await sea.indexes(WHALE)
+    lines = [json.loads(line) for file in sea.cluster.layout.logs.glob("shard-*.log*") for line in _of_shards(file)]
+    made = [line["index"] for line in lines if line["event"] == "made"]
+    assert index["oid"] in made
+    assert index["relname"].removeprefix("memories_own_") not in str(lines)
+
+
+def _of_shards(log: Path) -> list[str]:
+    return [line for line in log.read_text(errors="replace").splitlines() if line.startswith("{")]
 
 
 async def test_a_user_in_many_slots_is_counted_and_measured_as_one(sea: Sea) -> None:

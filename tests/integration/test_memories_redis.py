@@ -13,9 +13,10 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from common.config import RouterSettings
+from common.telemetry.registry import REGISTRY
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
-from router.consistency import Position
+from router.consistency import EVENTUAL, Position
 from router.envelope import Envelopes
 from router.location import era_key
 from router.memories import Kept, MemoryCache, Question
@@ -24,6 +25,9 @@ from router.redis_cache import RedisCache
 from router.stamps import Stamp
 from tests.support.eventually import eventually
 from tests.support.own_redis import OwnRedis
+from tests.support.spans import Spans, recording
+from tests.unit.router.scripted import CLUSTER_ID
+from tests.unit.router.test_gets import getting
 
 CLUSTER = "cluster"
 KEY = b"k" * 32
@@ -48,9 +52,13 @@ class Router:
         stamp = Stamp.of_answer("shard-0", said, self.first.now())
         self.shared.keep_soon(question, Kept(question.user_id, 7, encoded, stamp), memory, era)
 
+    async def find(self, question: Question) -> tuple[Kept, pb.Memory] | None:
+        """What it finds, however fresh that is."""
+        return await self.shared.find(question, lambda _: True)
+
     async def has(self, question: Question) -> tuple[str, int] | None:
         """The content that it finds, and the place in the log that it is of."""
-        found = await self.shared.find(question)
+        found = await self.find(question)
         if found is None:
             return None
         kept, memory = found
@@ -110,7 +118,7 @@ async def test_what_one_router_read_another_finds(own_redis: OwnRedis, redis: Re
         assert await other.has(question) is None
         one.keep(question, 100, "tea " * 1000, age_ms=700)
         await eventually(lambda: _has(other, question, ("tea " * 1000, 100)))
-        found = await other.shared.find(question)
+        found = await other.find(question)
         assert found is not None
         age_s = other.first.now() - found[0].stamp.fresh_at
         assert 0.7 <= age_s < 5
@@ -119,11 +127,62 @@ async def test_what_one_router_read_another_finds(own_redis: OwnRedis, redis: Re
         assert 0 < await redis.pttl(name) <= TTL_S * 1000
         assert await redis.strlen(name) < 1000
         await redis.pexpire(name, TTL_S * 1000 - 60_000)
-        found = await other.shared.find(question)
+        found = await other.find(question)
         assert found is not None
         assert 60.7 <= other.first.now() - found[0].stamp.fresh_at < 66
         await redis.persist(name)
         assert await other.has(question) is None
+
+
+async def test_what_will_not_do_is_no_hit(own_redis: OwnRedis, redis: Redis, question: Question) -> None:
+    def looked(result: str) -> float:
+        labels = {"layer": "memories_redis", "result": result}
+        return REGISTRY.get_sample_value("memory_cache_requests_total", labels) or 0.0
+
+    async with router(own_redis.url) as one:
+        one.keep(question, 100)
+        await eventually(lambda: _has(one, question, ("tea", 100)))
+        hits, misses = looked("hit"), looked("miss")
+
+        async def look_for(lsn: int) -> bool:
+            with recording() as spans, spans.call():
+                found = await one.shared.find(question, lambda kept: kept.stamp.position.lsn >= lsn)
+            ((_, look),) = [trace.spans for trace in spans.kept]
+            assert look.attributes == {
+                "memshard.cache.layer": "memories_redis",
+                "memshard.cache.hit": found is not None,
+            }
+            return found is not None
+
+        assert [await look_for(lsn) for lsn in (101, 100)] == [False, True]
+        assert (looked("hit") - hits, looked("miss") - misses) == (1, 1)
+
+
+async def test_a_call_that_redis_answers_is_a_hit_also_of_who_waits_for_it(own_redis: OwnRedis, redis: Redis) -> None:
+    await redis.set(era_key(CLUSTER_ID), ERA)
+    async with (
+        getting(redis_url=own_redis.url, redis_timeout_s=1) as one,
+        getting(redis_url=own_redis.url, redis_timeout_s=1) as other,
+    ):
+        one.parts.memories_redis.hear_era(ERA)
+        writing = asyncio.create_task(one.parts.memories_redis.run())
+        assert await one.get(EVENTUAL) == ("user-1", "primary")
+        await eventually(lambda: redis.keys("mem:*"))
+        writing.cancel()
+        await asyncio.wait([writing])
+        hits = []
+
+        async def get(spans: Spans) -> None:
+            with spans.call() as root:
+                assert await other.get(EVENTUAL) == ("user-1", "cache")
+                hits.append(root.attributes["memshard.cache.hit"])
+
+        with recording() as spans:
+            await asyncio.gather(get(spans), get(spans))
+        assert hits == [True, True]
+        looks = [name for names in spans.names() for name in names if name == "look into Redis"]
+        assert looks == ["look into Redis"]
+        assert other.primary.answered == 0
 
 
 async def test_nobody_finds_what_is_anothers(own_redis: OwnRedis, redis: Redis, question: Question) -> None:

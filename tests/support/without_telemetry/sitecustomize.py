@@ -22,7 +22,7 @@ class _Instrument:
 
     def inc(self, *_args: Any, **_kwargs: Any) -> None: ...
 
-    dec = set = observe = inc
+    dec = set = observe = remove = inc
 
 
 for _name in ("Counter", "Gauge", "Histogram", "ProcessCollector", "PlatformCollector"):

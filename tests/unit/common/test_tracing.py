@@ -1,21 +1,27 @@
 """Traces: who is whose child, what is kept, what travels, and that nothing is noted when nobody records."""
 
 import asyncio
+from socket import gethostname
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from common import tracing
+from common.config import ReplicaSettings, RouterSettings, ServiceSettings, ShardSettings
 from common.errors import InvalidArgument, ResourceExhausted, Unavailable
 from common.telemetry.registry import REGISTRY
-from common.trace_export import Export
+from common.trace_export import Export, exporting
 from common.tracing import Kind, parse, parse_state
 from tests.support.clock import Clock
+from tests.support.otlp import OtlpReceiver, values_of
 
 SAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 UNSAMPLED = SAMPLED[:-1] + "0"
+DSN: Any = "postgresql://user@host/database"
 TRACE = 0x0AF7651916CD43DD8448EB211C80319C
 CALLER = 0xB7AD6B7169203331
 
@@ -177,6 +183,39 @@ async def test_lines_of_a_tracestate_are_one_list() -> None:
         assert dict(tracing.outgoing() or ())["tracestate"] == "a=1,b=2"
 
 
+async def test_what_a_sampled_trace_leads_to_is_kept_as_well() -> None:
+    async with Recording() as recording:
+        for wanted in (False, True):
+            with call(UNSAMPLED), tracing.span("awaited") as awaited, call(SAMPLED), tracing.span("waits") as waits:
+                if wanted:
+                    waits.link(awaited)
+        assert sorted(recording.names()) == [*["Service/Rpc"] * 3, "awaited", "waits", "waits"]
+
+
+async def test_a_trace_that_is_held_ends_when_that_has_ended_for_which_it_is() -> None:
+    async with Recording() as recording:
+        with call(SAMPLED) as root:
+            held = root.hold()
+            assert held is not None
+            root.hold()
+        assert recording.names() == []
+        root.event("retry", {})
+        with held.spans[0], tracing.span("for the others"):
+            pass
+        held.release()
+        assert recording.names() == []
+        held.release()
+        assert recording.names() == ["Service/Rpc", "for the others"]
+        (kept, _) = recording.exporter.get_finished_spans()
+    assert [event.name for event in kept.events] == ["retry"]
+
+
+def test_where_nothing_is_recorded_nothing_is_held() -> None:
+    with call() as root:
+        assert root.hold() is None
+    assert tracing.NO_SPAN.hold() is None
+
+
 async def test_what_is_still_open_at_the_end_of_the_call_is_ended_and_marked() -> None:
     async with Recording() as recording:
         release = asyncio.Event()
@@ -202,6 +241,39 @@ def test_without_a_recorder_there_is_an_id_to_log_and_nothing_else() -> None:
         assert tracing.span("child") is tracing.NO_SPAN
         assert tracing.outgoing() == (("traceparent", f"00-{span.trace_id}-{span.span_id:016x}-00"),)
     assert tracing.current() is tracing.NO_SPAN
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (RouterSettings(catalog_dsn=DSN, port=1234), {"service.instance.id": f"{gethostname()}:1234"}),
+        (
+            ShardSettings(shard_id="shard-7", catalog_dsn=DSN, database_dsn=DSN, port=1234),
+            {"service.instance.id": f"{gethostname()}:1234", "memshard.shard": "shard-7"},
+        ),
+        (
+            ReplicaSettings(shard_id="shard-7", catalog_dsn=DSN, database_dsn=DSN, port=1235),
+            {"service.instance.id": f"{gethostname()}:1235", "memshard.shard": "shard-7"},
+        ),
+    ],
+)
+async def test_spans_say_which_one_of_a_service_they_are_of(
+    settings: ServiceSettings, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for named in ("", "from the environment"):
+        monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", f"service.instance.id={named}" if named else "")
+        async with OtlpReceiver() as receiver:
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
+            async with exporting("service", settings.model_copy(update={"traces_exporter": "otlp"})):
+                with call(SAMPLED):
+                    pass
+            (raw,) = receiver.raw
+        (spans,) = trace_service_pb2.ExportTraceServiceRequest.FromString(raw).resource_spans
+        said = values_of(spans.resource.attributes)
+        assert said["service.name"] == "memshard-service"
+        if named:
+            expected = {**expected, "service.instance.id": named}
+        assert expected.items() <= said.items()
 
 
 async def test_a_part_of_a_trace_is_bounded() -> None:

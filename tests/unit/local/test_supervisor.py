@@ -12,6 +12,7 @@ import pytest
 
 from local.errors import LocalClusterError, StartError
 from local.layout import Layout
+from local.logs import supervisor_logger
 from local.process import ProcessSpec
 from local.supervisor import Hooks, Step, Supervisor
 from tests.support.eventually import eventually
@@ -145,6 +146,33 @@ async def test_a_step_that_fails_ends_everything(layout: Layout, run: Callable[[
     with pytest.raises(LocalClusterError, match=said):
         await supervisor.run()
     assert _pids(layout) == {"database": None}
+
+
+async def test_a_bug_is_in_the_log_by_its_type_and_place_and_not_by_what_it_says(layout: Layout) -> None:
+    """Its text is for who has started the cluster."""
+    log, handler = supervisor_logger(layout.log("supervisor"))
+    failed = asyncio.Event()
+
+    async def work() -> None:
+        failed.set()
+        raise ValueError("Alice drinks tea")
+
+    async def step() -> None:
+        await failed.wait()
+        raise ValueError("Alice drinks tea")
+
+    supervisor = Supervisor(layout, [], [Step("step", step)], background=[work], log=log)
+    try:
+        with pytest.raises(LocalClusterError, match="Alice drinks tea"):
+            await supervisor.run()
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+    text = layout.log("supervisor").read_text()
+    assert "Alice" not in text
+    bugs = [line for line in map(json.loads, text.splitlines()) if "error" in line]
+    assert {line["event"] for line in bugs} == {"a background task failed by a bug", "step failed by a bug"}
+    assert all(line["error"] == "builtins.ValueError" and "test_supervisor.py:" in line["at"] for line in bugs)
 
 
 async def test_told_to_stop_while_it_starts_it_stops(layout: Layout) -> None:

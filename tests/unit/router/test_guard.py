@@ -7,6 +7,7 @@ import pytest
 from common.breaker import State
 from common.errors import DeadlineExceeded
 from common.limiter import Priority
+from common.telemetry.registry import REGISTRY
 from router.guard import Guard, Guards, Kind
 from tests.support.clock import Clock
 
@@ -88,3 +89,37 @@ def test_timeouts_count_again_after_a_while() -> None:
     for _ in range(5):
         watched.timed_out(1)
     assert watched.state() is State.OPEN
+
+
+def series_of(server: str) -> set[str]:
+    """The names of the samples that are about a server."""
+    return {
+        sample.name
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if server in (sample.labels.get("server"), sample.labels.get("name"))
+    }
+
+
+def test_a_server_that_has_left_leaves_no_series_behind() -> None:
+    guards = Guards(Clock())
+    for key in (("leaves", None), ("stays", None), ("stays", "leaves-too")):
+        with guards.of(*key).passing(Kind.SEARCH, "Search", Priority.INTERACTIVE):
+            pass
+    names = {"leaves", "stays", "stays/leaves-too"}
+    of_one = series_of("stays")
+    assert of_one >= {
+        "memory_server_calls_total",
+        "memory_server_call_duration_seconds_count",
+        "memory_breaker_opened_total",
+    }
+    assert [series_of(name) for name in sorted(names)] == [of_one] * 3
+    in_flight = guards.of("leaves").passing(Kind.STORE, "Store", Priority.INTERACTIVE)
+    with in_flight:
+        guards.keep({("stays", None)})
+    assert series_of("leaves") == series_of("stays/leaves-too") == set()
+    assert series_of("stays") == of_one
+    # One that comes back counts from the beginning.
+    with guards.of("leaves").passing(Kind.SEARCH, "Search", Priority.INTERACTIVE):
+        pass
+    assert series_of("leaves") == of_one

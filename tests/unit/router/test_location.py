@@ -1,6 +1,7 @@
 """Location entries: what is written is read; whatever else is found under a key is nothing, and no error."""
 
 import uuid
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -9,8 +10,10 @@ from pydantic import SecretStr
 
 from common.config import RouterSettings
 from common.slots import SLOT_COUNT
+from common.telemetry.registry import REGISTRY
 from memshard.ids import new_id
 from router.location import NOWHERE, LocationCache, parse, render
+from tests.support.spans import Spans
 
 _slots = st.integers(0, SLOT_COUNT - 1)
 
@@ -131,3 +134,40 @@ async def test_nothing_is_remembered_while_the_memory_is_not_believed() -> None:
     await cache.learn(fresh, frozenset((1,)), since=cache.moment())
     believes = True
     assert await cache.find(fresh) == NOWHERE
+
+
+def _looks() -> Counter[tuple[str, str]]:
+    """Looks into the two layers so far, by layer and result."""
+    keys = [(layer, result) for layer in ("memory", "redis") for result in ("hit", "miss", "unavailable")]
+
+    def count(layer: str, result: str) -> int:
+        labels = {"layer": layer, "result": result}
+        return int(REGISTRY.get_sample_value("memory_cache_requests_total", labels) or 0)
+
+    return Counter({key: count(*key) for key in keys})
+
+
+async def test_what_a_store_looks_up_is_no_look_of_a_read(spans: Spans) -> None:
+    cache, old = _cache(10), str(uuid.uuid4())
+    before = _looks()
+    with spans.call() as storing:
+        await cache.add(old, 1, since=cache.moment())
+    assert _looks() == before
+    assert "memshard.cache.hit" not in storing.attributes
+    with spans.call() as reading:
+        await cache.find(old)
+    assert _looks() - before == {("memory", "miss"): 1}
+    assert reading.attributes["memshard.cache.hit"] is False
+
+
+@pytest.mark.parametrize("off", [{"location_cache_entries": 0}, {}])
+async def test_a_look_into_a_cache_that_is_off_is_no_miss(off: dict[str, int], spans: Spans) -> None:
+    """Without Redis a router hears nobody, and so believes nothing that it remembers: what it misses is no cache's."""
+    settings = RouterSettings(catalog_dsn=SecretStr("postgresql://nowhere"), **off)  # type: ignore[arg-type]
+    cache = LocationCache(settings, believes=lambda: bool(off))
+    before = _looks()
+    with spans.call() as reading:
+        assert await cache.find(new_id()) == NOWHERE
+    assert _looks() == before
+    assert [layer.hit_ratio for layer in cache.layers] == [None]
+    assert "memshard.cache.hit" not in reading.attributes

@@ -11,6 +11,7 @@ from pydantic import SecretStr
 
 from common.config import RouterSettings
 from common.slots import SLOT_COUNT
+from common.telemetry.registry import REGISTRY
 from common.topology import Cutover, Shard, SlotRange, Topology
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
@@ -264,3 +265,22 @@ def test_no_session_finds_less_than_its_token_says_whatever_is_lost_on_the_way(
             kept = cache.find(session(a=(1, token)))
             assert kept is None or int(content(kept).removeprefix("version ")) >= least
         cache.clock.pass_(0.01)
+
+
+def looks() -> float:
+    """How often anybody has looked into this layer, whatever was found."""
+    results = ("hit", "miss", "unavailable")
+    name = "memory_cache_requests_total"
+    return sum(REGISTRY.get_sample_value(name, {"layer": "memories", "result": result}) or 0 for result in results)
+
+
+def test_a_look_into_a_cache_that_is_off_is_no_miss() -> None:
+    cache, before = Cache(), looks()
+    cache.believes = False
+    assert cache.find() is None
+    assert looks() == before
+    assert cache.memories.layer.hit_ratio is None
+    cache.believes = True
+    assert cache.find() is None
+    assert looks() == before + 1
+    assert cache.memories.layer.hit_ratio == 0

@@ -161,9 +161,8 @@ def test_an_erased_user_is_on_the_list_no_more() -> None:
     seen = observed()
     pass_all(seen, "erased")
     pass_all(seen, "stays")
-    request = pb.EraseUserRequest(user_id="erased")
-    seen.asked("EraseUser", request)
-    seen.answered("EraseUser", request, pb.EraseUserResponse(), 10)
+    seen.asked("EraseUser", pb.EraseUserRequest(user_id="erased"))
+    seen.forget(lambda user: user == "erased")
     hitters, _ = seen.hot_users(100)
     assert {hitter.item[1] for hitter in hitters} == {"stays"}
 

@@ -99,6 +99,19 @@ def test_an_erasure_is_of_everything() -> None:
     assert one.all.searches.size[0] == 0
 
 
+def test_of_an_erasure_all_hear_who_note_users_also_of_one_who_had_no_memories() -> None:
+    one, other = Router(), Router()
+    erased: list[str] = []
+    one.all.on_erased(erased.append)
+    other.all.on_erased(erased.append)
+    one.all.erase("user-1")
+    assert erased == [one.all.user("user-1")]
+    other.all.drop(one.told)
+    assert erased == [one.all.user("user-1")] * 2
+    assert other.has() == (True, False, True)
+    assert not any("user-1" in said for said in one.told)
+
+
 def test_whoever_lost_the_others_has_nothing_left() -> None:
     one = Router()
     one.all.clear()

@@ -16,6 +16,7 @@ from router.consistency import EVENTUAL, STRONG, Consistency, Position
 from router.search_cache import KeptResults, SearchCache, SearchKey
 from router.stamps import Stamp
 from tests.support.clock import Clock
+from tests.support.spans import Spans
 from tests.unit.router.memories import memory
 
 SLOT = 7
@@ -154,3 +155,24 @@ def test_a_filter_is_part_of_what_is_asked() -> None:
 
     keys = {SearchKey.of("user", question, 0) for question in (filtered("x"), filtered("y"), filtered("x"))}
     assert len(keys) == 2
+
+
+def test_a_look_into_a_cache_that_is_off_is_no_miss() -> None:
+    cache = Cache()
+    cache.believes = False
+    assert cache.find() is None
+    assert cache.searches.layer.hit_ratio is None
+    cache.believes = True
+    assert cache.find() is None
+    assert cache.searches.layer.hit_ratio == 0
+
+
+def test_a_span_says_whether_a_search_was_remembered(spans: Spans) -> None:
+    cache = Cache()
+    said = []
+    for _ in range(2):
+        with spans.call() as span:
+            cache.find()
+        said.append(span.attributes["memshard.cache.hit"])
+        cache.remember(content="tea")
+    assert said == [False, True]
