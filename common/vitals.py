@@ -58,6 +58,9 @@ def of_cluster(own: Vitals, shards: Collection[Vitals]) -> Vitals:
     the catalog, the embedder). Its own figures of errors and latency are mixed from all shards', and not looked at.
     Instead each figure is one that more than half of the shards, and at least two, have reached: one shard alone never
     counts, and in a cluster of one shard it is that shard's level which says how it is.
+
+    Writes that are down are no figure of the cluster's: where they work they are taken, however many shards refuse
+    theirs. All are refused only by an operator.
     """
     return replace(
         own,
@@ -65,7 +68,7 @@ def of_cluster(own: Vitals, shards: Collection[Vitals]) -> Vitals:
         p99_latency_s=_common(shard.p99_latency_s for shard in shards),
         shed_share=max(own.shed_share, _common(shard.shed_share for shard in shards)),
         open_breakers=max(own.open_breakers, _common(shard.open_breakers for shard in shards)),
-        writes_down=_common(float(shard.writes_down) for shard in shards) > 0,
+        writes_down=False,
     )
 
 

@@ -47,7 +47,7 @@ def test_one_shard_brings_the_cluster_at_worst_to_where_another_is(
     assert seen.error_rate <= max(other.error_rate for other in others)
     assert seen.p99_latency_s <= max(other.p99_latency_s for other in others)
     assert seen.open_breakers <= max(own.open_breakers, *(other.open_breakers for other in others))
-    assert seen.writes_down <= any(other.writes_down for other in others)
+    assert not seen.writes_down
     # The rest is the router's own.
     assert seen.shed_share <= max(own.shed_share, *(other.shed_share for other in others))
     for name in ("pool_use", "cpu", "memory"):
@@ -68,7 +68,7 @@ def test_one_shard_brings_the_cluster_at_worst_to_where_another_is(
     ],
 )
 def test_what_more_than_half_of_the_shards_have_the_cluster_has(shards: int, sick: int, counts: bool) -> None:
-    bad = Vitals(error_rate=0.3, p99_latency_s=2.0, open_breakers=0.7, writes_down=True)
+    bad = Vitals(error_rate=0.3, p99_latency_s=2.0, open_breakers=0.7)
     seen = of_cluster(_WELL, [bad] * sick + [_WELL] * (shards - sick))
     assert seen == (bad if counts else _WELL)
 

@@ -216,6 +216,20 @@ def test_a_shard_that_stores_nothing_and_is_read_becomes_read_only_after_half_a_
     assert watched.levels.of(["shard-1"]) is Level.NORMAL
 
 
+def test_a_shard_that_stores_takes_writes_though_all_others_are_read_only() -> None:
+    watched = Watched()
+    for _ in range(40):
+        watched.clock.pass_(1)
+        for shard_id in _SHARDS:
+            watched.call(shard_id, times=3, took_s=0.001)
+        for shard_id in _SHARDS[1:]:
+            watched.call(shard_id, Unavailable("disk full"), kind=Kind.STORE, times=1)
+        watched.levels.look()
+    assert not watched.levels.effects("shard-1").allow_writes
+    assert not watched.levels.effects("shard-2").allow_writes
+    assert watched.levels.effects("shard-0").allow_writes
+
+
 def test_a_breaker_that_waits_for_somebody_to_try_it_is_no_reason_to_refuse_writes() -> None:
     watched = Watched()
     for _ in range(5):
