@@ -117,8 +117,9 @@ class LevelSettings:
     | memory              | 85 %    |           | no: reduced as for CPU                                           |
     | shedding            | 5 %     |           | no: refusals are no errors, but how a limiter copes              |
 
-    Read-only is entered by hand, or when the write path has been down for 30 s while reads work: longer than a failover
-    takes, in which writers do better with UNAVAILABLE, for which they come back. Maintenance is only entered by hand.
+    Read-only is entered by hand, or when a primary has stored nothing for 30 s while it answers reads: longer than a
+    failover takes, in which writers do better with UNAVAILABLE, for which they come back. So they do while a primary is
+    gone, for however long. Maintenance is only entered by hand.
 
     CPU, memory, latency and errors are the source guide's; shedding has that of errors. A quarter of a shard's breakers
     is one kind of operation on primary and replica, half is a dead primary. 95 % of a pool is all but one of twenty.

@@ -33,7 +33,7 @@ class Vitals:
     """Share of the machine's, or the container's, memory that is used."""
 
     writes_down: bool = False
-    """The write path does not work though reads do: a full disk, a primary without a successor."""
+    """Nothing can be stored where it can be read: a full disk. A primary that is gone is something else."""
 
     def with_calls(self, *, answered: int, failed: int, shed: int, p99_latency_s: float) -> "Vitals":
         """The same with the shares of a period's calls.

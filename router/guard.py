@@ -28,6 +28,9 @@ Clock = Callable[[], float]
 
 # Seconds that a failure says something of a breaker that is half-open: the health monitor tries more often than that.
 _FAILURE_HOLDS_S = 20.0
+# Seconds that an answer says that a server is there. While something is wrong with it, it is looked at four times a
+# second; a server that is gone is not to be taken for one that is read for the half minute after which that counts.
+_ANSWER_HOLDS_S = 10.0
 
 TALLY_S = 10
 """Seconds that the tally looks back on which people are shown."""
@@ -77,6 +80,8 @@ class Guard:
         self.breakers = {kind: logged(name, SHARD, kind.value, clock) for kind in Kind}
         self._clock = clock
         self._heard_at = -math.inf
+        # When it last answered a read, or a look that went through its database.
+        self._read_at = -math.inf
         # When a call of a kind was last found to have failed; nothing while the last one had an answer.
         self._failed_at: dict[Kind, float] = {}
         # When the last timeouts of a slot were that counted.
@@ -121,6 +126,8 @@ class Guard:
             self._durations[kind].observe(took_s)
             admission.release(took_s)
             self._answered(kind)
+            if kind is not Kind.STORE:
+                self._read_at = self._clock()
             if priority is Priority.INTERACTIVE:
                 self._tell(lambda tally: tally.latency.add(took_s))
         finally:
@@ -200,13 +207,23 @@ class Guard:
         return at is not None and self._clock() - at < _FAILURE_HOLDS_S
 
     @property
+    def is_read(self) -> bool:
+        """Whether it can be read: nothing says that reads fail, and one was answered lately.
+
+        A breaker that is closed says too little: that of a server that is gone is, until somebody asks for a read.
+        """
+        if self.fails(Kind.RETRIEVE) or self.fails(Kind.SEARCH):
+            return False
+        return self._clock() - self._read_at < _ANSWER_HOLDS_S
+
+    @property
     def troubled(self) -> bool:
         """Whether a breaker is not closed, so that it would help to hear from the server."""
         return any(breaker.state is not State.CLOSED for breaker in self.breakers.values())
 
     def heard(self) -> None:
-        """The server has answered a health check: calls may try it again, a few each second."""
-        now = self._clock()
+        """The server has answered a health check, out of its database: calls may try it again, a few each second."""
+        now = self._read_at = self._clock()
         if now - self._heard_at < SHARD.first_probe_s:
             return  # What hangs though health checks are answered is not to be given more and more calls.
         self._heard_at = now

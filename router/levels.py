@@ -136,11 +136,13 @@ def _slowest_s(tallies: Collection[Tally]) -> float:
 
 
 def _writes_down(guards: Mapping[str | None, Guard]) -> bool:
-    """Whether nothing can be stored, though there is a server to read from."""
+    """Whether nothing can be stored, though the primary can be read, as when its disk is full.
+
+    One that is gone is UNAVAILABLE instead, with replicas or without: it comes back or gets a successor, and writers do
+    well to come back too.
+    """
     primary = guards.get(None)
-    if primary is None or not primary.fails(Kind.STORE):
-        return False
-    return any(guard.breakers[Kind.RETRIEVE].state is State.CLOSED for guard in guards.values())
+    return primary is not None and primary.fails(Kind.STORE) and primary.is_read
 
 
 def _share_open(breakers: Collection[CircuitBreaker]) -> float:

@@ -216,6 +216,53 @@ def test_a_shard_that_stores_nothing_and_is_read_becomes_read_only_after_half_a_
     assert watched.levels.of(["shard-1"]) is Level.NORMAL
 
 
+@pytest.mark.parametrize("reads_fail", [False, True])
+def test_a_primary_that_is_gone_is_not_taken_for_one_that_is_only_read(reads_fail: bool) -> None:
+    """Nobody reads there, so that the breaker for reads stays closed; or those who do hear nothing either."""
+    watched = Watched()
+    watched.call("shard-0", times=3, took_s=0.001)
+    for _ in range(120):
+        watched.clock.pass_(1)
+        watched.call("shard-0", Unavailable("gone"), kind=Kind.STORE, times=1, took_s=0.001)
+        if reads_fail:
+            watched.call("shard-0", Unavailable("gone"), kind=Kind.SEARCH, times=1, took_s=0.001)
+        watched.levels.look()
+        assert watched.levels.effects("shard-0").allow_writes
+
+
+def test_nor_is_one_whose_searches_fail() -> None:
+    watched = Watched()
+    for _ in range(60):
+        watched.clock.pass_(1)
+        watched.call("shard-0", times=3, took_s=0.001)
+        for kind in (Kind.STORE, Kind.SEARCH):
+            watched.call("shard-0", Unavailable("gone"), kind=kind, times=1, took_s=0.001)
+        watched.levels.look()
+        assert watched.levels.effects("shard-0").allow_writes
+
+
+def test_nor_is_one_whose_replica_is_read() -> None:
+    watched = Watched()
+    replica = watched.guards.of("shard-0", "replica-0")
+    for _ in range(60):
+        watched.clock.pass_(1)
+        watched.call("shard-0", Unavailable("gone"), kind=Kind.STORE, times=1, took_s=0.001)
+        with replica.passing(Kind.RETRIEVE, "Get", Priority.INTERACTIVE):
+            watched.clock.pass_(0.001)
+        watched.levels.look()
+        assert watched.levels.effects("shard-0").allow_writes
+
+
+def test_a_shard_that_stores_nothing_and_answers_looks_becomes_read_only_though_nobody_reads() -> None:
+    watched = Watched()
+    for _ in range(40):
+        watched.clock.pass_(1)
+        watched.call("shard-0", Unavailable("disk full"), kind=Kind.STORE, times=1)
+        watched.guards.of("shard-0").heard()
+        watched.levels.look()
+    assert not watched.levels.effects("shard-0").allow_writes
+
+
 def test_a_shard_that_stores_takes_writes_though_all_others_are_read_only() -> None:
     watched = Watched()
     for _ in range(40):
