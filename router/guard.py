@@ -40,7 +40,7 @@ LATELY_S = 4
 (`common.level`), so that what happened in one moment is out of sight before it could be taken for lasting."""
 
 
-# Slots whose timeouts are remembered.
+# Slots whose calls that took too long are remembered.
 _MOST_SLOTS = 1000
 
 _SHED = SHED.labels("server")
@@ -84,8 +84,8 @@ class Guard:
         self._read_at = -math.inf
         # When a call of a kind was last found to have failed; nothing while the last one had an answer.
         self._failed_at: dict[Kind, float] = {}
-        # When the last timeouts of a slot were that counted.
-        self._timeouts: dict[tuple[Kind, int | None], deque[float]] = {}
+        # When the last calls of a slot were that took too long, and counted.
+        self._too_long: dict[tuple[Kind, int | None], deque[float]] = {}
 
     @contextmanager
     def passing(self, kind: Kind, call: str, priority: Priority, slot: int | None = None) -> Iterator[None]:
@@ -108,11 +108,12 @@ class Guard:
             self._count(kind, error.code.name)
             if isinstance(error, DeadlineExceeded) and not self._speaks_for_all(kind, slot, waited_s):
                 raise  # Of a caller in a hurry, or of one alone: nobody else is to feel it.
-            _judge(permit, error, waited_s)
             if speaks_of_callee(error):
+                _judge(permit, error, waited_s)
                 self._tell(lambda tally: tally.failed.add())
                 self._failed_at[kind] = self._clock()
             else:
+                permit.success(self._judged_s(kind, slot, waited_s, priority))
                 self._answered(kind)
             if isinstance(error, DeadlineExceeded | ResourceExhausted):
                 admission.release(waited_s, dropped=True)
@@ -121,7 +122,7 @@ class Guard:
             raise
         else:
             took_s = self._clock() - began
-            permit.success(took_s)
+            permit.success(self._judged_s(kind, slot, took_s, priority))
             self._count(kind, "OK")
             self._durations[kind].observe(took_s)
             admission.release(took_s)
@@ -160,17 +161,28 @@ class Guard:
         server that is in trouble fails others too. Where there are no others, a few in a row open the breaker all the
         same, and whoever tries it then counts.
         """
-        if waited_s < SHARD.fair_timeout_s:
-            return False
+        return waited_s >= SHARD.fair_timeout_s and self._counts(kind, slot, SHARD.consecutive_failures)
+
+    def _judged_s(self, kind: Kind, slot: int | None, took_s: float, priority: Priority) -> float:
+        """The seconds by which the breaker judges an answer. A slow one says as little of the server as a timeout may,
+        and is an answer all the same: those of one slot never open the breaker alone, and batches are long by nature.
+        """
+        if took_s < SHARD.slow_call_s:
+            return took_s
+        alone = priority is Priority.BATCH or not self._counts(kind, slot, SHARD.consecutive_failures - 1)
+        return 0.0 if alone else took_s
+
+    def _counts(self, kind: Kind, slot: int | None, most: int) -> bool:
+        """Whether one more call that took too long is to count, of which `most` do of one slot. If so it has."""
         if self.breakers[kind].state is not State.CLOSED:
             return True
         now = self._clock()
-        counted = self._timeouts.setdefault((kind, slot), deque(maxlen=SHARD.consecutive_failures))
-        if len(counted) == counted.maxlen and now - counted[0] < SHARD.window_s:
+        counted = self._too_long.setdefault((kind, slot), deque(maxlen=SHARD.consecutive_failures))
+        if len(counted) >= most and now - counted[-most] < SHARD.window_s:
             return False
         counted.append(now)
-        if len(self._timeouts) > _MOST_SLOTS:
-            del self._timeouts[next(iter(self._timeouts))]
+        if len(self._too_long) > _MOST_SLOTS:
+            del self._too_long[next(iter(self._too_long))]
         return True
 
     def _answered(self, kind: Kind) -> None:
@@ -262,7 +274,5 @@ class Guards:
 def _judge(permit: Permit, error: MemshardError, waited_s: float) -> None:
     if isinstance(error, DeadlineExceeded):
         permit.timeout(waited_s)
-    elif speaks_of_callee(error):
-        permit.failure()
     else:
-        permit.success(waited_s)
+        permit.failure()
