@@ -52,13 +52,18 @@ class Database:
 
     @asynccontextmanager
     async def reading(self, deadline: Deadline) -> AsyncIterator[Connection]:
-        """A connection for a read, or work that may be done again. A lost one is Unavailable: any retry is safe."""
+        """A connection for a read, or work that may be done again. A lost one is Unavailable: any retry is safe.
+
+        Raises TimeoutError as well when the server has ended a statement because its time was up.
+        """
         connection = await self._acquire(deadline)
         finished = False
         try:
             with _explained():
                 yield connection
             finished = True
+        except asyncpg.QueryCanceledError as error:
+            raise _timed_out() from error
         except CONNECTION_LOST as error:
             raise _unavailable() from error
         finally:
@@ -169,7 +174,10 @@ class Database:
 
 
 class WriteConnection:
-    """`async with` it: a write that commits by itself. One whose fate is not known is OutcomeUnknown."""
+    """`async with` it: a write that commits by itself. One whose fate is not known is OutcomeUnknown.
+
+    One of which the server has ended a statement, never a commit, is TimeoutError.
+    """
 
     def __init__(self, connection: "PoolConnectionProxy[asyncpg.Record]", give_back: "_GiveBack") -> None:
         self._connection = connection
@@ -186,6 +194,9 @@ class WriteConnection:
             finished = True
             if any(map(_leaves_in_doubt, warnings)):
                 raise _in_doubt("the wait for a standby was cut short")
+        except asyncpg.QueryCanceledError as error:
+            # The statement has no effect. An earlier one of the same write may have: the same request settles it.
+            raise _timed_out() from error
         except CONNECTION_LOST as error:
             raise _in_doubt("the database went away during the write") from error
         except Unavailable as error:
@@ -304,6 +315,11 @@ def _explained() -> Iterator[None]:
     except (asyncpg.DataError, asyncpg.ProgramLimitExceededError) as error:
         # Routers check what comes from agents; this is what came past them.
         raise InvalidArgument("a value in the request does not fit the database", reason="BAD_VALUE") from error
+
+
+def _timed_out() -> TimeoutError:
+    """The same as when the time is up on this side: DEADLINE_EXCEEDED. The database answers, and is not to blame."""
+    return TimeoutError("the server has ended the statement")
 
 
 def _unavailable() -> Unavailable:
