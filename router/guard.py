@@ -62,7 +62,8 @@ class Tally:
         self.failed = SlidingCount(1.0, window_s, clock)
         self.shed = SlidingCount(1.0, window_s, clock)
         self.latency = LatencyWindow(window_s, clock)
-        """Of interactive calls that were answered, in seconds."""
+        """Of interactive calls that were answered, in seconds. Not of wide ones, which take as long as there is data:
+        one dashboard's would be taken for everybody's."""
 
 
 class Guard:
@@ -88,9 +89,11 @@ class Guard:
         self._too_long: dict[tuple[Kind, int | None], deque[float]] = {}
 
     @contextmanager
-    def passing(self, kind: Kind, call: str, priority: Priority, slot: int | None = None) -> Iterator[None]:
+    def passing(
+        self, kind: Kind, call: str, priority: Priority, slot: int | None = None, *, wide: bool = False
+    ) -> Iterator[None]:
         """`with` it: one call, whose errors say how it went. `call` names calls that take about as long as each other,
-        `slot` is the one slot that it is about; None: it is about many.
+        `slot` is the one slot that it is about; None: it is about many. `wide`: it is about all users.
 
         Raises Unavailable / BREAKER_OPEN or ResourceExhausted / OVERLOADED, before anything is asked.
         """
@@ -129,7 +132,7 @@ class Guard:
             self._answered(kind)
             if kind is not Kind.STORE:
                 self._read_at = self._clock()
-            if priority is Priority.INTERACTIVE:
+            if priority is Priority.INTERACTIVE and not wide:
                 self._tell(lambda tally: tally.latency.add(took_s))
         finally:
             # Of a call that its caller gave up, and of one that failed at once, the time says nothing.

@@ -233,6 +233,8 @@ class Shards:
         closing.add_done_callback(self._closing.discard)
 
     async def _guarded(self, guard: Guard, address: str, rpc: Rpc[Q, R], request: Q, timeout_s: float) -> R:
+        wide = not rpc.writes and _is_wide(request)
+        call = f"{rpc.name}All" if wide else rpc.name
         try:
             began = time.monotonic()
             await guard.room(rpc.kind, rpc.priority)
@@ -245,7 +247,7 @@ class Shards:
                     {"rpc.system.name": "grpc", "memshard.server": guard.name, "memshard.shard": guard.shard_id},
                     tracing.Kind.CLIENT,
                 ),
-                guard.passing(rpc.kind, rpc.name, rpc.priority, _slot(request)),
+                guard.passing(rpc.kind, call, rpc.priority, _slot(request), wide=wide),
             ):
                 return await self._ask(address, guard.name, rpc, request, timeout_s)
         except (DeadlineExceeded, Unavailable) as error:
@@ -294,6 +296,11 @@ def _slot(request: Message) -> int | None:
     """The one slot that a request is about; None when it is about more."""
     ranges = getattr(request, "route", shard_pb2.Route()).ranges
     return ranges[0].first if len(ranges) == 1 and ranges[0].first == ranges[0].last else None
+
+
+def _is_wide(request: Message) -> bool:
+    """Whether a read is about all users, and so takes as long as there is data rather than as one user's does."""
+    return _slot(request) is None and not getattr(request, "user_id", "")
 
 
 def _explained(error: grpc.aio.AioRpcError, name: str) -> MemshardError:

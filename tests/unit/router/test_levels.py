@@ -140,6 +140,17 @@ def test_a_replica_that_is_asked_little_does_not_speak_for_its_shard() -> None:
     assert watched.levels.of(_SHARDS) is Level.NORMAL
 
 
+def test_slow_searches_over_all_users_degrade_nobody() -> None:
+    watched = Watched()
+    for _ in range(30):
+        for shard_id in _SHARDS:
+            for _ in range(2):
+                with watched.guards.of(shard_id).passing(Kind.SEARCH, "SearchAll", Priority.INTERACTIVE, wide=True):
+                    watched.clock.pass_(0.6)
+        watched.watch(1)
+    assert watched.levels.of(_SHARDS) is Level.NORMAL
+
+
 def test_what_one_shard_refuses_is_not_the_clusters_even_on_a_busy_machine() -> None:
     watched = Watched()
     for _ in range(30):
