@@ -13,13 +13,13 @@ from common.deadline import Deadline
 from common.embedder import Embedder
 from common.errors import ReadOnly, ResourceExhausted, Unavailable, WrongShard
 from common.level import Level
-from common.topology import Replica, Shard
+from common.topology import Replica, Shard, ShardStatus
 from router.findings import Condition, Finding, Scale
 from router.guard import Kind
 from router.location import LocationCache
 from router.monitor import Check
 from router.replicas import Replicas
-from router.shards import Shards
+from router.shards import SHARD_MAINTENANCE, Shards
 from router.synthetic import Synthetic
 from router.topology_watch import TopologyWatch
 
@@ -121,6 +121,8 @@ class Checks:
             partial(self._describe, shard),
             _DATABASE_EVERY_S,
             _DATABASE_CUT_OFF_S,
+            # In maintenance it may be stopped on purpose: nothing is to be tried against that.
+            failed=Condition.DEGRADED if shard.status is ShardStatus.MAINTENANCE else Condition.UNHEALTHY,
             beside=("pool", "disk"),
         )
 
@@ -197,6 +199,10 @@ class Checks:
         except ReadOnly:
             # By the shard's status in the catalog: somebody wants it so.
             return [Finding("synthetic", shard.shard_id, Condition.DEGRADED, message="takes no writes, as it was set")]
+        except Unavailable as error:
+            if error.reason != SHARD_MAINTENANCE:
+                raise
+            return [Finding("synthetic", shard.shard_id, Condition.DEGRADED, message="in maintenance, as it was set")]
         except ResourceExhausted:
             # It answers. To give it new connections as well would not help.
             return [Finding("synthetic", shard.shard_id, Condition.DEGRADED, message="has too much to do")]

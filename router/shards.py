@@ -47,6 +47,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.enable_retries", 0),
 ]
 
+SHARD_MAINTENANCE = "SHARD_MAINTENANCE"
+"""The reason when a shard is not asked anything because an operator wants it so."""
 _GONE = "SHARD_UNAVAILABLE"
 # Reasons for which nothing is known of a write that was asked for.
 _LEFT_IN_DOUBT = frozenset({_GONE, DeadlineExceeded.default_reason})
@@ -216,7 +218,7 @@ class Shards:
 
     def _admit_by_status(self, shard: Shard, rpc: Rpc[Any, Any]) -> None:
         if shard.status is ShardStatus.MAINTENANCE:
-            raise Unavailable(f"{shard.shard_id} is in maintenance", reason="SHARD_MAINTENANCE")
+            raise Unavailable(f"{shard.shard_id} is in maintenance", reason=SHARD_MAINTENANCE)
         if rpc.writes and shard.status is ShardStatus.READONLY:
             raise ReadOnly(f"{shard.shard_id} takes no writes for the time being")
 

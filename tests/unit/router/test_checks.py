@@ -1,14 +1,20 @@
-"""What the health checks say of replicas, which come up while the first checks are made."""
+"""What the health checks say of replicas, which come up while the first checks are made, and of shards."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
 
 from common.catalog import Cluster, PlacementStrategy, Precision
 from common.config import RouterSettings
+from common.topology import ShardStatus, Topology
 from router.checks import Checks
 from router.findings import Condition, Finding
 from router.location import LocationCache
+from router.monitor import Monitor
+from router.recovery import remedies
 from router.replicas import Replicas
 from router.topology_watch import TopologyWatch
 from tests.support.eventually import eventually
@@ -18,13 +24,25 @@ _CLUSTER = Cluster(CLUSTER_ID, "", 3, Precision.HALF, PlacementStrategy.USER_BAS
 _SETTINGS = RouterSettings(catalog_dsn="postgresql://unused")  # type: ignore[arg-type]
 
 
+def _checks(reader: Router, topology: Topology, replicas: Replicas) -> Checks:
+    watch = TopologyWatch("postgresql://unused", topology, poll_s=60, changed=lambda _: None)
+    return Checks(_CLUSTER, watch, reader.shards, replicas, LocationCache(_SETTINGS), None, "postgresql://unused")
+
+
 async def _said(reader: Router, replicas: Replicas) -> Finding:
     """What the check of the one replica finds."""
-    watch = TopologyWatch("postgresql://unused", reader.topology, poll_s=60, changed=lambda _: None)
-    checks = Checks(_CLUSTER, watch, reader.shards, replicas, LocationCache(_SETTINGS), None, "postgresql://unused")
-    (check,) = [check for check in checks.now() if check.name == "replica"]
+    (check,) = [check for check in _checks(reader, reader.topology, replicas).now() if check.name == "replica"]
     (finding,) = await check.ask()
     return finding
+
+
+async def _found_of_the_shard(reader: Router, status: ShardStatus = ShardStatus.ACTIVE) -> list[Finding]:
+    """All that is found of the one shard by the health monitor, with the shard set so."""
+    (shard,) = reader.topology.shards
+    topology = replace(reader.topology, shards=(replace(shard, status=status),))
+    checks = _checks(reader, topology, reader.replicas)
+    report = await Monitor(lambda: [check for check in checks.now() if check.subject == "shard-0"]).look()
+    return list(report.findings)
 
 
 @asynccontextmanager
@@ -56,3 +74,21 @@ async def test_a_replica_that_is_away_from_the_beginning_is_found_to_be() -> Non
         replica.freeze()
         async with _looks(reader) as replicas:
             await eventually(lambda: _found(reader, replicas, Condition.DEGRADED))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_a_shard_in_maintenance_is_left_alone(stopped: bool) -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        if stopped:
+            await primary.stop()
+        found = await _found_of_the_shard(reader, ShardStatus.MAINTENANCE)
+        assert {"database", "synthetic"} <= {finding.name for finding in found}
+        assert max(finding.condition for finding in found) is Condition.DEGRADED
+        assert remedies(found) == []
+        assert not primary.asked
+
+
+async def test_one_that_is_away_without_having_been_told_is_not() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        await primary.stop()
+        assert [action.subject for action in remedies(await _found_of_the_shard(reader))] == ["shard-0", "shard-0"]
