@@ -232,7 +232,7 @@ class Checks:
             findings += [
                 _figure("errors", name, ERRORS, vitals.error_rate, _SHARE),
                 _figure("latency", name, LATENCY, vitals.p99_latency_s * 1000, _MS),
-                _figure("breakers", name, BREAKERS, vitals.open_breakers, _SHARE),
+                _figure("breakers", name, BREAKERS, levels.open_breakers(name), _SHARE),
                 replace(_figure("level", name, LEVEL, float(level), "level"), message=level.name.lower()),
             ]
         return findings

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from common import logs
 from common.breaker import CircuitBreaker, State
-from common.level import Effects, Level, LevelDecider, LevelSettings
+from common.level import Effects, Level, LevelDecider
 from common.machine import Machine
 from common.topology import CLUSTER
 from common.vitals import MIN_CALLS, Vitals, of_cluster
@@ -22,16 +22,14 @@ _log = logs.get_logger("levels")
 
 _EVERY_S = 1.0
 
-# What makes the cluster reduced, and not essential.
-_MOST_OF_HELPERS = LevelSettings().open_breakers.reduced
-
 
 class Levels:
     """What is in force. `run` keeps it fresh."""
 
     def __init__(self, guards: Guards, clock: Clock = time.monotonic) -> None:
         self.dependencies: list[CircuitBreaker] = []
-        """The breakers of what all shards share."""
+        """The breakers of what all shards share: Redis, the catalog, the embedder. Each has something that stands in,
+        and nothing that a level gives up relieves one that is away; so they decide no level, and are told of."""
         self.shed = SlidingCount(1.0, LATELY_S, clock)
         """Requests that were refused because the router itself has too much to do."""
         self._guards = guards
@@ -58,6 +56,12 @@ class Levels:
         whole = self._deciders[CLUSTER].effects
         return whole if shard_id == CLUSTER else whole.strictest(self.decider(shard_id).effects)
 
+    def open_breakers(self, name: str) -> float:
+        """The share of breakers that are open: of a shard, at the last look, or of CLUSTER, those of what all share, if
+        that is more than most shards have."""
+        of_shards = self.vitals[name].open_breakers
+        return max(of_shards, _share_open(self.dependencies)) if name == CLUSTER else of_shards
+
     def override(self, levels: Mapping[str, Level]) -> None:
         """What an operator has set, by shard or CLUSTER; whatever is not named decides for itself again."""
         for name in {*levels, *self._deciders}:
@@ -74,9 +78,7 @@ class Levels:
             if self._deciders[name].override is None:
                 del self._deciders[name]
         self.vitals = dict(shards)
-        # Each of those has something that stands in for it: without them the cluster is reduced, and no less than that.
-        helpers = min(_share_open(self.dependencies), _MOST_OF_HELPERS)
-        own = Vitals(cpu=cpu, memory=memory, open_breakers=helpers)
+        own = Vitals(cpu=cpu, memory=memory)
         calls = [guard.lately for guards in self._guards.by_shard().values() for guard in guards.values()]
         own = own.with_calls(
             answered=sum(tally.answered.total() for tally in calls),

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from common.breaker_log import logged
+from common.breaker_settings import EMBEDDER
 from common.catalog import Cluster, PlacementStrategy, Precision
 from common.config import RouterSettings
-from common.topology import ShardStatus, Topology
+from common.topology import CLUSTER, ShardStatus, Topology
 from router.checks import Checks
 from router.findings import Condition, Finding
 from router.location import LocationCache
@@ -92,3 +94,21 @@ async def test_one_that_is_away_without_having_been_told_is_not() -> None:
     async with servers(0) as (primary, _), router(primary) as reader:
         await primary.stop()
         assert [action.subject for action in remedies(await _found_of_the_shard(reader))] == ["shard-0", "shard-0"]
+
+
+async def test_a_helper_that_is_away_is_told_of() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        levels = reader.shards.levels
+        breaker = logged("the embedder", EMBEDDER)
+        levels.dependencies.append(breaker)
+        levels.look()
+        (calls,) = [check for check in _checks(reader, reader.topology, reader.replicas).now() if check.name == "calls"]
+
+        async def found() -> dict[tuple[str, str], Condition]:
+            return {finding.key: finding.condition for finding in await calls.ask()}
+
+        assert (await found())["breakers", CLUSTER] is Condition.HEALTHY
+        for _ in range(EMBEDDER.consecutive_failures):
+            breaker.admit().failure()
+        assert (await found())["breakers", CLUSTER] is Condition.DEGRADED
+        assert (await found())["level", CLUSTER] is Condition.HEALTHY

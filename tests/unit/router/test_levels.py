@@ -189,16 +189,18 @@ def test_a_busy_machine_that_keeps_up_changes_nothing() -> None:
     assert watched.levels.of() is Level.NORMAL
 
 
-def test_open_breakers_of_what_all_shards_share_are_the_clusters() -> None:
+def test_helpers_that_are_away_degrade_nobody() -> None:
+    """There is nothing of theirs to relieve: all would have less room and less exact searches, for nothing."""
     watched = Watched()
-    breaker = logged("Redis", CACHE, clock=watched.clock)
-    watched.levels.dependencies.append(breaker)
-    for _ in range(CACHE.consecutive_failures):
-        breaker.admit().failure()
-    for _ in range(10):
-        watched.clock.pass_(1)
-        watched.levels.look()
-    assert watched.levels.of() > Level.NORMAL
+    for name in ("Redis", "the catalog", "the embedder"):
+        breaker = logged(name, CACHE, clock=watched.clock)
+        watched.levels.dependencies.append(breaker)
+        for _ in range(CACHE.consecutive_failures):
+            breaker.admit().failure()
+        watched.watch(10)
+        assert watched.levels.of(_SHARDS) is Level.NORMAL
+        assert watched.levels.open_breakers(CLUSTER) == 1.0
+        assert watched.levels.open_breakers("shard-0") == 0.0
 
 
 def test_what_an_operator_sets_counts_at_once_and_until_it_is_taken_back() -> None:
