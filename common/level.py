@@ -55,7 +55,9 @@ class Effects:
     """Without, writes are refused: FAILED_PRECONDITION / READ_ONLY."""
 
     serving: bool
-    """What the gRPC health service says."""
+    """What a router's gRPC health service says, at the cluster's level. At a shard's it says nothing of it: the others
+    are served, and so are reads of that one. A shard whose reads are to stop too is given the status `maintenance`.
+    """
 
     def strictest(self, other: "Effects") -> "Effects":
         """What both do at once."""
@@ -117,8 +119,9 @@ class LevelSettings:
     | memory              | 85 %    |           | no: reduced as for CPU                                           |
     | shedding            | 5 %     |           | no: refusals are no errors, but how a limiter copes              |
 
-    Read-only is entered by hand, or when the write path has been down for 30 s while reads work: longer than a failover
-    takes, in which writers do better with UNAVAILABLE, for which they come back. Maintenance is only entered by hand.
+    Read-only is entered by hand, or when a primary has stored nothing for 30 s while it answers reads: longer than a
+    failover takes, in which writers do better with UNAVAILABLE, for which they come back. So they do while a primary is
+    gone, for however long. Maintenance is only entered by hand.
 
     CPU, memory, latency and errors are the source guide's; shedding has that of errors. A quarter of a shard's breakers
     is one kind of operation on primary and replica, half is a dead primary. 95 % of a pool is all but one of twenty.

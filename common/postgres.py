@@ -19,7 +19,8 @@ CONNECT_TIMEOUT_S = 5.0
 
 # The connection, or the server behind it, went away. asyncpg says so in several ways, depending on where its protocol
 # stood at that moment; InternalClientError, its word for a bug of its own, is one of them. OSError covers refused and
-# reset connections.
+# reset connections. One of the last kind is none, and is to be caught before: QueryCanceledError, a statement that the
+# server has ended by itself.
 CONNECTION_LOST = (
     OSError,
     asyncpg.PostgresConnectionError,

@@ -33,7 +33,7 @@ class Vitals:
     """Share of the machine's, or the container's, memory that is used."""
 
     writes_down: bool = False
-    """The write path does not work though reads do: a full disk, a primary without a successor."""
+    """Nothing can be stored where it can be read: a full disk. A primary that is gone is something else."""
 
     def with_calls(self, *, answered: int, failed: int, shed: int, p99_latency_s: float) -> "Vitals":
         """The same with the shares of a period's calls.
@@ -54,18 +54,20 @@ class Vitals:
 def of_cluster(own: Vitals, shards: Collection[Vitals]) -> Vitals:
     """The cluster's vitals, seen by a router: what is wrong with it is wrong with most shards, or with the router.
 
-    `own` is the router: its CPU and memory, what it sheds by itself, and the breakers of what all shards share (Redis,
-    the catalog, the embedder). Its own figures of errors and latency are mixed from all shards', and not looked at.
-    Instead each figure is one that more than half of the shards, and at least two, have reached: one shard alone never
-    counts, and in a cluster of one shard it is that shard's level which says how it is.
+    `own` is the router: its CPU and memory, and what it sheds by itself. Its own errors, latency and breakers are mixed
+    from all shards', and not looked at. Instead each is one that more than half of the shards, and at least two, have
+    reached: one shard alone never counts, and in a cluster of one shard it is that shard's level which says how it is.
+
+    Writes that are down are no figure of the cluster's: where they work they are taken, however many shards refuse
+    theirs. All are refused only by an operator.
     """
     return replace(
         own,
         error_rate=_common(shard.error_rate for shard in shards),
         p99_latency_s=_common(shard.p99_latency_s for shard in shards),
         shed_share=max(own.shed_share, _common(shard.shed_share for shard in shards)),
-        open_breakers=max(own.open_breakers, _common(shard.open_breakers for shard in shards)),
-        writes_down=_common(float(shard.writes_down) for shard in shards) > 0,
+        open_breakers=_common(shard.open_breakers for shard in shards),
+        writes_down=False,
     )
 
 

@@ -28,6 +28,9 @@ Clock = Callable[[], float]
 
 # Seconds that a failure says something of a breaker that is half-open: the health monitor tries more often than that.
 _FAILURE_HOLDS_S = 20.0
+# Seconds that an answer says that a server is there. While something is wrong with it, it is looked at four times a
+# second; a server that is gone is not to be taken for one that is read for the half minute after which that counts.
+_ANSWER_HOLDS_S = 10.0
 
 TALLY_S = 10
 """Seconds that the tally looks back on which people are shown."""
@@ -37,7 +40,7 @@ LATELY_S = 4
 (`common.level`), so that what happened in one moment is out of sight before it could be taken for lasting."""
 
 
-# Slots whose timeouts are remembered.
+# Slots whose calls that took too long are remembered.
 _MOST_SLOTS = 1000
 
 _SHED = SHED.labels("server")
@@ -59,7 +62,8 @@ class Tally:
         self.failed = SlidingCount(1.0, window_s, clock)
         self.shed = SlidingCount(1.0, window_s, clock)
         self.latency = LatencyWindow(window_s, clock)
-        """Of interactive calls that were answered, in seconds."""
+        """Of interactive calls that were answered, in seconds. Not of wide ones, which take as long as there is data:
+        one dashboard's would be taken for everybody's."""
 
 
 class Guard:
@@ -78,15 +82,19 @@ class Guard:
         self._clock = clock
         self._has_left = False
         self._heard_at = -math.inf
+        # When it last answered a read, or a look that went through its database.
+        self._read_at = -math.inf
         # When a call of a kind was last found to have failed; nothing while the last one had an answer.
         self._failed_at: dict[Kind, float] = {}
-        # When the last timeouts of a slot were that counted.
-        self._timeouts: dict[tuple[Kind, int | None], deque[float]] = {}
+        # When the last calls of a slot were that took too long, and counted.
+        self._too_long: dict[tuple[Kind, int | None], deque[float]] = {}
 
     @contextmanager
-    def passing(self, kind: Kind, call: str, priority: Priority, slot: int | None = None) -> Iterator[None]:
+    def passing(
+        self, kind: Kind, call: str, priority: Priority, slot: int | None = None, *, wide: bool = False
+    ) -> Iterator[None]:
         """`with` it: one call, whose errors say how it went. `call` names calls that take about as long as each other,
-        `slot` is the one slot that it is about; None: it is about many.
+        `slot` is the one slot that it is about; None: it is about many. `wide`: it is about all users.
 
         Raises Unavailable / BREAKER_OPEN or ResourceExhausted / OVERLOADED, before anything is asked.
         """
@@ -104,11 +112,12 @@ class Guard:
             self._count(kind, error.code.name)
             if isinstance(error, DeadlineExceeded) and not self._speaks_for_all(kind, slot, waited_s):
                 raise  # Of a caller in a hurry, or of one alone: nobody else is to feel it.
-            _judge(permit, error, waited_s)
             if speaks_of_callee(error):
+                _judge(permit, error, waited_s)
                 self._tell(lambda tally: tally.failed.add())
                 self._failed_at[kind] = self._clock()
             else:
+                permit.success(self._judged_s(kind, slot, waited_s, priority))
                 self._answered(kind)
             if isinstance(error, DeadlineExceeded | ResourceExhausted):
                 admission.release(waited_s, dropped=True)
@@ -117,12 +126,14 @@ class Guard:
             raise
         else:
             took_s = self._clock() - began
-            permit.success(took_s)
+            permit.success(self._judged_s(kind, slot, took_s, priority))
             self._count(kind, "OK")
             self._durations[kind].observe(took_s)
             admission.release(took_s)
             self._answered(kind)
-            if priority is Priority.INTERACTIVE:
+            if kind is not Kind.STORE:
+                self._read_at = self._clock()
+            if priority is Priority.INTERACTIVE and not wide:
                 self._tell(lambda tally: tally.latency.add(took_s))
         finally:
             # Of a call that its caller gave up, and of one that failed at once, the time says nothing.
@@ -154,17 +165,28 @@ class Guard:
         server that is in trouble fails others too. Where there are no others, a few in a row open the breaker all the
         same, and whoever tries it then counts.
         """
-        if waited_s < SHARD.fair_timeout_s:
-            return False
+        return waited_s >= SHARD.fair_timeout_s and self._counts(kind, slot, SHARD.consecutive_failures)
+
+    def _judged_s(self, kind: Kind, slot: int | None, took_s: float, priority: Priority) -> float:
+        """The seconds by which the breaker judges an answer. A slow one says as little of the server as a timeout may,
+        and is an answer all the same: those of one slot never open the breaker alone, and batches are long by nature.
+        """
+        if took_s < SHARD.slow_call_s:
+            return took_s
+        alone = priority is Priority.BATCH or not self._counts(kind, slot, SHARD.consecutive_failures - 1)
+        return 0.0 if alone else took_s
+
+    def _counts(self, kind: Kind, slot: int | None, most: int) -> bool:
+        """Whether one more call that took too long is to count, of which `most` do of one slot. If so it has."""
         if self.breakers[kind].state is not State.CLOSED:
             return True
         now = self._clock()
-        counted = self._timeouts.setdefault((kind, slot), deque(maxlen=SHARD.consecutive_failures))
-        if len(counted) == counted.maxlen and now - counted[0] < SHARD.window_s:
+        counted = self._too_long.setdefault((kind, slot), deque(maxlen=SHARD.consecutive_failures))
+        if len(counted) >= most and now - counted[-most] < SHARD.window_s:
             return False
         counted.append(now)
-        if len(self._timeouts) > _MOST_SLOTS:
-            del self._timeouts[next(iter(self._timeouts))]
+        if len(self._too_long) > _MOST_SLOTS:
+            del self._too_long[next(iter(self._too_long))]
         return True
 
     def _answered(self, kind: Kind) -> None:
@@ -212,13 +234,23 @@ class Guard:
         return at is not None and self._clock() - at < _FAILURE_HOLDS_S
 
     @property
+    def is_read(self) -> bool:
+        """Whether it can be read: nothing says that reads fail, and one was answered lately.
+
+        A breaker that is closed says too little: that of a server that is gone is, until somebody asks for a read.
+        """
+        if self.fails(Kind.RETRIEVE) or self.fails(Kind.SEARCH):
+            return False
+        return self._clock() - self._read_at < _ANSWER_HOLDS_S
+
+    @property
     def troubled(self) -> bool:
         """Whether a breaker is not closed, so that it would help to hear from the server."""
         return any(breaker.state is not State.CLOSED for breaker in self.breakers.values())
 
     def heard(self) -> None:
-        """The server has answered a health check: calls may try it again, a few each second."""
-        now = self._clock()
+        """The server has answered a health check, out of its database: calls may try it again, a few each second."""
+        now = self._read_at = self._clock()
         if now - self._heard_at < SHARD.first_probe_s:
             return  # What hangs though health checks are answered is not to be given more and more calls.
         self._heard_at = now
@@ -257,7 +289,5 @@ class Guards:
 def _judge(permit: Permit, error: MemshardError, waited_s: float) -> None:
     if isinstance(error, DeadlineExceeded):
         permit.timeout(waited_s)
-    elif speaks_of_callee(error):
-        permit.failure()
     else:
-        permit.success(waited_s)
+        permit.failure()

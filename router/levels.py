@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from common import logs, tracing
 from common.breaker import CircuitBreaker, State
-from common.level import Effects, Level, LevelDecider, LevelSettings
-from common.machine import Machine
+from common.level import Effects, Level, LevelDecider
+from common.machine import Busy, Machine
 from common.topology import CLUSTER
 from common.vitals import MIN_CALLS, Vitals, of_cluster
 from common.window import SlidingCount
@@ -23,9 +23,7 @@ _log = logs.get_logger("levels")
 _EVERY_S = 1.0
 
 _NAMES = {level: level.name.lower() for level in Level}
-
-# What makes the cluster reduced, and not essential.
-_MOST_OF_HELPERS = LevelSettings().open_breakers.reduced
+_IDLE = Busy(0.0, 0.0)
 
 
 class Levels:
@@ -33,7 +31,8 @@ class Levels:
 
     def __init__(self, guards: Guards, clock: Clock = time.monotonic) -> None:
         self.dependencies: list[CircuitBreaker] = []
-        """The breakers of what all shards share."""
+        """The breakers of what all shards share: Redis, the catalog, the embedder. Each has something that stands in,
+        and nothing that a level gives up relieves one that is away; so they decide no level, and are told of."""
         self.shed = SlidingCount(1.0, LATELY_S, clock)
         """Requests that were refused because the router itself has too much to do."""
         self._guards = guards
@@ -42,6 +41,8 @@ class Levels:
         self._told: dict[str, Level] = {}
         self.pool_use: dict[str, float] = {}
         """Share of each shard's connections in use, as the health monitor last heard."""
+        self.busy: dict[str, Busy] = {}
+        """How busy each shard's machine is, likewise."""
         self.vitals: dict[str, Vitals] = {}
         """The last look at each shard and, as CLUSTER, at the whole."""
 
@@ -66,6 +67,12 @@ class Levels:
         whole = self._deciders[CLUSTER].effects
         return whole if shard_id == CLUSTER else whole.strictest(self.decider(shard_id).effects)
 
+    def open_breakers(self, name: str) -> float:
+        """The share of breakers that are open: of a shard, at the last look, or of CLUSTER, those of what all share, if
+        that is more than most shards have."""
+        of_shards = self.vitals[name].open_breakers
+        return max(of_shards, _share_open(self.dependencies)) if name == CLUSTER else of_shards
+
     def override(self, levels: Mapping[str, Level]) -> None:
         """What an operator has set, by shard or CLUSTER; whatever is not named decides for itself again."""
         for name in {*levels, *self._deciders}:
@@ -75,16 +82,14 @@ class Levels:
     def look(self, cpu: float = 0.0, memory: float = 0.0) -> None:
         """Takes one look at everything. `cpu` and `memory` are the shares of this machine's that are used, 0 to 1."""
         shards = {
-            shard_id: replace(_of_shard(guards), pool_use=self.pool_use.get(shard_id, 0.0))
+            shard_id: self._with_what_it_told(shard_id, _of_shard(guards))
             for shard_id, guards in self._guards.by_shard().items()
         }
         for name in self._deciders.keys() - shards.keys() - {CLUSTER}:
             if self._deciders[name].override is None:
                 del self._deciders[name]
         self.vitals = dict(shards)
-        # Each of those has something that stands in for it: without them the cluster is reduced, and no less than that.
-        helpers = min(_share_open(self.dependencies), _MOST_OF_HELPERS)
-        own = Vitals(cpu=cpu, memory=memory, open_breakers=helpers)
+        own = Vitals(cpu=cpu, memory=memory)
         calls = [guard.lately for guards in self._guards.by_shard().values() for guard in guards.values()]
         own = own.with_calls(
             answered=sum(tally.answered.total() for tally in calls),
@@ -105,6 +110,10 @@ class Levels:
             busy = machine.look()
             self.look(busy.cpu, busy.memory)
             await changed(self.effects())
+
+    def _with_what_it_told(self, shard_id: str, seen: Vitals) -> Vitals:
+        busy = self.busy.get(shard_id, _IDLE)
+        return replace(seen, pool_use=self.pool_use.get(shard_id, 0.0), cpu=busy.cpu, memory=busy.memory)
 
     def _apply(self) -> None:
         for shard_id, guards in self._guards.by_shard().items():
@@ -144,11 +153,13 @@ def _slowest_s(tallies: Collection[Tally]) -> float:
 
 
 def _writes_down(guards: Mapping[str | None, Guard]) -> bool:
-    """Whether nothing can be stored, though there is a server to read from."""
+    """Whether nothing can be stored, though the primary can be read, as when its disk is full.
+
+    One that is gone is UNAVAILABLE instead, with replicas or without: it comes back or gets a successor, and writers do
+    well to come back too.
+    """
     primary = guards.get(None)
-    if primary is None or not primary.fails(Kind.STORE):
-        return False
-    return any(guard.breakers[Kind.RETRIEVE].state is State.CLOSED for guard in guards.values())
+    return primary is not None and primary.fails(Kind.STORE) and primary.is_read
 
 
 def _share_open(breakers: Collection[CircuitBreaker]) -> float:

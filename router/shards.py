@@ -47,6 +47,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.enable_retries", 0),
 ]
 
+SHARD_MAINTENANCE = "SHARD_MAINTENANCE"
+"""The reason when a shard is not asked anything because an operator wants it so."""
 _GONE = "SHARD_UNAVAILABLE"
 # Reasons for which nothing is known of a write that was asked for.
 _LEFT_IN_DOUBT = frozenset({_GONE, DeadlineExceeded.default_reason})
@@ -216,7 +218,7 @@ class Shards:
 
     def _admit_by_status(self, shard: Shard, rpc: Rpc[Any, Any]) -> None:
         if shard.status is ShardStatus.MAINTENANCE:
-            raise Unavailable(f"{shard.shard_id} is in maintenance", reason="SHARD_MAINTENANCE")
+            raise Unavailable(f"{shard.shard_id} is in maintenance", reason=SHARD_MAINTENANCE)
         if rpc.writes and shard.status is ShardStatus.READONLY:
             raise ReadOnly(f"{shard.shard_id} takes no writes for the time being")
 
@@ -233,6 +235,8 @@ class Shards:
         closing.add_done_callback(self._closing.discard)
 
     async def _guarded(self, guard: Guard, address: str, rpc: Rpc[Q, R], request: Q, timeout_s: float) -> R:
+        wide = not rpc.writes and _is_wide(request)
+        call = f"{rpc.name}All" if wide else rpc.name
         try:
             began = time.monotonic()
             await guard.room(rpc.kind, rpc.priority)
@@ -245,7 +249,7 @@ class Shards:
                     {"rpc.system.name": "grpc", "memshard.server": guard.name, "memshard.shard": guard.shard_id},
                     tracing.Kind.CLIENT,
                 ),
-                guard.passing(rpc.kind, rpc.name, rpc.priority, _slot(request)),
+                guard.passing(rpc.kind, call, rpc.priority, _slot(request), wide=wide),
             ):
                 return await self._ask(address, guard.name, rpc, request, timeout_s)
         except (DeadlineExceeded, Unavailable) as error:
@@ -294,6 +298,11 @@ def _slot(request: Message) -> int | None:
     """The one slot that a request is about; None when it is about more."""
     ranges = getattr(request, "route", shard_pb2.Route()).ranges
     return ranges[0].first if len(ranges) == 1 and ranges[0].first == ranges[0].last else None
+
+
+def _is_wide(request: Message) -> bool:
+    """Whether a read is about all users, and so takes as long as there is data rather than as one user's does."""
+    return _slot(request) is None and not getattr(request, "user_id", "")
 
 
 def _explained(error: grpc.aio.AioRpcError, name: str) -> MemshardError:

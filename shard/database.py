@@ -1,6 +1,7 @@
 """The pool of connections to the shard's own database, and what its failures mean to a caller."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -47,18 +48,24 @@ class Database:
         self._writes = asyncio.Semaphore(max(1, pool.get_max_size() * 3 // 4))
         self._lent: set[PoolConnectionProxy[asyncpg.Record]] = set()
         self._recycled_at = -_RECYCLED_FOR_S
+        self._answered_at = time.monotonic()
         if primary is not None:
             primary.on_change(self._leave_outdated)
 
     @asynccontextmanager
     async def reading(self, deadline: Deadline) -> AsyncIterator[Connection]:
-        """A connection for a read, or work that may be done again. A lost one is Unavailable: any retry is safe."""
+        """A connection for a read, or work that may be done again. A lost one is Unavailable: any retry is safe.
+
+        Raises TimeoutError as well when the server has ended a statement because its time was up.
+        """
         connection = await self._acquire(deadline)
         finished = False
         try:
             with _explained():
                 yield connection
             finished = True
+        except asyncpg.QueryCanceledError as error:
+            raise _timed_out() from error
         except CONNECTION_LOST as error:
             raise _unavailable() from error
         finally:
@@ -81,6 +88,17 @@ class Database:
     def use(self) -> tuple[int, int]:
         """How many connections there may be, and how many of them are in use."""
         return self._pool.get_max_size(), len(self._lent)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all the connections that there may be are in use."""
+        there_may_be, in_use = self.use()
+        return in_use >= there_may_be
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the database last answered anybody. Of one that nobody asks that says nothing."""
+        return time.monotonic() - self._answered_at
 
     @property
     def open_connections(self) -> int:
@@ -146,7 +164,9 @@ class Database:
 
     async def _release(self, connection: "PoolConnectionProxy[asyncpg.Record]", *, finished: bool) -> None:
         self._lent.discard(connection)
-        if not finished:
+        if finished:
+            self._answered_at = time.monotonic()
+        else:
             timed: Any = connection
             # One that has died was taken from under its user, and there is nothing behind this one any more.
             with suppress(AttributeError):
@@ -169,7 +189,10 @@ class Database:
 
 
 class WriteConnection:
-    """`async with` it: a write that commits by itself. One whose fate is not known is OutcomeUnknown."""
+    """`async with` it: a write that commits by itself. One whose fate is not known is OutcomeUnknown.
+
+    One of which the server has ended a statement, never a commit, is TimeoutError.
+    """
 
     def __init__(self, connection: "PoolConnectionProxy[asyncpg.Record]", give_back: "_GiveBack") -> None:
         self._connection = connection
@@ -186,6 +209,9 @@ class WriteConnection:
             finished = True
             if any(map(_leaves_in_doubt, warnings)):
                 raise _in_doubt("the wait for a standby was cut short")
+        except asyncpg.QueryCanceledError as error:
+            # The statement has no effect. An earlier one of the same write may have: the same request settles it.
+            raise _timed_out() from error
         except CONNECTION_LOST as error:
             raise _in_doubt("the database went away during the write") from error
         except Unavailable as error:
@@ -304,6 +330,11 @@ def _explained() -> Iterator[None]:
     except (asyncpg.DataError, asyncpg.ProgramLimitExceededError) as error:
         # Routers check what comes from agents; this is what came past them.
         raise InvalidArgument("a value in the request does not fit the database", reason="BAD_VALUE") from error
+
+
+def _timed_out() -> TimeoutError:
+    """The same as when the time is up on this side: DEADLINE_EXCEEDED. The database answers, and is not to blame."""
+    return TimeoutError("the server has ended the statement")
 
 
 def _unavailable() -> Unavailable:

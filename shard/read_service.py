@@ -24,8 +24,9 @@ Read = Callable[[Connection], Awaitable[T]]
 
 
 def admission() -> Admission:
-    """The limit of one server of a shard. Who asks how it is gets through at any time."""
-    return Admission(batches=frozenset({"StoreBatch", "Erase"}), free=frozenset({"Describe"}))
+    """The limit of one server of a shard. Who asks how it is gets through at any time, and so does who helps it: when
+    all places are taken by calls that hang on dead connections, new ones are what is missing."""
+    return Admission(batches=frozenset({"StoreBatch", "Erase"}), free=frozenset({"Describe", "RecyclePool"}))
 
 
 class ReadServicer(ABC):

@@ -1,11 +1,11 @@
-"""Whose timeouts speak of a server, and whose of nobody but themselves."""
+"""Whose timeouts and slow answers speak of a server, and whose of nobody but themselves."""
 
 from contextlib import suppress
 
 import pytest
 
 from common.breaker import State
-from common.errors import DeadlineExceeded
+from common.errors import DeadlineExceeded, NotFound, Unavailable
 from common.limiter import Priority
 from common.telemetry.registry import REGISTRY
 from router.guard import Guard, Guards, Kind
@@ -19,8 +19,8 @@ class Watched:
         self.clock = Clock()
         self.guard: Guard = Guards(self.clock).of("shard-0")
 
-    def answered(self, slot: int, took_s: float = 0.005) -> None:
-        with self.guard.passing(Kind.SEARCH, "Search", Priority.INTERACTIVE, slot):
+    def answered(self, slot: int | None, took_s: float = 0.005, priority: Priority = Priority.INTERACTIVE) -> None:
+        with self.guard.passing(Kind.SEARCH, "Search", priority, slot):
             self.clock.pass_(took_s)
 
     def timed_out(self, slot: int | None, after_s: float = 0.5) -> None:
@@ -123,3 +123,45 @@ def test_a_server_that_has_left_leaves_no_series_behind() -> None:
     with guards.of("leaves").passing(Kind.SEARCH, "Search", Priority.INTERACTIVE):
         pass
     assert series_of("leaves") == of_one
+
+
+@pytest.mark.parametrize("slot", [1, None], ids=["a large user", "searches of all users"])
+@pytest.mark.parametrize("others", [0, 1])
+def test_slow_answers_of_one_cut_off_nobody_else(slot: int | None, others: int) -> None:
+    watched = Watched()
+    for _ in range(50):
+        for _ in range(others):
+            watched.answered(2)
+        for _ in range(5):
+            watched.answered(slot, took_s=6.0)
+        assert watched.state() is State.CLOSED
+
+
+def test_slow_answers_of_several_open_the_breaker() -> None:
+    watched = Watched()
+    for number in range(5):
+        assert watched.state() is State.CLOSED
+        watched.answered(100 + number, took_s=6.0)
+    assert watched.state() is State.OPEN
+
+
+def test_refusals_that_come_late_are_slow_answers() -> None:
+    watched = Watched()
+    for number in range(20):
+        slot = 1 if number < 10 else number
+        with (
+            suppress(NotFound, Unavailable),
+            watched.guard.passing(Kind.SEARCH, "Search", Priority.INTERACTIVE, slot),
+        ):
+            watched.clock.pass_(6.0)
+            raise NotFound("no such memory")
+        if number < 10:
+            assert watched.state() is State.CLOSED
+    assert watched.state() is State.OPEN
+
+
+def test_batches_are_long_by_nature() -> None:
+    watched = Watched()
+    for number in range(50):
+        watched.answered(number, took_s=8.0, priority=Priority.BATCH)
+    assert watched.state() is State.CLOSED

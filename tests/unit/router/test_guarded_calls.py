@@ -18,12 +18,13 @@ from common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from common.limiter import OVERLOADED
+from common.limiter import OVERLOADED, Admission, Priority
 from common.retry import RetryBudget, RetrySettings
 from memshard.internal.v1 import shard_pb2
 from router.consistency import EVENTUAL, STRONG
 from router.guard import Kind
 from router.retries import Retries
+from router.shards import GET
 from tests.support.eventually import eventually
 from tests.support.proxy import Proxy
 from tests.unit.router.scripted import Router, Server, router, servers
@@ -262,6 +263,23 @@ async def test_more_than_the_limit_is_refused_at_once_and_elsewhere_nothing_is_f
         assert await reader.get(EVENTUAL) == "replica-0"
         primary.thaw()
         assert await asyncio.gather(*stuck) == ["primary"] * limit
+
+
+async def test_what_is_about_all_users_is_no_measure_of_how_long_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        guard = reader.shards.guards.of("shard-0")
+        admit, kinds = guard.limiter.admit, list[str]()
+
+        def noted(kind: str, priority: Priority) -> Admission:
+            kinds.append(kind)
+            return admit(kind, priority)
+
+        monkeypatch.setattr(guard.limiter, "admit", noted)
+        for user_id, counted in (("", 0), ("somebody", 1)):
+            request = shard_pb2.GetRequest(id="00000000-0000-0000-0000-000000000000", user_id=user_id)
+            (await reader.fanout.ask_all(GET, request, Deadline.after(5))).require_all()
+            assert guard.tally.latency.count == guard.lately.latency.count == counted
+        assert kinds == ["GetAll", "Get"]
 
 
 async def test_a_slow_read_is_asked_of_a_second_server_which_answers() -> None:

@@ -10,6 +10,7 @@ from common.breaker_settings import CACHE, SHARD
 from common.errors import DeadlineExceeded, MemshardError, NotFound, ReadOnly, ResourceExhausted, Unavailable
 from common.level import WHAT_EACH_LEVEL_DOES, Level
 from common.limiter import Priority
+from common.machine import Busy
 from common.topology import CLUSTER
 from router.consistency import STRONG
 from router.guard import Guards, Kind
@@ -140,6 +141,17 @@ def test_a_replica_that_is_asked_little_does_not_speak_for_its_shard() -> None:
     assert watched.levels.of(_SHARDS) is Level.NORMAL
 
 
+def test_slow_searches_over_all_users_degrade_nobody() -> None:
+    watched = Watched()
+    for _ in range(30):
+        for shard_id in _SHARDS:
+            for _ in range(2):
+                with watched.guards.of(shard_id).passing(Kind.SEARCH, "SearchAll", Priority.INTERACTIVE, wide=True):
+                    watched.clock.pass_(0.6)
+        watched.watch(1)
+    assert watched.levels.of(_SHARDS) is Level.NORMAL
+
+
 def test_what_one_shard_refuses_is_not_the_clusters_even_on_a_busy_machine() -> None:
     watched = Watched()
     for _ in range(30):
@@ -178,16 +190,18 @@ def test_a_busy_machine_that_keeps_up_changes_nothing() -> None:
     assert watched.levels.of() is Level.NORMAL
 
 
-def test_open_breakers_of_what_all_shards_share_are_the_clusters() -> None:
+def test_helpers_that_are_away_degrade_nobody() -> None:
+    """There is nothing of theirs to relieve: all would have less room and less exact searches, for nothing."""
     watched = Watched()
-    breaker = logged("Redis", CACHE, clock=watched.clock)
-    watched.levels.dependencies.append(breaker)
-    for _ in range(CACHE.consecutive_failures):
-        breaker.admit().failure()
-    for _ in range(10):
-        watched.clock.pass_(1)
-        watched.levels.look()
-    assert watched.levels.of() > Level.NORMAL
+    for name in ("Redis", "the catalog", "the embedder"):
+        breaker = logged(name, CACHE, clock=watched.clock)
+        watched.levels.dependencies.append(breaker)
+        for _ in range(CACHE.consecutive_failures):
+            breaker.admit().failure()
+        watched.watch(10)
+        assert watched.levels.of(_SHARDS) is Level.NORMAL
+        assert watched.levels.open_breakers(CLUSTER) == 1.0
+        assert watched.levels.open_breakers("shard-0") == 0.0
 
 
 def test_what_an_operator_sets_counts_at_once_and_until_it_is_taken_back() -> None:
@@ -203,6 +217,15 @@ def test_what_an_operator_sets_counts_at_once_and_until_it_is_taken_back() -> No
     assert watched.levels.of(_SHARDS) is Level.NORMAL
 
 
+async def test_a_shard_that_is_set_to_maintenance_takes_no_writes_and_is_read_and_the_router_serves() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        reader.shards.levels.override({"shard-0": Level.MAINTENANCE})
+        with pytest.raises(ReadOnly):
+            await reader.store()
+        assert await reader.get(STRONG) == "primary"
+        assert reader.shards.levels.effects().serving
+
+
 def test_a_shard_that_stores_nothing_and_is_read_becomes_read_only_after_half_a_minute() -> None:
     watched = Watched()
     for second in range(40):
@@ -214,6 +237,67 @@ def test_a_shard_that_stores_nothing_and_is_read_becomes_read_only_after_half_a_
             assert watched.levels.effects("shard-0").allow_writes
     assert watched.levels.of(["shard-0"]) is Level.READONLY
     assert watched.levels.of(["shard-1"]) is Level.NORMAL
+
+
+@pytest.mark.parametrize("reads_fail", [False, True])
+def test_a_primary_that_is_gone_is_not_taken_for_one_that_is_only_read(reads_fail: bool) -> None:
+    """Nobody reads there, so that the breaker for reads stays closed; or those who do hear nothing either."""
+    watched = Watched()
+    watched.call("shard-0", times=3, took_s=0.001)
+    for _ in range(120):
+        watched.clock.pass_(1)
+        watched.call("shard-0", Unavailable("gone"), kind=Kind.STORE, times=1, took_s=0.001)
+        if reads_fail:
+            watched.call("shard-0", Unavailable("gone"), kind=Kind.SEARCH, times=1, took_s=0.001)
+        watched.levels.look()
+        assert watched.levels.effects("shard-0").allow_writes
+
+
+def test_nor_is_one_whose_searches_fail() -> None:
+    watched = Watched()
+    for _ in range(60):
+        watched.clock.pass_(1)
+        watched.call("shard-0", times=3, took_s=0.001)
+        for kind in (Kind.STORE, Kind.SEARCH):
+            watched.call("shard-0", Unavailable("gone"), kind=kind, times=1, took_s=0.001)
+        watched.levels.look()
+        assert watched.levels.effects("shard-0").allow_writes
+
+
+def test_nor_is_one_whose_replica_is_read() -> None:
+    watched = Watched()
+    replica = watched.guards.of("shard-0", "replica-0")
+    for _ in range(60):
+        watched.clock.pass_(1)
+        watched.call("shard-0", Unavailable("gone"), kind=Kind.STORE, times=1, took_s=0.001)
+        with replica.passing(Kind.RETRIEVE, "Get", Priority.INTERACTIVE):
+            watched.clock.pass_(0.001)
+        watched.levels.look()
+        assert watched.levels.effects("shard-0").allow_writes
+
+
+def test_a_shard_that_stores_nothing_and_answers_looks_becomes_read_only_though_nobody_reads() -> None:
+    watched = Watched()
+    for _ in range(40):
+        watched.clock.pass_(1)
+        watched.call("shard-0", Unavailable("disk full"), kind=Kind.STORE, times=1)
+        watched.guards.of("shard-0").heard()
+        watched.levels.look()
+    assert not watched.levels.effects("shard-0").allow_writes
+
+
+def test_a_shard_that_stores_takes_writes_though_all_others_are_read_only() -> None:
+    watched = Watched()
+    for _ in range(40):
+        watched.clock.pass_(1)
+        for shard_id in _SHARDS:
+            watched.call(shard_id, times=3, took_s=0.001)
+        for shard_id in _SHARDS[1:]:
+            watched.call(shard_id, Unavailable("disk full"), kind=Kind.STORE, times=1)
+        watched.levels.look()
+    assert not watched.levels.effects("shard-1").allow_writes
+    assert not watched.levels.effects("shard-2").allow_writes
+    assert watched.levels.effects("shard-0").allow_writes
 
 
 def test_a_breaker_that_waits_for_somebody_to_try_it_is_no_reason_to_refuse_writes() -> None:
@@ -235,6 +319,24 @@ async def test_a_read_only_shard_refuses_writes_without_being_asked_and_serves_r
             await reader.store()
         assert not primary.asked
         assert await reader.get(STRONG) == "primary"
+
+
+def test_a_shard_on_a_busy_machine_gives_up_more_when_it_sheds_or_is_slow_and_nothing_otherwise() -> None:
+    watched = Watched()
+    watched.levels.busy["shard-0"] = Busy(cpu=0.95, memory=0.99)
+    watched.watch(60)
+    assert watched.levels.of(_SHARDS) is Level.NORMAL
+    for _ in range(10):
+        watched.guards.of("shard-0").lately.shed.add(20)
+        watched.watch(1)
+    assert watched.levels.of(["shard-0"]) is Level.REDUCED
+    for _ in range(10):
+        for shard_id in _SHARDS[:2]:
+            watched.guards.of(shard_id).lately.shed.add(20)
+        watched.watch(1, *_SHARDS[:2], took_s=0.3)
+    # With both, as another does not that is as slow and sheds as much, where there is CPU to spare.
+    assert watched.levels.of(["shard-0"]) is Level.ESSENTIAL
+    assert watched.levels.of(["shard-1"]) is Level.REDUCED
 
 
 def test_a_full_pool_reduces_its_shard_and_nobody_else() -> None:
