@@ -87,6 +87,7 @@ async def load(api: "MemoryServiceAsyncStub") -> AsyncIterator[None]:
 async def use(api: "MemoryServiceAsyncStub", user: str) -> None:
     stored = (await api.StoreMemory(store_request(user, "Alice drinks green tea"))).memory
     await api.GetMemory(pb.GetMemoryRequest(id=stored.id))
+    await api.GetMemory(pb.GetMemoryRequest(id=stored.id, user_id=user))
     await api.ListMemories(pb.ListMemoriesRequest(user_id=user, page_size=5))
     await api.SearchMemories(pb.SearchMemoriesRequest(user_id=user, query="tea"))
     await api.BatchStoreMemories(pb.BatchStoreMemoriesRequest(memories=[pb.Memory(user_id=user, content="Bob")]))
