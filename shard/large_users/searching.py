@@ -7,6 +7,8 @@ from shard import reads
 from shard.identity import Identity
 from shard.large_users.known import OwnIndexes
 
+_BY_INDEX, _EXACT = (OWN_INDEX_SEARCHES.labels(answered) for answered in ("index", "exact"))
+
 
 async def search(
     connection: Connection, identity: Identity, request: shard_pb2.SearchRequest, own_indexes: OwnIndexes
@@ -21,7 +23,7 @@ async def search(
             connection, identity, request, index.key, candidates=effort.candidates, effort=effort.ef
         )
         if found is not None:
-            OWN_INDEX_SEARCHES.labels("index").inc()
+            _BY_INDEX.inc()
             return found
-    OWN_INDEX_SEARCHES.labels("exact").inc()
+    _EXACT.inc()
     return await reads.search(connection, identity, request)

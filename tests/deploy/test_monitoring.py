@@ -19,7 +19,7 @@ from tests.deploy.compose import FILE
 from tests.deploy.kubernetes import OVERLAYS, Workload, named, of_kind, render, workloads
 from tests.deploy.monitoring import DIRECTORY, JOBS, pod_labels, scrape_config, scraped_by_monitor, scraped_by_pod
 from tests.deploy.settings import service_of, settings_of
-from tests.support.promql import metrics_in, rules, targets
+from tests.support.promql import metrics_in, panels, rules, targets
 
 PRODUCTION = OVERLAYS[0]
 SCHEMA = yaml.safe_load(Path(__file__).with_name("prometheus_operator_schema.yaml").read_text())
@@ -111,6 +111,24 @@ def test_a_shard_that_is_away_hides_what_follows_from_it_and_nothing_else() -> N
 
 
 # What the dashboard asks.
+
+NOT_SHOWN = {"memory_operations_in_flight": "those of each server are shown, with their limit"}
+"""Documented metrics that no panel shows and no rule goes by, with the reason."""
+
+
+def documented() -> set[str]:
+    """The names in docs/observability.md's table of metrics, but for the process's own."""
+    page = (DIRECTORY.parents[1] / "docs" / "observability.md").read_text()
+    _, *rows = page[page.index("| metric | of | labels |") : page.index("| `process_*` |")].splitlines()
+    return {name for row in rows for name in re.findall("`([a-z_]+)`", row.split("|")[1])}
+
+
+def test_every_metric_is_shown_or_watched_or_has_a_reason_why_not() -> None:
+    queries = [*(query for _, query in panels()), *(rule["expr"] for rule in rules())]
+    named = {name for query in queries for name in metrics_in(query)}
+    seen = named | {re.sub("_(bucket|sum|count)$", "", name) for name in named}
+    assert len(documented()) > 50
+    assert documented() - seen == NOT_SHOWN.keys()
 
 
 def test_points_that_lead_to_traces_are_asked_of_what_has_them() -> None:
