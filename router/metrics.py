@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -81,6 +82,12 @@ class RouterMetrics:
             "memory_moves_unattended",
             "Moves that have stopped before their end, and that nobody drives.",
             sum(seen.is_stopped for seen in progress.open),
+        )
+        now = datetime.now(UTC)
+        yield _gauge(
+            "memory_moves_overdue",
+            "Moves that wait to be cleaned up, though their time to be brought back is over.",
+            sum(seen.move.is_overdue(now) for seen in progress.open),
         )
         slots = GaugeMetricFamily(
             "memory_moving_slots",
