@@ -57,6 +57,14 @@ def test_alerts_fire_when_they_should_and_no_others(file: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_every_alert_is_seen_to_fire_and_to_be_silent() -> None:
+    tests = [test for file in RULE_TESTS for test in yaml.safe_load(file.read_text())["tests"]]
+    cases = [case for test in tests for case in test.get("alert_rule_test", [])]
+    alerts = {rule["alert"] for rule in rules() if "alert" in rule}
+    assert {case["alertname"] for case in cases if case["exp_alerts"]} == alerts
+    assert {case["alertname"] for case in cases if not case["exp_alerts"]} == alerts
+
+
 ALERTMANAGER = DIRECTORY / "alertmanager" / "alertmanager.yml"
 
 
