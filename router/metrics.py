@@ -142,10 +142,10 @@ class RouterMetrics:
         lag = GaugeMetricFamily(
             "replication_lag_seconds", "How old a replica's data was when it last said so.", labels=["shard", "replica"]
         )
-        for shard_id, replica_id, standing in self.replicas.all():
-            serving.add_metric([shard_id, replica_id], standing is not None)
-            if standing is not None:
-                lag.add_metric([shard_id, replica_id], standing.lag_ms / 1000)
+        for shard_id, replica_id, serves, lag_ms in self.replicas.all():
+            serving.add_metric([shard_id, replica_id], serves)
+            if lag_ms is not None:
+                lag.add_metric([shard_id, replica_id], lag_ms / 1000)
         return serving, lag
 
     def _cache(self) -> Iterable[Metric]:
