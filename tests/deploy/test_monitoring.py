@@ -319,6 +319,44 @@ def test_what_the_operator_and_grafana_get_is_what_the_others_get() -> None:
         jsonschema.validate(manifest, SCHEMA)
 
 
+STACK: dict[str, Any] = yaml.safe_load((DIRECTORY.parent / "k8s" / "kube-prometheus-stack.yaml").read_text())
+"""Values for the chart that Prometheus, Alertmanager and Grafana come with in Kubernetes."""
+
+
+def test_the_operators_alertmanager_gets_the_same_routes(tmp_path: Path) -> None:
+    ours, theirs = monitoring.alertmanager(), STACK["alertmanager"]["config"]
+    watchdog, route = theirs["route"]["routes"]
+    assert route == {"matchers": ['alertname=~"Memshard.+"'], **ours["route"]}
+    assert [rule for rule in theirs["inhibit_rules"] if "Memshard" in str(rule)] == ours["inhibit_rules"]
+    assert theirs["receivers"] == [{"name": "null"}, *ours["receivers"]]
+    assert (watchdog["matchers"], watchdog["receiver"]) == (['alertname="Watchdog"'], "null")
+    # As the chart has it.
+    config = {**theirs, "route": {"receiver": "null", "group_by": ["namespace"], **theirs["route"]}}
+    file = tmp_path / "alertmanager.yml"
+    file.write_text(yaml.safe_dump(config))
+    amtool("check-config", str(file))
+    for alert, severity, receiver in (
+        ("MemshardDown", "page", "pager"),
+        ("MemshardDegraded", "ticket", "mail"),
+        ("Watchdog", "none", "null"),
+    ):
+        labels = f"alertname={alert}", f"severity={severity}"
+        amtool("config", "routes", "test", f"--config.file={file}", f"--verify.receivers={receiver}", *labels)
+
+
+def test_grafana_finds_the_dashboard_and_from_its_points_the_traces() -> None:
+    grafana = STACK["grafana"]
+    assert grafana["sidecar"]["dashboards"] == {"searchNamespace": "ALL"}
+    provisioned = DIRECTORY / "grafana" / "provisioning" / "datasources" / "prometheus.yml"
+    prometheus, jaeger = yaml.safe_load(provisioned.read_text())["datasources"]
+    (leads,) = prometheus["jsonData"]["exemplarTraceIdDestinations"]
+    told = grafana["sidecar"]["datasources"]["exemplarTraceIdDestinations"]
+    assert (told["traceIdLabelName"], told["datasourceUid"]) == (leads["name"], leads["datasourceUid"])
+    (source,) = grafana["additionalDataSources"]
+    assert {**source, "url": jaeger["url"]} == jaeger
+    assert "exemplar-storage" in STACK["prometheus"]["prometheusSpec"]["enableFeatures"]
+
+
 def test_a_slip_in_a_manifest_of_the_operators_is_seen() -> None:
     (monitor,) = of_kind(render(PRODUCTION), "ServiceMonitor")
     slipped = {**monitor, "spec": {**monitor["spec"], "joblabel": "x"}}
