@@ -18,10 +18,14 @@ from cli.cluster_health import Admin, AsJson, TokenFile, chosen_routers
 from cli.cluster_options import DataDir, failures_shown
 
 if TYPE_CHECKING:
-    from cli.cluster_top_view import Document
+    from cli.cluster_top_view import Answer, Document, HotAnswer
     from local.router_admin import RouterAdmin
 
 _HOT_USERS = 20
+# Seconds for an answer. What is looked up is in the router's memory, so one that takes longer is not well.
+_TIMEOUT_S = 2.0
+# Seconds in which answers of several routers become one screen.
+_TOGETHER_S = 0.1
 _QUIT = b"qQ\x1b\x04"
 
 
@@ -59,35 +63,57 @@ def top(
 async def _look(routers: "list[RouterAdmin]", *, names: bool) -> "Document":
     """What all routers say."""
     from cli.cluster_top_view import document_of
+
+    told = await asyncio.gather(*(_ask(router, names=names) for router in routers))
+    return document_of([stats for stats, _ in told], [hot for _, hot in told], time.time())
+
+
+async def _ask(router: "RouterAdmin", *, names: bool) -> "tuple[Answer, HotAnswer]":
+    """What one router says, or why it does not."""
     from local.router_admin import of_each
 
     stats, hot = await asyncio.gather(
-        of_each(routers, lambda router: router.stats()),
-        of_each(routers, lambda router: router.hot_users(_HOT_USERS, names=names)),
+        of_each([router], lambda one: one.stats(timeout_s=_TIMEOUT_S)),
+        of_each([router], lambda one: one.hot_users(_HOT_USERS, names=names, timeout_s=_TIMEOUT_S)),
     )
-    return document_of(stats, hot, time.time())
+    return stats[0], hot[0]
 
 
 async def _watch(routers: "list[RouterAdmin]", interval_s: float, *, names: bool) -> None:
+    """Asks each router by itself: one that hangs keeps neither the others' rows nor whoever wants to leave."""
     from rich.live import Live
 
-    from cli.cluster_top_view import rendered
+    from cli.cluster_top_view import document_of, rendered
     from cli.terminal import console
+    from local.errors import LocalClusterError
 
-    stopped = asyncio.Event()
+    stats: list[Answer] = [(router, LocalClusterError("has not answered yet")) for router in routers]
+    hot: list[HotAnswer] = [(router, LocalClusterError("has not answered yet")) for router in routers]
+    changed, stopped = asyncio.Event(), asyncio.Event()
     out = console()
+
+    async def listen(number: int) -> None:
+        while True:
+            stats[number], hot[number] = await _ask(routers[number], names=names)
+            changed.set()
+            await asyncio.sleep(interval_s)
+
+    async def draw() -> None:
+        while True:
+            await changed.wait()
+            await asyncio.sleep(_TOGETHER_S)
+            changed.clear()
+            live.update(rendered(document_of(stats, hot, time.time()), out.height), refresh=True)
+
     with _quits(stopped.set), Live(console=out, screen=True, auto_refresh=False) as live:
-        while not stopped.is_set():
-            looking = asyncio.create_task(_look(routers, names=names))
-            stopping = asyncio.create_task(stopped.wait())
-            # A router that hangs must not keep whoever wants to leave.
-            await asyncio.wait({looking, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if looking.done():
-                live.update(rendered(looking.result(), out.height), refresh=True)
-                await asyncio.wait({stopping}, timeout=interval_s)
-            for task in (looking, stopping):
-                task.cancel()
-            await asyncio.gather(looking, stopping, return_exceptions=True)
+        tasks = [asyncio.create_task(part) for part in (stopped.wait(), draw(), *map(listen, range(len(routers))))]
+        # Only the first of them has an end, but for bugs.
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
 @contextmanager

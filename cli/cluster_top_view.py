@@ -16,8 +16,8 @@ from memshard.admin.v1 import cluster_pb2 as pb
 from memshard.v1.memory_pb2 import DegradationLevel
 
 Document = dict[str, Any]
-Answers = Sequence[tuple[RouterAdmin, pb.GetStatsResponse | LocalClusterError]]
-HotAnswers = Sequence[tuple[RouterAdmin, pb.GetHotUsersResponse | LocalClusterError]]
+Answer = tuple[RouterAdmin, pb.GetStatsResponse | LocalClusterError]
+HotAnswer = tuple[RouterAdmin, pb.GetHotUsersResponse | LocalClusterError]
 
 _HOT_SHOWN = 5
 _LONGEST_NAME = 26
@@ -30,7 +30,7 @@ _MOST_BREAKERS = 5
 _FEWEST_ROWS = 6
 
 
-def document_of(stats: Answers, hot: HotAnswers, now: float) -> Document:
+def document_of(stats: Sequence[Answer], hot: Sequence[HotAnswer], now: float) -> Document:
     """What several routers say is added up where it is a rate, and the worst of it where it is a state."""
     told = [answer for _, answer in stats if not isinstance(answer, LocalClusterError)]
     levels = _levels(told)
@@ -147,7 +147,7 @@ def _moves(told: Sequence[pb.GetStatsResponse]) -> list[Document] | None:
     return move_documents(min(heard, key=lambda answer: answer.moves_age_s)) if heard else None
 
 
-def _hot_users(answers: HotAnswers) -> list[Document]:
+def _hot_users(answers: Sequence[HotAnswer]) -> list[Document]:
     calls: dict[tuple[str, str, str], float] = {}
     total = 0.0
     for _, answer in answers:

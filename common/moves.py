@@ -101,6 +101,10 @@ class Move:
             return None
         return self.cutover_at + timedelta(seconds=self.rollback_window_s)
 
+    def is_overdue(self, now: datetime) -> bool:
+        """Whether it is too late to bring it back, and nobody has begun to clean up."""
+        return self.step is Step.ACTIVE and self.rollback_until is not None and self.rollback_until < now
+
     @property
     def may_be_fenced(self) -> bool:
         """Whether there may be nobody who takes writes to the slots."""

@@ -41,15 +41,15 @@ class RouterAdmin:
         answer: pb.GetHealthResponse = await self._call("GetHealth", pb.GetHealthRequest(fresh=fresh))
         return answer.report
 
-    async def stats(self) -> pb.GetStatsResponse:
+    async def stats(self, *, timeout_s: float = _TIMEOUT_S) -> pb.GetStatsResponse:
         """What it counts. Raises LocalClusterError."""
-        answer: pb.GetStatsResponse = await self._call("GetStats", pb.GetStatsRequest())
+        answer: pb.GetStatsResponse = await self._call("GetStats", pb.GetStatsRequest(), timeout_s)
         return answer
 
-    async def hot_users(self, most: int, *, names: bool) -> pb.GetHotUsersResponse:
+    async def hot_users(self, most: int, *, names: bool, timeout_s: float = _TIMEOUT_S) -> pb.GetHotUsersResponse:
         """Who is asked about most. `names`: by id, not by hash. Raises LocalClusterError."""
         request = pb.GetHotUsersRequest(most=most, names=names)
-        answer: pb.GetHotUsersResponse = await self._call("GetHotUsers", request)
+        answer: pb.GetHotUsersResponse = await self._call("GetHotUsers", request, timeout_s)
         return answer
 
     async def recover(self, *, test_after: bool) -> pb.RecoverResponse:
@@ -57,11 +57,11 @@ class RouterAdmin:
         answer: pb.RecoverResponse = await self._call("Recover", pb.RecoverRequest(test_after=test_after))
         return answer
 
-    async def _call(self, rpc: str, request: Message) -> Any:
+    async def _call(self, rpc: str, request: Message, timeout_s: float = _TIMEOUT_S) -> Any:
         try:
             async with grpc.aio.insecure_channel(self.address, options=_OPTIONS) as channel:
                 call = getattr(cluster_pb2_grpc.ClusterServiceStub(channel), rpc)
-                return await call(request, metadata=credentials(self.token), timeout=_TIMEOUT_S)
+                return await call(request, metadata=credentials(self.token), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             told = status.from_rpc_error(error)
             if told is None:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -84,6 +85,12 @@ class RouterMetrics:
             "Moves that have stopped before their end, and that nobody drives.",
             sum(seen.is_stopped for seen in progress.open),
         )
+        now = datetime.now(UTC)
+        yield _gauge(
+            "memory_moves_overdue",
+            "Moves that wait to be cleaned up, though their time to be brought back is over.",
+            sum(seen.move.is_overdue(now) for seen in progress.open),
+        )
         slots = GaugeMetricFamily(
             "memory_moving_slots",
             "Slots of moves that are not over, of the shard that they go from (out) and to (in).",
@@ -134,10 +141,10 @@ class RouterMetrics:
         lag = GaugeMetricFamily(
             "replication_lag_seconds", "How old a replica's data was when it last said so.", labels=["shard", "replica"]
         )
-        for shard_id, replica_id, standing in self.replicas.all():
-            serving.add_metric([shard_id, replica_id], standing is not None)
-            if standing is not None:
-                lag.add_metric([shard_id, replica_id], standing.lag_ms / 1000)
+        for shard_id, replica_id, serves, lag_ms in self.replicas.all():
+            serving.add_metric([shard_id, replica_id], serves)
+            if lag_ms is not None:
+                lag.add_metric([shard_id, replica_id], lag_ms / 1000)
         return serving, lag
 
     def _cache(self) -> Iterable[Metric]:

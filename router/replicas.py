@@ -35,6 +35,8 @@ class _Watched:
     heard_at: float = 0.0
     """When it last answered a read."""
     silent_looks: int = 0
+    lag_ms: int | None = None
+    """How old its data was when it last said so, whether it serves by now or not. None: it never has."""
     looked_at: bool = False
     """Whether a look has come to its end. Until then nothing can be said of it."""
 
@@ -72,9 +74,10 @@ class Replicas:
         watched = self._watched.get((shard.shard_id, replica.replica_id))
         return watched is not None and watched.looked_at
 
-    def all(self) -> list[tuple[str, str, Standing | None]]:
-        """Every replica: its shard's id, its own, and what is known of it; None while it does not serve."""
-        return [(*key, watched.standing) for key, watched in self._watched.items()]
+    def all(self) -> list[tuple[str, str, bool, int | None]]:
+        """Every replica: its shard's id, its own, whether it serves, and how many milliseconds old its data was when it
+        last said so."""
+        return [(*key, watched.standing is not None, watched.lag_ms) for key, watched in self._watched.items()]
 
     def answered(self, shard: Shard, replica: Replica, wanted: Wanted) -> None:
         """A replica has answered a read that asked for this."""
@@ -128,6 +131,8 @@ class Replicas:
             self._lost(watched, "bug")
             return
         watched.silent_looks = 0
+        if said is not None:
+            watched.lag_ms = said.lag_ms
         if said is None:
             self._lost(watched, "not serving")
         elif watched.standing is not None and watched.suspected_at > began:

@@ -14,6 +14,7 @@ from common.gathering import Gathering
 from common.machine import Watch
 from common.postgres import Connection
 from common.status import to_status
+from common.telemetry.registry import STORES_GATHERED
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from shard import changes, claims, erase, reads, request_claims, store
@@ -85,6 +86,8 @@ class ShardServicer(ReadServicer):
         return await self._stores.serve(request, deadline)
 
     async def _store_alone(self, request: shard_pb2.StoreRequest, deadline: Deadline) -> shard_pb2.StoreResponse:
+        STORES_GATHERED.observe(1)
+
         async def write(connection: Connection) -> tuple[shard_pb2.StoreResponse, bool]:
             slot = request.route.ranges[0].first
             stored = await store.store(connection, self._identity, slot, request.memory, request.digest)
@@ -102,6 +105,7 @@ class ShardServicer(ReadServicer):
             shard_pb2.StoreItem(slot=request.route.ranges[0].first, memory=request.memory, digest=request.digest)
             for request in requests
         ]
+        STORES_GATHERED.observe(len(items))
 
         async def write(connection: Connection) -> tuple[list[store.Stored | None], bool]:
             stored = await store.store_together(connection, self._identity, items)

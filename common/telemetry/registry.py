@@ -82,6 +82,12 @@ EMBEDDING_DURATION = Histogram(
 BATCH_SIZE = Histogram(
     "memory_batch_size", "Memories in a batch.", buckets=(1, 5, 10, 25, 50, 100, 250, 500), registry=REGISTRY
 )
+STORES_GATHERED = Histogram(
+    "memory_stores_gathered",
+    "Stores that shared a statement and its commit.",
+    buckets=(1, 2, 5, 10, 20, 50),
+    registry=REGISTRY,
+)
 CONTEXT_SIZE = Histogram(
     "agent_context_size_bytes",
     "Size of the answers to reads, as agents receive them.",

@@ -19,7 +19,7 @@ from tests.deploy.compose import FILE
 from tests.deploy.kubernetes import OVERLAYS, Workload, named, of_kind, render, workloads
 from tests.deploy.monitoring import DIRECTORY, JOBS, pod_labels, scrape_config, scraped_by_monitor, scraped_by_pod
 from tests.deploy.settings import service_of, settings_of
-from tests.support.promql import metrics_in, rules, targets
+from tests.support.promql import metrics_in, panels, rules, targets
 
 PRODUCTION = OVERLAYS[0]
 SCHEMA = yaml.safe_load(Path(__file__).with_name("prometheus_operator_schema.yaml").read_text())
@@ -55,6 +55,14 @@ def test_alerts_fire_when_they_should_and_no_others(file: Path) -> None:
         [promtool, "test", "rules", str(file)], check=False, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_seen_to_fire_and_to_be_silent() -> None:
+    tests = [test for file in RULE_TESTS for test in yaml.safe_load(file.read_text())["tests"]]
+    cases = [case for test in tests for case in test.get("alert_rule_test", [])]
+    alerts = {rule["alert"] for rule in rules() if "alert" in rule}
+    assert {case["alertname"] for case in cases if case["exp_alerts"]} == alerts
+    assert {case["alertname"] for case in cases if not case["exp_alerts"]} == alerts
 
 
 ALERTMANAGER = DIRECTORY / "alertmanager" / "alertmanager.yml"
@@ -111,6 +119,24 @@ def test_a_shard_that_is_away_hides_what_follows_from_it_and_nothing_else() -> N
 
 
 # What the dashboard asks.
+
+NOT_SHOWN = {"memory_operations_in_flight": "those of each server are shown, with their limit"}
+"""Documented metrics that no panel shows and no rule goes by, with the reason."""
+
+
+def documented() -> set[str]:
+    """The names in docs/observability.md's table of metrics, but for the process's own."""
+    page = (DIRECTORY.parents[1] / "docs" / "observability.md").read_text()
+    _, *rows = page[page.index("| metric | of | labels |") : page.index("| `process_*` |")].splitlines()
+    return {name for row in rows for name in re.findall("`([a-z_]+)`", row.split("|")[1])}
+
+
+def test_every_metric_is_shown_or_watched_or_has_a_reason_why_not() -> None:
+    queries = [*(query for _, query in panels()), *(rule["expr"] for rule in rules())]
+    named = {name for query in queries for name in metrics_in(query)}
+    seen = named | {re.sub("_(bucket|sum|count)$", "", name) for name in named}
+    assert len(documented()) > 50
+    assert documented() - seen == NOT_SHOWN.keys()
 
 
 def test_points_that_lead_to_traces_are_asked_of_what_has_them() -> None:
@@ -291,6 +317,44 @@ def test_what_the_operator_and_grafana_get_is_what_the_others_get() -> None:
     assert groups == [group for file in RULES for group in yaml.safe_load(file.read_text())["groups"]]
     for manifest in of_kind(manifests, "ServiceMonitor", "PrometheusRule"):
         jsonschema.validate(manifest, SCHEMA)
+
+
+STACK: dict[str, Any] = yaml.safe_load((DIRECTORY.parent / "k8s" / "kube-prometheus-stack.yaml").read_text())
+"""Values for the chart that Prometheus, Alertmanager and Grafana come with in Kubernetes."""
+
+
+def test_the_operators_alertmanager_gets_the_same_routes(tmp_path: Path) -> None:
+    ours, theirs = monitoring.alertmanager(), STACK["alertmanager"]["config"]
+    watchdog, route = theirs["route"]["routes"]
+    assert route == {"matchers": ['alertname=~"Memshard.+"'], **ours["route"]}
+    assert [rule for rule in theirs["inhibit_rules"] if "Memshard" in str(rule)] == ours["inhibit_rules"]
+    assert theirs["receivers"] == [{"name": "null"}, *ours["receivers"]]
+    assert (watchdog["matchers"], watchdog["receiver"]) == (['alertname="Watchdog"'], "null")
+    # As the chart has it.
+    config = {**theirs, "route": {"receiver": "null", "group_by": ["namespace"], **theirs["route"]}}
+    file = tmp_path / "alertmanager.yml"
+    file.write_text(yaml.safe_dump(config))
+    amtool("check-config", str(file))
+    for alert, severity, receiver in (
+        ("MemshardDown", "page", "pager"),
+        ("MemshardDegraded", "ticket", "mail"),
+        ("Watchdog", "none", "null"),
+    ):
+        labels = f"alertname={alert}", f"severity={severity}"
+        amtool("config", "routes", "test", f"--config.file={file}", f"--verify.receivers={receiver}", *labels)
+
+
+def test_grafana_finds_the_dashboard_and_from_its_points_the_traces() -> None:
+    grafana = STACK["grafana"]
+    assert grafana["sidecar"]["dashboards"] == {"searchNamespace": "ALL"}
+    provisioned = DIRECTORY / "grafana" / "provisioning" / "datasources" / "prometheus.yml"
+    prometheus, jaeger = yaml.safe_load(provisioned.read_text())["datasources"]
+    (leads,) = prometheus["jsonData"]["exemplarTraceIdDestinations"]
+    told = grafana["sidecar"]["datasources"]["exemplarTraceIdDestinations"]
+    assert (told["traceIdLabelName"], told["datasourceUid"]) == (leads["name"], leads["datasourceUid"])
+    (source,) = grafana["additionalDataSources"]
+    assert {**source, "url": jaeger["url"]} == jaeger
+    assert "exemplar-storage" in STACK["prometheus"]["prometheusSpec"]["enableFeatures"]
 
 
 def test_a_slip_in_a_manifest_of_the_operators_is_seen() -> None:

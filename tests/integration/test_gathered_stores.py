@@ -38,22 +38,30 @@ async def _transactions(cluster: LocalCluster, user: str) -> tuple[int, int]:
     return row["rows"], row["transactions"]
 
 
-async def _acknowledged(cluster: LocalCluster) -> float:
-    """How many writes the shards have acknowledged."""
+async def _total(cluster: LocalCluster, family: str, suffix: str = "_total") -> float:
+    """What all shards together have counted."""
     families = [await families_of(cluster, shard) for shard in ("shard-0", "shard-1", "shard-2")]
     return sum(
-        sample.value
-        for found in families
-        for sample in found["memory_writes_acknowledged"].samples
-        if sample.name.endswith("_total")
+        sample.value for found in families for sample in found[family].samples if sample.name == f"{family}{suffix}"
     )
+
+
+async def _acknowledged(cluster: LocalCluster) -> float:
+    """How many writes the shards have acknowledged."""
+    return await _total(cluster, "memory_writes_acknowledged")
+
+
+async def _shared(cluster: LocalCluster) -> tuple[float, float]:
+    """How many stores there were, and how many statements fewer."""
+    stores, statements = [await _total(cluster, "memory_stores_gathered", suffix) for suffix in ("_sum", "_count")]
+    return stores, stores - statements
 
 
 async def test_stores_that_come_together_share_transactions(
     cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
 ) -> None:
     requests = [store_request(user, f"memory {number}", _id()) for number in range(_MANY)]
-    before = await _acknowledged(cluster)
+    before, stores, shared = await _acknowledged(cluster), *await _shared(cluster)
     turns = asyncio.Semaphore(_TEAM)
 
     async def store(request: pb.StoreMemoryRequest) -> pb.StoreMemoryResponse:
@@ -63,6 +71,9 @@ async def test_stores_that_come_together_share_transactions(
     answers = await asyncio.gather(*map(store, requests))
     # Each is counted, however many share a commit; what the health monitor stores comes on top.
     assert await _acknowledged(cluster) >= before + _MANY
+    stores_now, shared_now = await _shared(cluster)
+    assert stores_now >= stores + _MANY
+    assert shared_now > shared + _MANY / 4
     for request, answer in zip(requests, answers, strict=True):
         assert (answer.memory.id, answer.memory.content) == (request.memory.id, request.memory.content)
         assert answer.memory.version == 1

@@ -1,7 +1,9 @@
 """`/metrics` of every service of a running cluster: what is there, that it moves, and that it stays small."""
 
 import asyncio
+import os
 import re
+import signal
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
@@ -155,6 +157,35 @@ async def test_ten_thousand_users_add_no_series(replicated: LocalCluster, user: 
     known = {known_by(series) for series in before}
     assert sorted(map(str, {series for series in after - before if known_by(series) not in known})) == []
     assert not [series for series in after if user in str(series)]
+
+
+async def test_a_replicas_lag_is_told_and_stays_known_while_it_does_not_serve(replicated: LocalCluster) -> None:
+    async def told() -> dict[tuple[str, str], float]:
+        """By name and replica."""
+        router = await families_of(replicated, "router-0")
+        return {
+            (sample.name, sample.labels["replica"]): sample.value
+            for name in ("memory_replica_serving", "replication_lag_seconds")
+            for sample in router[name].samples
+        }
+
+    replica = "shard-0-replica-1"
+
+    async def serves(wanted: int) -> bool:
+        return (await told())["memory_replica_serving", replica] == wanted
+
+    await eventually(lambda: serves(1), within_s=30)
+    known = await told()
+    lags = {name: value for (metric, name), value in known.items() if metric == "replication_lag_seconds"}
+    assert lags.keys() == {f"{shard}-replica-1" for shard in SHARDS}
+    assert all(0 <= lag < 30 for lag in lags.values())
+    held = replicated.kill(replica, signal.SIGSTOP)
+    try:
+        await eventually(lambda: serves(0), within_s=20)
+        assert 0 <= (await told())["replication_lag_seconds", replica] < 30
+    finally:
+        os.kill(held, signal.SIGCONT)
+    await eventually(lambda: serves(1), within_s=30)
 
 
 def known_by(series: Series) -> Series:

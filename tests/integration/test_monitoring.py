@@ -26,7 +26,7 @@ import pytest_asyncio
 from memshard.v1 import memory_pb2 as pb
 from tests.support.cluster import LocalCluster, free_port
 from tests.support.eventually import eventually
-from tests.support.metrics import names_of, page_of
+from tests.support.metrics import families_of, names_of, page_of
 from tests.support.promql import MONITORING, RULES, labels_in, metrics_in, panels, rules, selectors_in, targets
 from tests.support.traced import receiving_traces
 from tests.support.wire import memory_service, store_request
@@ -45,6 +45,7 @@ EMPTY_WHEN_ALL_IS_WELL = {
     "Breakers that are not closed",
     "Failures, by server",
     "Moves that are not over, by step",
+    "Time to make an own index, p99 of a day",
 }
 """Panels that show trouble, or work that is under way: what they look at is there all the same."""
 
@@ -87,6 +88,7 @@ async def load(api: "MemoryServiceAsyncStub") -> AsyncIterator[None]:
 async def use(api: "MemoryServiceAsyncStub", user: str) -> None:
     stored = (await api.StoreMemory(store_request(user, "Alice drinks green tea"))).memory
     await api.GetMemory(pb.GetMemoryRequest(id=stored.id))
+    await api.GetMemory(pb.GetMemoryRequest(id=stored.id, user_id=user))
     await api.ListMemories(pb.ListMemoriesRequest(user_id=user, page_size=5))
     await api.SearchMemories(pb.SearchMemoriesRequest(user_id=user, query="tea"))
     await api.BatchStoreMemories(pb.BatchStoreMemoriesRequest(memories=[pb.Memory(user_id=user, content="Bob")]))
@@ -122,6 +124,15 @@ async def test_every_metric_that_a_rule_or_a_panel_names_is_there(watched: Watch
     assert len(queries) > 50
     missing = {title: names - there for title, query in queries if (names := metrics_in(query)) - there}
     assert not missing
+
+
+async def test_every_metric_of_ours_is_documented(watched: Watched) -> None:
+    page = (MONITORING.parents[1] / "docs" / "observability.md").read_text()
+    services = ("router-0", "shard-0", "shard-0-replica-1")
+    found = {family for service in services for family in await families_of(watched.cluster, service)}
+    ours = {name for name in found if not name.startswith(("process_", "python_"))}
+    assert len(ours) > 50
+    assert {name for name in ours if not {f"`{name}`", f"`{name}_total`"} & set(re.findall("`[a-z_]+`", page))} == set()
 
 
 def test_promtool_finds_nothing_wrong_with_the_rules() -> None:

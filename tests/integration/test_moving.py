@@ -132,7 +132,7 @@ async def samples(cluster: LocalCluster) -> dict[tuple[str, ...], float]:
     families = await families_of(cluster, "router-0")
     return {
         (sample.name, *(sample.labels[label] for label in sorted(sample.labels))): sample.value
-        for name in ("memory_moves", "memory_moves_unattended", "memory_moving_slots")
+        for name in ("memory_moves", "memory_moves_unattended", "memory_moves_overdue", "memory_moving_slots")
         for sample in families[name].samples
     }
 
@@ -171,6 +171,15 @@ async def test_a_move_under_way_is_seen_and_whether_it_has_stopped(slots: Slots)
         await running.until("active")
         await eventually(lambda: is_seen("active", stopped=False), within_s=15)
         assert "100 slots  shard-0 → shard-1  active" in await shown()
+    assert (await samples(cluster))["memory_moves_overdue",] == 0
+    # As if ten minutes had passed.
+    async with database(cluster.catalog_dsn(owner=True)) as catalog:
+        await catalog.execute("UPDATE moves SET rollback_window_s = 0 WHERE step = 'active'")
+
+    async def is_overdue() -> bool:
+        return (await samples(cluster))["memory_moves_overdue",] == 1
+
+    await eventually(is_overdue, within_s=15)
     await slots.move("resume", "--rollback-window", "0")
 
     async def is_over() -> bool:

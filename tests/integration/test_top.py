@@ -103,3 +103,29 @@ async def test_scripts_get_a_document(cluster: LocalCluster, user: str) -> None:
     code, text = await command("top", "--once", "--data-dir", str(cluster.data_dir))
     assert code == 0
     assert "shard-1" in text
+
+
+@pytest.mark.timeout(180)
+async def test_a_router_that_hangs_is_named_and_hides_nothing_of_the_others() -> None:
+    async with LocalCluster(shards=1, routers=2, options=["--hung-after", "0"]) as cluster:
+        held = cluster.kill("router-1", signal.SIGSTOP)
+        try:
+            async with on_a_terminal("top", "--interval", "0.2", "--data-dir", str(cluster.data_dir)) as (screen, _):
+                # Their rows are there before it is known that the other does not answer, and again after it.
+                await eventually(lambda: b"shard-0" in screen.text, within_s=20)
+                assert b"router-1: " in screen.text
+                await eventually(lambda: b"router-1 does not answer at 127.0.0.1" in screen.text, within_s=10)
+                seen = len(screen.text)
+                await eventually(lambda: screen.text.count(b"shard-0", seen) >= 3, within_s=10)
+                screen.type(b"q")
+                async with asyncio.timeout(10):
+                    assert await screen.process.wait() == 0
+            began = asyncio.get_running_loop().time()
+            code, output = await command("top", "--json", "--data-dir", str(cluster.data_dir))
+            assert asyncio.get_running_loop().time() - began < 15
+        finally:
+            os.kill(held, signal.SIGCONT)
+        document = json.loads(output)
+        assert code == 1
+        assert ["error" in router for router in document["routers"]] == [False, True]
+        assert [shard["shard_id"] for shard in document["shards"]] == ["shard-0"]
