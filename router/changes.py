@@ -5,6 +5,7 @@ import uuid
 
 from common.deadline import Deadline
 from common.errors import Unavailable
+from common.slots import slot_of
 from common.topology import Shard
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
@@ -72,8 +73,8 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
     user_id = validate.user_id(request.user_id, "user_id")
     request_id = validate.request_id(request.request_id) or str(uuid.uuid4())
     question = shard_pb2.EraseRequest(user_id=user_id, request_id=request_id)
+    totals, answers = await _removed(parts, question, deadline)
     while True:
-        answers = await _erase_on_shards(parts, question, deadline)
         # The shards name them, this attempt's and those of one before, until they hear that all caches forgot them.
         ids = [memory_id for _, answer in answers for memory_id in answer.ids][:_MOST_FORGOTTEN]
         if ids:
@@ -86,6 +87,7 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
             break
         del question.forgotten[:]
         question.forgotten.extend(ids)
+        answers = await _erase_on_shards(parts, question, deadline)
     parts.remembered.erase(user_id)
     behind = [standby for _, answer in answers for standby in answer.unconfirmed]
     if behind:
@@ -95,10 +97,44 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
             metadata={"standbys": ",".join(behind)},
         )
     return pb.EraseUserResponse(
-        memories_erased=sum(answer.memories_erased for _, answer in answers),
-        versions_erased=sum(answer.versions_erased for _, answer in answers),
+        memories_erased=totals.memories_erased,
+        versions_erased=totals.versions_erased,
         receipt=parts.tokens.receipt(*((shard.shard_id, answer.commit) for shard, answer in answers)),
     )
+
+
+async def _removed(
+    parts: Parts, question: shard_pb2.EraseRequest, deadline: Deadline
+) -> tuple[shard_pb2.EraseResponse, list[tuple[Shard, shard_pb2.EraseResponse]]]:
+    """Has all of the user removed, unless this very request is over; the totals, and the answers of all shards.
+
+    What is asked with `question` afterwards removes nothing. Raises Unavailable when an answer is missing.
+    """
+    if parts.placement.user_slot(question.user_id) is not None:
+        ((shard, answer),) = await _erase_on_shards(parts, question, deadline)
+        return answer, [(shard, answer)]
+    # By the time that it is repeated, slots may have moved: what one shard did says nothing of those that it has then.
+    home = slot_of(question.user_id.encode())
+    both = f"{len(question.user_id)} {question.user_id} {question.request_id}"
+    at_home = shard_pb2.EraseRequest(
+        request_id=hashlib.sha256(both.encode()).hexdigest(), part=shard_pb2.ERASE_PART_FIND
+    )
+    _, known = await parts.dispatch.to_owner(home, ERASE, at_home, deadline)
+    question.part = shard_pb2.ERASE_PART_SETTLE if known.over else shard_pb2.ERASE_PART_REMOVE
+    answers = await _erase_on_shards(parts, question, deadline)
+    if known.over:
+        return known, answers
+    question.part = shard_pb2.ERASE_PART_SETTLE
+    at_home.part = shard_pb2.ERASE_PART_RECORD
+    at_home.memories_erased = sum(answer.memories_erased for _, answer in answers)
+    at_home.versions_erased = sum(answer.versions_erased for _, answer in answers)
+    shard, known = await parts.dispatch.to_owner(home, ERASE, at_home, deadline)
+    if not known.over:
+        # A shard of an older version.
+        known = shard_pb2.EraseResponse(
+            memories_erased=at_home.memories_erased, versions_erased=at_home.versions_erased, commit=known.commit
+        )
+    return known, [*answers, (shard, known)]
 
 
 async def _erase_on_shards(

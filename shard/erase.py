@@ -1,8 +1,8 @@
 """Erasing a user: every row that holds anything of theirs, in bounded batches, until nothing is left.
 
-What stays is one row for the request, known by a hash, so that its repetition has the same answer; and, until the
-routers have said that no cache knows them any more, the ids of the memories that went. Pages of the tables and of the
-write-ahead log keep what was on them until they are reused (docs/erasure.md).
+What stays is a row or a few for the request, known by a hash, so that its repetition has the same answer; and, until
+the routers have said that no cache knows them any more, the ids of the memories that went. Pages of the tables and of
+the write-ahead log keep what was on them until they are reused (docs/erasure.md).
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import asyncpg
 
 from common.postgres import Connection
+from memshard.internal.v1 import shard_pb2
 from shard.ownership import NotOwnedError
 
 # Rows that one transaction removes: some tens of milliseconds, so that it never holds locks for long.
@@ -63,9 +64,14 @@ _RECORD = """
 INSERT INTO erasures (slot, request_hash, memories, versions, done) VALUES ($1, $2, $3, $4, $5)
 ON CONFLICT (slot, request_hash) DO UPDATE
     SET memories = erasures.memories + $3, versions = erasures.versions + $4, done = $5
-RETURNING memories, versions
 """
-_FIND_DONE = "SELECT memories, versions FROM erasures WHERE slot = $1 AND request_hash = $2 AND done"
+_IS_DONE = "SELECT EXISTS (SELECT FROM erasures WHERE slot = $1 AND request_hash = $2 AND done)"
+# Of all slots: what was counted in one of another shard came with it.
+_TOTALS = """
+SELECT coalesce(sum(memories), 0)::bigint AS memories, coalesce(sum(versions), 0)::bigint AS versions
+FROM erasures JOIN unnest($1::int[], $2::int[]) AS asked (first, last) ON slot BETWEEN asked.first AND asked.last
+WHERE request_hash = $3
+"""
 _FIND_IDS = """
 SELECT id FROM erased_ids JOIN unnest($2::int[], $3::int[]) AS asked (first, last)
     ON slot BETWEEN asked.first AND asked.last
@@ -76,8 +82,8 @@ _FORGET_IDS = "DELETE FROM erased_ids WHERE user_hash = $1 AND slot = ANY ($2::i
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """How much went in all attempts with one request id, ids of the user's that a cache may still know, and whether the
-    request was over before."""
+    """How much went in all attempts with one request id, ids of the user's that a cache may still know, and whether
+    nothing had to be written for it any more."""
 
     memories: int
     versions: int
@@ -92,26 +98,32 @@ async def erase(
     user_id: str,
     request_id: str,
     *,
+    part: shard_pb2.ErasePart.ValueType = shard_pb2.ERASE_PART_UNSPECIFIED,
     forgotten: Sequence[str] = (),
 ) -> Erased:
-    """Removes everything of a user in the slots of `ranges` (firsts, lasts), `slot_count` in all.
+    """Removes everything of a user in the slots of `ranges` (firsts, lasts), `slot_count` in all; with SETTLE nothing.
 
-    `forgotten` are ids that were told before and that no cache knows any more. Whatever is not among them is told
-    again, in this answer or in one of those that follow, whichever request of the user's it went with. Raises
-    NotOwnedError when some of the slots are not this shard's.
+    With REMOVE it is not for this shard to say when the request is over (`shard.erasures`): it may have slots by then
+    that another had. `forgotten` are ids that were told before and that no cache knows any more. Whatever is not among
+    them is told again, in this answer or in one of those that follow, whichever request of the user's it went with.
+    Raises NotOwnedError when some of the slots are not this shard's.
     """
     eraser = _Eraser(connection, ranges, slot_count, user_id, request_id)
     if forgotten:
         await eraser.forget(forgotten)
-    finished = await eraser.finished()
-    repeated = finished is not None
-    while finished is None:
+    # With REMOVE as well: a router that knows nothing of parts may have been told that it is over.
+    is_over = part == shard_pb2.ERASE_PART_SETTLE or await eraser.is_finished()
+    repeated = True
+    while not is_over:
         removed = await eraser.remove_some_versions() + await eraser.remove_memories()
         removed += sum([await eraser.remove(table) for table in _OTHER_TABLES])
         # Whoever wrote meanwhile may have left more behind; a round that finds nothing is the end.
-        if not removed:
-            finished = await eraser.finish()
-    return Erased(finished["memories"], finished["versions"], await eraser.known_ids(), repeated)
+        is_over = not removed
+        if is_over and part != shard_pb2.ERASE_PART_REMOVE:
+            await eraser.finish()
+        repeated = repeated and is_over and part == shard_pb2.ERASE_PART_REMOVE
+    totals = await eraser.totals()
+    return Erased(totals["memories"], totals["versions"], await eraser.known_ids(), repeated)
 
 
 class _Eraser:
@@ -138,9 +150,10 @@ class _Eraser:
         self._request_hash = hashlib.sha256(f"{len(user_id)} {user_id} {request_id}".encode()).digest()
         self._ids: set[str] = set()
 
-    async def finished(self) -> asyncpg.Record | None:
-        """The totals of this request, if it came to its end before."""
-        return await self._connection.fetchrow(_FIND_DONE, self._ranges[0][0], self._request_hash)
+    async def is_finished(self) -> bool:
+        """Whether this request came to its end before."""
+        finished: bool = await self._connection.fetchval(_IS_DONE, self._ranges[0][0], self._request_hash)
+        return finished
 
     async def remove_some_versions(self) -> int:
         """Removes versions that nobody holds, batch by batch; returns how many. Raises NotOwnedError."""
@@ -180,11 +193,19 @@ class _Eraser:
             await self._count(0, len(rows) if table == "memory_versions" else 0)
         return len(rows)
 
-    async def finish(self) -> asyncpg.Record:
-        """Marks the request as carried out, and returns its totals."""
+    async def finish(self) -> None:
+        """Marks the request as carried out. Raises NotOwnedError."""
         async with self._connection.transaction():
             await self._hold()
-            return await self._record(0, 0, done=True)
+            await self._record(0, 0, done=True)
+
+    async def totals(self) -> asyncpg.Record:
+        """What went from these slots in all attempts. Raises NotOwnedError."""
+        async with self._connection.transaction():
+            await self._hold()
+            totals = await self._connection.fetchrow(_TOTALS, *self._ranges, self._request_hash)
+        assert totals is not None
+        return totals
 
     async def forget(self, ids: Sequence[str]) -> None:
         """Drops ids that no cache knows any more. Raises NotOwnedError."""
@@ -216,9 +237,5 @@ class _Eraser:
         if memories or versions:
             await self._record(memories, versions, done=False)
 
-    async def _record(self, memories: int, versions: int, *, done: bool) -> asyncpg.Record:
-        totals = await self._connection.fetchrow(
-            _RECORD, self._ranges[0][0], self._request_hash, memories, versions, done
-        )
-        assert totals is not None
-        return totals
+    async def _record(self, memories: int, versions: int, *, done: bool) -> None:
+        await self._connection.execute(_RECORD, self._ranges[0][0], self._request_hash, memories, versions, done)

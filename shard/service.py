@@ -17,7 +17,7 @@ from common.status import to_status
 from common.telemetry.registry import STORES_GATHERED
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
-from shard import changes, claims, erase, reads, request_claims, store
+from shard import changes, claims, erase, erasures, reads, request_claims, store
 from shard.database import Database
 from shard.disk import Disk
 from shard.durability import Durability
@@ -193,6 +193,8 @@ class ShardServicer(ReadServicer):
         return await self._receipted(write, request.route, deadline)
 
     async def Erase(self, request: shard_pb2.EraseRequest, deadline: Deadline) -> shard_pb2.EraseResponse:
+        if request.part in (shard_pb2.ERASE_PART_FIND, shard_pb2.ERASE_PART_RECORD):
+            return await self._known_erasure(request, deadline)
         self._check_route(request.route)
         ranges = request.route.ranges
         bounds = [asked.first for asked in ranges], [asked.last for asked in ranges]
@@ -204,6 +206,7 @@ class ShardServicer(ReadServicer):
                 reads.slot_count(ranges),
                 request.user_id,
                 request.request_id,
+                part=request.part,
                 forgotten=request.forgotten,
             )
             response = shard_pb2.EraseResponse(
@@ -216,6 +219,25 @@ class ShardServicer(ReadServicer):
         # Of a repeated request as well: the first may have ended before they had.
         response.unconfirmed.extend(await standbys_behind(self._database, response.commit.lsn, deadline))
         return response
+
+    async def _known_erasure(self, request: shard_pb2.EraseRequest, deadline: Deadline) -> shard_pb2.EraseResponse:
+        """Whether a request to erase is over, or from now on."""
+        slot = self._slot(request.route)
+
+        async def write(connection: Connection) -> tuple[shard_pb2.EraseResponse, bool]:
+            if request.part == shard_pb2.ERASE_PART_RECORD:
+                totals = request.memories_erased, request.versions_erased
+                known: erase.Erased | None = await erasures.record(connection, slot, request.request_id, *totals)
+            else:
+                known = await erasures.find(connection, slot, request.request_id)
+            if known is None:
+                return shard_pb2.EraseResponse(), False
+            response = shard_pb2.EraseResponse(
+                over=True, memories_erased=known.memories, versions_erased=known.versions
+            )
+            return response, known.repeated
+
+        return await self._receipted(write, request.route, deadline)
 
     async def Delete(self, request: shard_pb2.DeleteRequest, deadline: Deadline) -> shard_pb2.DeleteResponse:
         slot = self._slot(request.route)

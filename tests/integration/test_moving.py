@@ -16,15 +16,16 @@ import pytest
 import pytest_asyncio
 
 from common import catalog_moves, catalog_shards
-from common.catalog import EpochConflictError, raise_epoch
+from common.catalog import CatalogError, EpochConflictError, raise_epoch
 from common.catalog_moves import MoveConflictError
 from common.moves import Step
 from common.postgres import Connection
 from common.probe_user import PREFIX as PROBE
-from common.topology import Cutover, Shard
+from common.topology import Cutover, Shard, ShardStatus
 from memshard import AsyncMemoryClient
-from shard import purge
+from shard import identity, purge
 from shard.database import Database
+from shard.large_users import indexes
 from shard.moving.tables import MARKS, MOVED, STAYING
 from tests.support.cluster import LocalCluster, command
 from tests.support.eventually import eventually
@@ -231,6 +232,26 @@ async def test_a_move_that_is_driven_has_not_stopped(slots: Slots) -> None:
         assert (progress.open, progress.ended[done.step]) == ((), 1)
 
 
+async def test_a_move_that_waits_has_stopped_once_its_rollback_window_is_over_for_a_while(slots: Slots) -> None:
+    """Whoever waited would be at work on it."""
+    set_past = "UPDATE moves SET cutover_at = now() - interval '90 seconds', rollback_window_s = $2 WHERE move_id = $1"
+    async with database(slots.cluster.catalog_dsn(owner=True)) as driver, database(slots.cluster.catalog_dsn()) as app:
+        topology = await slots.topology()
+        first = next(owned.first for owned in topology.ranges if owned.shard_id == "shard-0")
+        move_id = await driver.fetchval(_STALE_MOVE, first, first, "shard-1", "shard-0", Step.ACTIVE.value)
+        try:
+            for window_s, is_stopped in ((0, True), (29, True), (31, False), (600, False)):
+                await driver.execute(set_past, move_id, window_s)
+                (seen,) = (await catalog_moves.read_progress(app)).open
+                assert (seen.move.step, seen.is_stopped) == (Step.ACTIVE, is_stopped)
+            await driver.execute(set_past, move_id, 0)
+            assert await catalog_moves.take_lease(driver, move_id)
+            (seen,) = (await catalog_moves.read_progress(app)).open
+            assert not seen.is_stopped
+        finally:
+            await driver.execute(_END_MOVE, move_id)
+
+
 async def test_a_hand_over_is_recorded_whole_or_not_at_all(slots: Slots) -> None:
     """Epoch and move both are what it was planned against, or nothing changes."""
     async with database(slots.cluster.catalog_dsn(owner=True)) as connection:
@@ -324,6 +345,75 @@ async def test_a_mover_with_an_old_plan_leaves_a_range_that_has_gone_over_where_
     assert {move.step for move in (await slots.moves())[-len(planned) :]} == {Step.DONE}
     assert await all_rows(slots) == before
     assert await slots.left_over() == []
+
+
+@pytest.mark.parametrize(
+    ("shard_id", "status", "is_made"),
+    [
+        ("shard-0", ShardStatus.DRAINING, True),
+        ("shard-0", ShardStatus.READONLY, False),
+        ("shard-0", ShardStatus.MAINTENANCE, False),
+        ("shard-1", ShardStatus.DRAINING, False),
+        ("shard-1", ShardStatus.READONLY, False),
+        ("shard-1", ShardStatus.MAINTENANCE, False),
+    ],
+)
+async def test_a_move_is_made_only_between_shards_whose_status_lets_slots_go(
+    slots: Slots, shard_id: str, status: ShardStatus, is_made: bool
+) -> None:
+    """From shard-0 to shard-1: one of them is set to something else than active after the plan was made."""
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    async with (
+        database(slots.cluster.catalog_dsn(owner=True)) as other,
+        database(slots.cluster.catalog_dsn(owner=True)) as mover,
+    ):
+        epoch, transaction = (await slots.topology()).epoch, other.transaction()
+        await transaction.start()
+        await catalog_shards.set_status(other, epoch, shard_id, status)
+        made = asyncio.ensure_future(catalog_moves.create_move(mover, first, first, "shard-0", "shard-1"))
+
+        async def waits() -> bool:
+            return bool(await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+        # A status that is just being set is waited for.
+        await eventually(waits)
+        await transaction.commit()
+        try:
+            if is_made:
+                await mover.execute(_END_MOVE, (await made).move_id)
+            else:
+                refused = rf"{shard_id} \({status}\)"
+                with pytest.raises(MoveConflictError, match=refused):
+                    await made
+                with pytest.raises(MoveConflictError, match=refused):
+                    await catalog_moves.create_move(mover, first, first, "shard-0", "shard-1")
+        finally:
+            await catalog_shards.set_status(other, epoch + 1, shard_id, ShardStatus.ACTIVE)
+
+
+async def test_a_rebalance_ends_when_a_shard_is_to_get_nothing_any_more(slots: Slots) -> None:
+    """What of its plan is left to be done it leaves, and says so."""
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    await slots.cluster.run("shards", "set", "shard-1", "--weight", "2")
+    one_by_one = Slots(slots.cluster, {**slots.settings, "max_slots": 512, "concurrency": 1})
+    try:
+        async with one_by_one.mover("rebalance") as running:
+            planned = (await anext(running.events()))["moves"]
+            assert len(planned) > 2
+            running.send(signal.SIGSTOP)
+            await slots.cluster.run("shards", "set", "shard-1", "--status", "readonly")
+            running.send(signal.SIGCONT)
+            events = [event async for event in running.events()]
+        assert events[-1]["event"] == "failed"
+        assert "shard-1 (readonly)" in events[-1]["why"]
+        topology = await slots.topology()
+        assert [topology.owner(move["first"]).shard_id for move in planned[2:]] == [m["source"] for m in planned[2:]]
+        assert await slots.left_over() == []
+    finally:
+        await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+        await slots.cluster.run("shards", "set", "shard-1", "--weight", "1")
+        await slots.move("rebalance")
 
 
 async def test_a_move_is_made_only_of_slots_that_the_source_has_at_that_moment(slots: Slots) -> None:
@@ -424,6 +514,35 @@ async def test_a_shard_that_comes_has_none_of_the_cutovers_of_an_earlier_one_of_
             await connection.execute("DELETE FROM cutovers WHERE source IN ('old', 'new')")
 
 
+async def test_the_name_of_a_shard_that_had_slots_is_not_given_to_another(slots: Slots) -> None:
+    """A session that had written to it would wait for a place in its log."""
+    went_over = "UPDATE moves SET cutover_epoch = 1 WHERE move_id = $1"
+    async with database(slots.cluster.catalog_dsn(owner=True)) as connection:
+        moves = [
+            await connection.fetchval(_STALE_MOVE, 0, 0, source, target, step.value)
+            for source, target, step in (
+                ("drained", "shard-0", Step.DONE),
+                ("shard-0", "filled", Step.DONE),
+                ("shard-0", "never", Step.ROLLED_BACK),
+            )
+        ]
+        await connection.execute(went_over, moves[1])
+        topology = await slots.topology()
+        try:
+            for name, why in (
+                ("drained", "name of a shard that had slots"),
+                ("filled", "name of a shard that had slots"),
+                ("shard-0", "there is a shard shard-0 already"),
+            ):
+                with pytest.raises(CatalogError, match=why):
+                    await catalog_shards.add_shard(connection, topology.epoch, Shard(name, "127.0.0.1:1"))
+            assert await slots.topology() == topology
+            epoch = await catalog_shards.add_shard(connection, topology.epoch, Shard("never", "127.0.0.1:1"))
+            await catalog_shards.remove_shard(connection, epoch, "never")
+        finally:
+            await connection.execute("DELETE FROM moves WHERE move_id = ANY ($1::bigint[])", moves)
+
+
 async def test_a_catalog_that_is_there_is_not_made_again_nor_its_moves_ended(slots: Slots) -> None:
     before = await users_rows(slots)
     first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
@@ -493,6 +612,61 @@ async def test_a_source_takes_writes_again_in_good_time_when_the_target_hangs(sl
     assert await slots.left_over() == []
     await slots.move("move", "--first", str(first), "--last", str(first + 99), "--to", "shard-0")
     assert await users_rows(slots) == before
+
+
+async def test_a_table_that_is_truncated_while_slots_are_fenced_has_the_move_compare_anew(slots: Slots) -> None:
+    """What a TRUNCATE removed is in no message; it must not end the mover with the fence standing."""
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    topology = await slots.topology()
+    first = next(owned.first for owned in topology.ranges if owned.shard_id == "shard-0")
+    arguments = ("--first", str(first), "--last", str(first + 99))
+    async with (
+        database(slots.cluster.shard_dsn("shard-0", owner=True)) as source,
+        slots.mover("move", *arguments, "--to", "shard-1") as running,
+    ):
+        async with source.transaction():
+            await source.execute(_HOLD_OFF)
+            await running.until("fenced")
+            await eventually(lambda: source.fetchval(_IS_HELD_OFF))
+            # With placement by user there never is anything in it.
+            await source.execute("TRUNCATE request_claims")
+        events = [event async for event in running.events()]
+    assert events[-1]["event"] == "done", events[-1]
+    given_up = next(event for event in events if event.get("step") == "verifying")
+    assert "truncated" in given_up["error"]
+    assert (await slots.moves())[-1].step is Step.DONE
+    assert await slots.left_over() == []
+    await slots.move("move", *arguments, "--to", "shard-0")
+
+
+async def test_a_moves_indexes_are_made_with_the_memory_that_is_set_and_hold_no_move_up(slots: Slots) -> None:
+    """The target serves without one that could not be made."""
+    # Any index that is there stands for the one of a user in a slot.
+    make = "CREATE INDEX memories_own_stand_in ON memories (id)"
+    record = "INSERT INTO own_indexes (name, key, user_hash, slot) VALUES ('memories_own_stand_in', 4711, '', 7)"
+    async with (
+        database(slots.cluster.shard_dsn("shard-0", owner=True)) as source,
+        database(slots.cluster.shard_dsn("shard-1", owner=True)) as target,
+        database(slots.cluster.catalog_dsn(owner=True)) as no_shard,
+    ):
+        known = await identity.read(target)
+        assert known is not None
+
+        async def followed(giver: Connection, taker: Connection, memory_mb: int = 64) -> int:
+            return await indexes.follow(giver, taker, known, 7, 7, memory_mb=memory_mb, patience_s=5)
+
+        await source.execute(f"{make}; {record}")
+        try:
+            assert await followed(source, target, 77) == 1
+            assert await target.fetchval("SHOW maintenance_work_mem") == "77MB"
+            for index in await indexes.existing(target):
+                if index.key == 4711:
+                    await indexes.drop(target, index.name)
+            # Neither has the tables.
+            assert await followed(no_shard, target) == 0
+            assert await followed(source, no_shard) == 0
+        finally:
+            await indexes.drop(source, "memories_own_stand_in")
 
 
 async def settled(slots: Slots) -> bool:

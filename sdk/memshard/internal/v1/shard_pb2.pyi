@@ -13,6 +13,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from memshard.v1 import memory_pb2 as _memory_pb2
 import builtins as _builtins
@@ -25,6 +26,41 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ErasePart:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ErasePartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErasePart.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ERASE_PART_UNSPECIFIED: _ErasePart.ValueType  # 0
+    """All of it: the user has one slot."""
+    ERASE_PART_FIND: _ErasePart.ValueType  # 1
+    """Of the user's slot: whether the request is over."""
+    ERASE_PART_REMOVE: _ErasePart.ValueType  # 2
+    """Of all slots: it is not. What there is goes."""
+    ERASE_PART_RECORD: _ErasePart.ValueType  # 3
+    """Of the user's slot: it is over."""
+    ERASE_PART_SETTLE: _ErasePart.ValueType  # 4
+    """Of all slots: it is over, and nothing is removed; there may be ids to tell and to forget."""
+
+class ErasePart(_ErasePart, metaclass=_ErasePartEnumTypeWrapper):
+    """What is asked of a shard where a user's memories are in many slots. Slots move: that a request is over is kept in the
+    user's own slot, under a request id that stands for user and request. FIND and RECORD name no user, so that a shard
+    that knows nothing of parts, and so does all of it, removes nothing.
+    """
+
+ERASE_PART_UNSPECIFIED: ErasePart.ValueType  # 0
+"""All of it: the user has one slot."""
+ERASE_PART_FIND: ErasePart.ValueType  # 1
+"""Of the user's slot: whether the request is over."""
+ERASE_PART_REMOVE: ErasePart.ValueType  # 2
+"""Of all slots: it is not. What there is goes."""
+ERASE_PART_RECORD: ErasePart.ValueType  # 3
+"""Of the user's slot: it is over."""
+ERASE_PART_SETTLE: ErasePart.ValueType  # 4
+"""Of all slots: it is over, and nothing is removed; there may be ids to tell and to forget."""
+Global___ErasePart: _TypeAlias = ErasePart  # noqa: Y015
 
 @_typing.final
 class Route(_message.Message):
@@ -1128,9 +1164,16 @@ class EraseRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     FORGOTTEN_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    MEMORIES_ERASED_FIELD_NUMBER: _builtins.int
+    VERSIONS_ERASED_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     request_id: _builtins.str
     """Never empty: a router makes one when the caller gave none."""
+    part: Global___ErasePart.ValueType
+    memories_erased: _builtins.int
+    """Of RECORD: the totals."""
+    versions_erased: _builtins.int
     @_builtins.property
     def route(self) -> Global___Route: ...
     @_builtins.property
@@ -1144,10 +1187,13 @@ class EraseRequest(_message.Message):
         user_id: _builtins.str = ...,
         request_id: _builtins.str = ...,
         forgotten: _abc.Iterable[_builtins.str] | None = ...,
+        part: Global___ErasePart.ValueType = ...,
+        memories_erased: _builtins.int = ...,
+        versions_erased: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forgotten", b"forgotten", "request_id", b"request_id", "route", b"route", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forgotten", b"forgotten", "memories_erased", b"memories_erased", "part", b"part", "request_id", b"request_id", "route", b"route", "user_id", b"user_id", "versions_erased", b"versions_erased"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1164,8 +1210,11 @@ class EraseResponse(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     COMMIT_FIELD_NUMBER: _builtins.int
     UNCONFIRMED_FIELD_NUMBER: _builtins.int
+    OVER_FIELD_NUMBER: _builtins.int
     memories_erased: _builtins.int
     versions_erased: _builtins.int
+    over: _builtins.bool
+    """Of FIND and RECORD: the request is over, with these totals."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Of memories of the user that went with this erasure or an earlier one, and that a cache may still know. At most
@@ -1188,10 +1237,11 @@ class EraseResponse(_message.Message):
         ids: _abc.Iterable[_builtins.str] | None = ...,
         commit: Global___Commit | None = ...,
         unconfirmed: _abc.Iterable[_builtins.str] | None = ...,
+        over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "ids", b"ids", "memories_erased", b"memories_erased", "unconfirmed", b"unconfirmed", "versions_erased", b"versions_erased"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "ids", b"ids", "memories_erased", b"memories_erased", "over", b"over", "unconfirmed", b"unconfirmed", "versions_erased", b"versions_erased"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
