@@ -1,12 +1,16 @@
 """Stores that come together share a statement; each caller has its own outcome, and nobody pays for another."""
 
 import asyncio
+import time
 import uuid
 from typing import TYPE_CHECKING
 
 import grpc
+import pytest
 
 from memshard.v1 import memory_pb2 as pb
+from shard.moving import ownership, side
+from shard.moving.ownership import FenceError
 from tests.integration.test_ownership import Place, held_fence, place, somebody_waits_for_a_lock
 from tests.support.cluster import LocalCluster
 from tests.support.metrics import families_of
@@ -20,6 +24,13 @@ __all__ = ["place"]
 _MANY = 120
 # At the same time: as many as no limit refuses.
 _TEAM = 30
+# Users of one shard, and how many of them store at the same time, again and again.
+_OTHERS, _AT_WORK = 40, 8
+# What a fence may hold up others for at a time (shard/moving/ownership.py), and what the machine may take besides.
+_LONGEST_WAIT_S, _SLACK_S = 0.5, 0.75
+_MOVE_ID = 4711
+_STATE = "SELECT state FROM owned_slots WHERE slot = $1"
+_FORGET_MARKS = "DELETE FROM move_marks WHERE move_id = $1"
 
 
 def _id() -> str:
@@ -125,14 +136,22 @@ async def test_of_a_crowd_each_hears_what_became_of_its_own(api: "MemoryServiceA
     )
 
 
-async def test_a_slot_that_is_being_handed_over_holds_nobody_else_up(cluster: LocalCluster, place: Place) -> None:
-    """Others of the same shard are stored while it waits, and it hears the fence's outcome in the end."""
-    others = [
+def _others(place: Place) -> list[str]:
+    """Users of the same shard, in other slots."""
+    found = [
         name
         for name in (f"{place.user_id}-{number}" for number in range(400))
         if place.topology.owner(user_slot(name)).shard_id == place.shard.shard_id and user_slot(name) != place.slot
-    ][:40]
-    assert len(others) == 40
+    ][:_OTHERS]
+    assert len(found) == _OTHERS
+    return found
+
+
+async def test_a_slot_whose_state_is_being_changed_holds_nobody_else_up(cluster: LocalCluster, place: Place) -> None:
+    """Others of the same shard are stored while it waits, and it hears the outcome in the end. So it is when a fence is
+    taken away, or slots change hands; who makes a fence has the whole table (below).
+    """
+    others = _others(place)
     async with held_fence(place) as fence, shard_service(place.shard.address) as stub:
         waiting = [asyncio.ensure_future(place.store()) for _ in range(6)]
         await somebody_waits_for_a_lock(cluster, place)
@@ -147,6 +166,58 @@ async def test_a_slot_that_is_being_handed_over_holds_nobody_else_up(cluster: Lo
         refused = await asyncio.gather(*waiting, return_exceptions=True)
     assert [reason_of(one) for one in refused if isinstance(one, grpc.aio.AioRpcError)] == ["WRONG_SHARD"] * 6
     assert await place.rows() == 0
+
+
+async def test_a_fence_that_has_to_wait_holds_the_shard_up_for_a_bounded_time(
+    cluster: LocalCluster, place: Place
+) -> None:
+    """As a mover makes it, with a write under way that does not end: others go on in between, and when it has ended the
+    fence is made, and holds up nobody.
+    """
+    others, fence_s = _others(place), 2.5
+    waited_s: list[float] = []
+    dsn, shard_id = cluster.shard_dsn(place.shard.shard_id, owner=True), place.shard.shard_id
+
+    async def store(user: str) -> None:
+        began = time.monotonic()
+        await place.stub.Store(place.request(user), timeout=10)
+        waited_s.append(time.monotonic() - began)
+
+    async def stores(until: "asyncio.Future[None]") -> None:
+        async def of_one(user: str) -> None:
+            while not until.done():
+                await store(user)
+
+        await asyncio.gather(*(of_one(user) for user in others[:_AT_WORK]))
+
+    async with side.opened(shard_id, dsn, _MOVE_ID) as giver, database(dsn) as writer:
+
+        async def fence() -> None:
+            await ownership.fence(
+                giver, place.slot, place.slot, timeout_s=fence_s, move_id=_MOVE_ID, way="forward", mark=1
+            )
+
+        try:
+            async with writer.transaction():
+                await writer.execute("SELECT FROM owned_slots WHERE slot = $1 FOR SHARE", place.slot)
+                began = time.monotonic()
+                fencing = asyncio.ensure_future(fence())
+                await stores(fencing)
+                with pytest.raises(FenceError):
+                    await fencing
+                assert time.monotonic() - began < fence_s + _SLACK_S
+            print(f"{len(waited_s)} stores meanwhile, the slowest took {max(waited_s):.2f} s")
+            # They did wait, each for the mover's patience at most: it is the real lock.
+            assert _LONGEST_WAIT_S / 2 < max(waited_s) < _LONGEST_WAIT_S + _SLACK_S
+            assert len(waited_s) > 2 * _AT_WORK
+            assert await place.database.fetchval(_STATE, place.slot) == "own"
+            await fence()
+            assert await place.database.fetchval(_STATE, place.slot) == "fenced"
+            async with asyncio.timeout(_SLACK_S * 2):
+                await asyncio.gather(*(store(user) for user in others))
+        finally:
+            await ownership.unfence(giver, place.slot, place.slot)
+            await giver.connection.execute(_FORGET_MARKS, _MOVE_ID)
 
 
 async def test_callers_who_leave_take_nothing_from_the_others(api: "MemoryServiceAsyncStub", user: str) -> None:

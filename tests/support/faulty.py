@@ -76,6 +76,7 @@ async def faulty_cluster(
     *,
     shards: int = 2,
     replicas: int = 0,
+    routers: int = 1,
     embedder: str = "none",
     dimensions: int = 16,
     options: Sequence[str] = (),
@@ -83,10 +84,19 @@ async def faulty_cluster(
     databases: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[FaultyCluster]:
-    """Such a cluster, with nothing wrong. `settings` are the router's, beside those that the cluster gives its own."""
+    """Such a cluster, with nothing wrong, and `routers` of its own that no fault reaches. `settings` are the test's
+    router's, beside those that the cluster gives its own.
+    """
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(
-            LocalCluster(shards=shards, replicas=replicas, embedder=embedder, dimensions=dimensions, options=options)
+            LocalCluster(
+                shards=shards,
+                replicas=replicas,
+                routers=routers,
+                embedder=embedder,
+                dimensions=dimensions,
+                options=options,
+            )
         )
         await eventually(cluster.healthy, within_s=_START_S)
         topology = await topology_of(cluster.catalog_dsn())

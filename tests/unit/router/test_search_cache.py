@@ -1,6 +1,7 @@
 """Search results that a router remembers: which search they are of, and what makes them count for nothing."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from pydantic import SecretStr
 
 from common.config import RouterSettings
 from common.slots import SLOT_COUNT
-from common.topology import Shard, SlotRange, Topology
+from common.topology import Cutover, Shard, SlotRange, Topology
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router.consistency import EVENTUAL, STRONG, Consistency, Position
@@ -20,7 +21,14 @@ from tests.support.spans import Spans
 from tests.unit.router.memories import memory
 
 SLOT = 7
-TOPOLOGY = Topology("c", 1, (Shard("a", "a:1"),), (SlotRange(0, SLOT_COUNT - 1, "a"),))
+ONE = Topology("c", 1, (Shard("a", "a:1"), Shard("b", "b:1")), (SlotRange(0, SLOT_COUNT - 1, "a"),))
+MOVED = replace(
+    ONE,
+    epoch=2,
+    ranges=(SlotRange(0, SLOT, "b"), SlotRange(SLOT + 1, SLOT_COUNT - 1, "a")),
+    cutovers=(Cutover("a", "b", 1, 700),),
+)
+RETURNED = replace(ONE, epoch=3, cutovers=(Cutover("a", "b", 1, 700), Cutover("b", "a", 1, 900)))
 KEY = SearchKey("user", b"digest")
 
 
@@ -36,9 +44,9 @@ class Cache:
             self.clock,
         )
 
-    def stamp(self, lsn: int = 100, *, age_ms: int = 0) -> Stamp:
-        said = shard_pb2.ReadStamp(timeline=1, lsn=lsn, age_ms=age_ms)
-        return Stamp.of_answer("a", said, self.searches.now())
+    def stamp(self, lsn: int = 100, *, timeline: int = 1, age_ms: int = 0, shard_id: str = "a") -> Stamp:
+        said = shard_pb2.ReadStamp(timeline=timeline, lsn=lsn, age_ms=age_ms)
+        return Stamp.of_answer(shard_id, said, self.searches.now())
 
     def remember(self, stamp: Stamp | None = None, key: SearchKey = KEY, **fields: object) -> None:
         fields = {"expire_time": None, "embedding_state": pb.EMBEDDING_STATE_READY, **fields}
@@ -48,16 +56,16 @@ class Cache:
         self.searches.remember(key, kept, response)
         self.clock.pass_(0.001)
 
-    def find(self, consistency: Consistency = EVENTUAL, key: SearchKey = KEY) -> str | None:
-        kept = self.searches.find(key, consistency, TOPOLOGY)
+    def find(self, consistency: Consistency = EVENTUAL, key: SearchKey = KEY, topology: Topology = ONE) -> str | None:
+        kept = self.searches.find(key, consistency, topology)
         if kept is None:
             return None
         (result,) = pb.SearchMemoriesResponse.FromString(kept.encoded).results
         return result.memory.content
 
 
-def session(lsn: int) -> Consistency:
-    return Consistency(strong=False, positions={"a": Position(1, lsn)})
+def session(lsn: int, shard_id: str = "a") -> Consistency:
+    return Consistency(strong=False, positions={shard_id: Position(1, lsn)})
 
 
 def test_results_are_found_as_fresh_as_is_asked_for() -> None:
@@ -71,6 +79,37 @@ def test_results_are_found_as_fresh_as_is_asked_for() -> None:
         assert cache.find(consistency) is None
     assert cache.find(key=KEY._replace(user="another")) is None
     assert cache.find(key=KEY._replace(digest=b"another")) is None
+
+
+def test_of_a_slot_that_has_moved_no_results_are_used_that_its_old_owner_gave() -> None:
+    cache = Cache()
+    cache.remember(cache.stamp(9_999))
+    assert cache.find() is not None
+    assert cache.find(topology=MOVED) is None
+    assert cache.find(session(800, "b"), topology=MOVED) is None
+    cache.remember(cache.stamp(650, shard_id="b"))
+    assert cache.find(topology=MOVED) is not None
+    # A token of before the move stands for the place of the cutover in the new owner's log.
+    assert cache.find(session(1), topology=MOVED) is None
+    cache.remember(cache.stamp(700, shard_id="b"))
+    assert cache.find(session(1), topology=MOVED) is not None
+
+
+def test_of_a_slot_that_has_come_back_no_results_of_before_are_used_for_who_wrote_meanwhile() -> None:
+    cache = Cache()
+    cache.remember(cache.stamp(600))
+    assert cache.find(topology=RETURNED) is not None
+    assert cache.find(session(800, "b"), topology=RETURNED) is None
+    cache.remember(cache.stamp(900))
+    assert cache.find(session(800, "b"), topology=RETURNED) is not None
+
+
+def test_results_of_an_older_timeline_count_for_nothing_once_a_newer_one_is_known() -> None:
+    cache = Cache()
+    cache.remember(cache.stamp(100, timeline=1))
+    assert cache.find() is not None
+    cache.remember(cache.stamp(5, timeline=2), KEY._replace(digest=b"another"))
+    assert cache.find() is None
 
 
 @pytest.mark.parametrize("forget", ["wrote", "erase", "clear", "flush"])
