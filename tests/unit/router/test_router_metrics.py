@@ -13,6 +13,7 @@ from common.topology import Shard, SlotRange, Topology
 from router.metrics import RouterMetrics
 from router.shards import Shards
 
+_MOVES = {"memory_moves", "memory_moves_unattended", "memory_moves_overdue", "memory_moving_slots"}
 TOPOLOGY = Topology("c", 1, (Shard("a", "a:1"),), (SlotRange(0, SLOT_COUNT - 1, "a"),))
 
 
@@ -34,4 +35,4 @@ def test_moves_are_told_while_they_are_known(age_s: float | None, told: bool) ->
     nothing: Any = None
     metrics = RouterMetrics(watch, nothing, nothing, nothing, nothing, nothing, nothing)
     names = {family.name for family in metrics._moves()}
-    assert names == ({"memory_moves", "memory_moves_unattended", "memory_moving_slots"} if told else set())
+    assert names == (_MOVES if told else set())
