@@ -4,10 +4,12 @@
 
 import asyncio
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 import typer
 
+from cli.cluster_health import Admin, TokenFile, router_at
 from cli.cluster_options import DataDir, failures_shown
 from cli.options import not_empty
 
@@ -35,6 +37,8 @@ def degrade(
         ),
     ] = None,
     data_dir: DataDir = None,
+    admin: Admin = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Set the degradation level of the cluster or of a shard, whatever the routers see. It holds until it is changed.
 
@@ -45,9 +49,11 @@ def degrade(
     from local.layout import Layout
     from memshard.v1.memory_pb2 import DegradationLevel
 
+    whose = shard or ""
     number = 0 if level is LevelName.AUTO else DegradationLevel.Value(f"DEGRADATION_LEVEL_{level.name}")
     with failures_shown():
-        epoch = asyncio.run(set_degradation(Layout.of(data_dir), shard or "", number))
-    whose = shard or "the cluster"
+        router = router_at(admin, token_file)
+        to = router.set_degradation if router is not None else partial(set_degradation, Layout.of(data_dir))
+        epoch = asyncio.run(to(whose, number))
     told = "left to the routers" if level is LevelName.AUTO else f"set to {level}"
-    typer.echo(f"The degradation level of {whose} is {told}, as of epoch {epoch}.")
+    typer.echo(f"The degradation level of {whose or 'the cluster'} is {told}, as of epoch {epoch}.")

@@ -112,8 +112,14 @@ def chosen_routers(data_dir: Path | None, admin: str | None, token_file: Path | 
     from local import router_admin
     from local.layout import Layout
 
+    router = router_at(admin, token_file)
+    return [router] if router is not None else router_admin.of_cluster(Layout.of(data_dir))
+
+
+def router_at(admin: str | None, token_file: Path | None) -> "RouterAdmin | None":
+    """The router that the options name, if they do. Raises LocalClusterError, typer.BadParameter."""
+    from local import router_admin
+
     if (admin is None) != (token_file is None):
         raise typer.BadParameter("--admin and --token-file go together")
-    if admin is not None and token_file is not None:
-        return [router_admin.at(admin, token_file)]
-    return router_admin.of_cluster(Layout.of(data_dir))
+    return None if admin is None or token_file is None else router_admin.at(admin, token_file)

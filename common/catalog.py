@@ -18,7 +18,7 @@ from common.migrations import migrate
 from common.postgres import Connection
 from common.slots import share_out
 from common.sync_set import SyncSet
-from common.topology import CLUSTER, Cutover, Replica, Shard, ShardStatus, SlotRange, Topology
+from common.topology import Cutover, Replica, Shard, ShardStatus, SlotRange, Topology
 
 # Channel that a changed epoch is announced on; the payload is the epoch.
 CHANNEL = "memshard_topology"
@@ -105,9 +105,8 @@ _READ_REPLICAS = "SELECT shard_id, replica_id, address FROM replicas ORDER BY sh
 _DROP_REPLICAS = "DELETE FROM replicas WHERE shard_id = $1"
 _CREATE_REPLICA = "INSERT INTO replicas (shard_id, replica_id, address) VALUES ($1, $2, $3)"
 _READ_LEVELS = "SELECT shard_id, level FROM levels ORDER BY shard_id"
-_DROP_LEVEL = "DELETE FROM levels WHERE shard_id = $1"
-_CREATE_LEVEL = "INSERT INTO levels (shard_id, level) VALUES ($1, $2)"
-_HAS_SHARD = "SELECT EXISTS (SELECT FROM shards WHERE shard_id = $1)"
+# A function, as the services may call it, and may not write to what it writes to.
+_SET_LEVEL = "SELECT set_level($1, $2, $3)"
 _READ_SYNC_SET = "SELECT primary_server, members, following, version FROM sync_sets WHERE shard_id = $1"
 _CREATE_SYNC_SET = """
 INSERT INTO sync_sets (shard_id, primary_server, members) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING
@@ -268,13 +267,13 @@ async def set_level(connection: Connection, epoch: int, shard_id: str, level: Le
 
     Raises EpochConflictError when it is not, UnknownShardError.
     """
-    async with connection.transaction():
-        raised = await raise_epoch(connection, epoch)
-        if shard_id != CLUSTER and not await connection.fetchval(_HAS_SHARD, shard_id):
-            raise UnknownShardError(f"there is no shard {shard_id!r}")
-        await connection.execute(_DROP_LEVEL, shard_id)
-        if level is not None:
-            await connection.execute(_CREATE_LEVEL, shard_id, level.name.lower())
+    name = None if level is None else level.name.lower()
+    try:
+        raised: int | None = await connection.fetchval(_SET_LEVEL, epoch, shard_id, name)
+    except asyncpg.NoDataFoundError as error:
+        raise UnknownShardError(f"there is no shard {shard_id!r}") from error
+    if raised is None:
+        raise _conflict(epoch)
     return raised
 
 
@@ -340,6 +339,10 @@ async def raise_epoch(connection: Connection, epoch: int) -> int:
     """The compare-and-set that every topology change begins with, inside its transaction."""
     raised: int | None = await connection.fetchval(_RAISE_EPOCH, epoch)
     if raised is None:
-        raise EpochConflictError(f"the topology is no longer at epoch {epoch}")
+        raise _conflict(epoch)
     await connection.execute(_NOTIFY, CHANNEL, str(raised))
     return raised
+
+
+def _conflict(epoch: int) -> EpochConflictError:
+    return EpochConflictError(f"the topology is no longer at epoch {epoch}")

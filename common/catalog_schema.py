@@ -129,4 +129,32 @@ MIGRATIONS = (
             CHECK (rollback_window_s >= 0);
         """,
     ),
+    Migration(
+        7,
+        "setting degradation levels, for roles that may do no more to the topology",
+        """
+        -- The epoch that has it; NULL, and nothing is done, when the topology is no longer at `planned`.
+        CREATE FUNCTION set_level(planned bigint, whose text, wanted text) RETURNS bigint
+        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+        DECLARE
+            raised bigint;
+        BEGIN
+            UPDATE topology SET epoch = epoch + 1 WHERE epoch = planned RETURNING epoch INTO raised;
+            IF raised IS NULL THEN
+                RETURN NULL;
+            END IF;
+            IF whose <> '' AND NOT EXISTS (SELECT FROM shards WHERE shard_id = whose) THEN
+                RAISE no_data_found;
+            END IF;
+            DELETE FROM levels WHERE shard_id = whose;
+            IF wanted IS NOT NULL THEN
+                INSERT INTO levels (shard_id, level) VALUES (whose, wanted);
+            END IF;
+            PERFORM pg_notify('memshard_topology', raised::text);
+            RETURN raised;
+        END
+        $$;
+        REVOKE ALL ON FUNCTION set_level(bigint, text, text) FROM PUBLIC;
+        """,
+    ),
 )

@@ -82,7 +82,7 @@ class ProcessSettings(BaseSettings):
     model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     catalog_dsn: PostgresDsn
-    """URL of the catalog's database. A role that can only read is enough."""
+    """URL of the catalog's database. A role that can only read is enough, but for setting levels through a router."""
 
     log_format: Literal["json", "console"] = "json"
     """`json`: one object a line, for collectors. `console`: for eyes."""

@@ -188,6 +188,7 @@ async def provision_catalog(owner_dsn: str, description: ClusterDescription, app
         _require_same(cluster, description)
         await roles.let_read(connection, app)
         await roles.let_keep_sync_sets(connection, app)
+        await roles.let_set_levels(connection, app)
         if await roles.has_role(connection, roles.MOVER):
             await roles.let_keep_moves(connection)
         for shard_id, shard in description.shards.items():

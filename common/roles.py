@@ -13,7 +13,7 @@ from common.postgres import Connection
 OWNER = "memshard_owner"
 """Owns the databases: changes their schema, and in the catalog the topology."""
 APP = "memshard_app"
-"""What the services serve as: reads the catalog, reads and writes rows in a shard."""
+"""What the services serve as: reads the catalog, sets levels in it, reads and writes rows in a shard."""
 REPLICATION = "memshard_replication"
 """What standbys stream as."""
 MOVER = "memshard_mover"
@@ -44,6 +44,8 @@ _KEEP_SYNC_SETS = """
 SELECT format('REVOKE UPDATE ON sync_sets FROM %1$I;
                GRANT SELECT, UPDATE (members, following, version) ON sync_sets TO %1$I', $1::text)
 """
+# What a router's operators set through it; the function is all that a service may change of the topology.
+_SET_LEVELS = "SELECT format('GRANT EXECUTE ON FUNCTION set_level(bigint, text, text) TO %I', $1::text)"
 # What a shard's service needs to keep the standbys that its commits wait for: to see them, and to set them.
 _KEEP_STANDBYS = """
 SELECT format('GRANT pg_monitor TO %1$I, %2$I;
@@ -132,3 +134,8 @@ async def let_read(connection: Connection, app: str = APP) -> None:
 async def let_keep_sync_sets(connection: Connection, app: str = APP) -> None:
     """Lets the shards' services write down whom their commits wait for. As the catalog's owner."""
     await connection.execute(await connection.fetchval(_KEEP_SYNC_SETS, app))
+
+
+async def let_set_levels(connection: Connection, app: str = APP) -> None:
+    """Lets the routers set degradation levels, as their operators ask them to. As the catalog's owner."""
+    await connection.execute(await connection.fetchval(_SET_LEVELS, app))

@@ -11,24 +11,25 @@ from google.protobuf.message import Message
 from common import errors
 from common.bearer import Bearer
 from common.deadline import Deadline
-from common.level import Level
+from common.degradation import in_words, set_degradation
 from common.methods import Methods
 from common.rpc import methods_of
 from local import admin_streams
 from local.admin_moves import Moves
 from local.cluster import Plan
-from local.degradation import set_level
 from local.errors import LocalClusterError
 from local.growth import Growth
 from local.planned_failover import PlannedFailover, Progress, Step
 from local.ports import HOST
 from local.process import Child
 from local.rolling import RollingRestart
+from local.sessions import as_owner
 from local.shard_servers import ShardServers
 from memshard.admin.v1 import cluster_pb2
 
 _STOP_GRACE_S = 0.2
 _DEFAULT_DEADLINE_S = 30.0
+_CATALOG_TIMEOUT_S = 10.0
 
 _STEPS = {
     Step.CHECKED: cluster_pb2.FAILOVER_STEP_CHECKED,
@@ -120,15 +121,12 @@ class _Answers:
     async def SetDegradation(  # noqa: N802  # As the rpc is called.
         self, request: cluster_pb2.SetDegradationRequest, deadline: Deadline
     ) -> cluster_pb2.SetDegradationResponse:
-        try:
-            level = Level(request.level) if request.level else None
-        except ValueError as error:
-            raise errors.InvalidArgument.field("level", "INVALID_ENUM", "is no degradation level") from error
+        server, secrets = self._plan.catalog_server(), self._plan.secrets
         with _catalog_needed():
-            epoch = await set_level(self._plan, request.shard_id, level)
-        told = level.name.lower() if level else "auto"
-        self._log.warning("the degradation level of %s was set to %s", request.shard_id or "the cluster", told)
-        return cluster_pb2.SetDegradationResponse(epoch=epoch)
+            async with as_owner(server, secrets, _CATALOG_TIMEOUT_S) as connection:
+                answer = await set_degradation(connection, request)
+        self._log.warning("the degradation level of %s was set to %s", *in_words(request))
+        return answer
 
 
 class _Failovers:

@@ -105,6 +105,7 @@ async def tell_catalog(server: Server, secrets: Secrets, record: Record, shards:
     async with as_owner(server, secrets) as connection:
         await catalog.upgrade(connection)
         await roles.let_keep_sync_sets(connection)
+        await roles.let_set_levels(connection)
         await roles.let_keep_moves(connection)
         for shard in shards:
             # The first server is the primary of a new shard; of one that has a set already nothing changes.

@@ -20,6 +20,7 @@ from local.record import load_record
 from local.state import load_state
 from memshard.admin.v1 import cluster_pb2 as pb
 from memshard.admin.v1 import cluster_pb2_grpc
+from memshard.v1.memory_pb2 import DegradationLevel
 
 R = TypeVar("R")
 
@@ -56,6 +57,15 @@ class RouterAdmin:
         """Has it try what may help. Raises LocalClusterError."""
         answer: pb.RecoverResponse = await self._call("Recover", pb.RecoverRequest(test_after=test_after))
         return answer
+
+    async def set_degradation(self, shard_id: str, level: int) -> int:
+        """Sets the level of a shard, or (empty) of the cluster; 0 leaves it to the routers. The epoch that has it.
+
+        Raises LocalClusterError.
+        """
+        request = pb.SetDegradationRequest(shard_id=shard_id, level=DegradationLevel.ValueType(level))
+        answer: pb.SetDegradationResponse = await self._call("SetDegradation", request)
+        return answer.epoch
 
     async def _call(self, rpc: str, request: Message) -> Any:
         try:

@@ -141,6 +141,7 @@ async def main(settings: RouterSettings) -> None:
             observed=observed,
             placement=placement,
             entrance=entrance,
+            catalog_dsn=settings.catalog_dsn.get_secret_value(),
         )
         metrics = RouterMetrics(watch, shards, replicas, retries, reads.hedges, remembered, observed)
         server = lifecycle.Server(

@@ -5,13 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import asyncpg
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from common import catalog, logs, postgres
 from common.bearer import Bearer
 from common.breaker import CircuitBreaker, State
 from common.config import RouterSettings
 from common.deadline import Deadline
-from common.errors import InvalidArgument
+from common.degradation import in_words, set_degradation
+from common.errors import FailedPrecondition, InvalidArgument, Unavailable
 from common.lifecycle import Listener, StartError
 from common.move_message import message_of
 from common.rpc import methods_of
@@ -32,6 +35,12 @@ from router.shards import Shards
 from router.topology_watch import TopologyWatch
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ClusterService"]
+
+_log = logs.get_logger("admin")
+
+_NO_CATALOG = (postgres.DatabaseUnreachableError, catalog.CatalogError, *postgres.CONNECT_ERRORS)
+# What is kept of the caller's time, in which to say that the catalog does not answer.
+_WAY_BACK_S = 0.25
 
 # A look at everything takes as long as it takes to cut two checks off.
 _DEFAULT_DEADLINE_S = 30.0
@@ -86,6 +95,7 @@ class AdminServicer:
     observed: Observed
     placement: Placement
     entrance: Entrance
+    catalog_dsn: str = field(repr=False)
     started_at: float = field(default_factory=time.monotonic)
 
     async def GetHealth(self, request: pb.GetHealthRequest, deadline: Deadline) -> pb.GetHealthResponse:
@@ -140,6 +150,25 @@ class AdminServicer:
                 )
             )
         return pb.GetHotUsersResponse(users=users, half_life_s=HALF_LIFE_S)
+
+    async def SetDegradation(self, request: pb.SetDegradationRequest, deadline: Deadline) -> pb.SetDegradationResponse:
+        try:
+            async with deadline.less(_WAY_BACK_S).bound():
+                connection = await postgres.connect(self.catalog_dsn, what="the catalog")
+                try:
+                    answer = await set_degradation(connection, request)
+                finally:
+                    connection.terminate()
+        except (asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedFunctionError) as error:
+            raise FailedPrecondition(
+                "this router's role may not set levels in the catalog; `memshard catalog create` lets memshard_app",
+                reason="CATALOG_READ_ONLY",
+            ) from error
+        except _NO_CATALOG as error:
+            raise Unavailable("the catalog does not answer", reason="CATALOG_UNAVAILABLE", retry_after_s=1.0) from error
+        whose, level = in_words(request)
+        _log.warning("an operator has set a degradation level", of=whose, level=level)
+        return answer
 
     def _shards(self) -> Iterable[pb.ShardStats]:
         topology = self.watch.topology

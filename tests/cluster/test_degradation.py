@@ -1,18 +1,27 @@
 """`memshard degrade`: a level set by hand holds for exactly whom it was set for, until it is changed."""
 
 import itertools
+import os
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from common.bearer import credentials
+from common.level import Level
+from common.roles import let_set_levels
+from local.cluster import admin_of
+from memshard.admin.v1 import cluster_pb2, cluster_pb2_grpc
 from memshard.v1 import memory_pb2 as pb
 from tests.support.cluster import LocalCluster, command
 from tests.support.eventually import eventually
-from tests.support.wire import memory_service, reason_of, store_request, topology_of, user_slot
+from tests.support.wire import database, memory_service, reason_of, store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
     from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
@@ -128,6 +137,66 @@ async def test_a_level_is_kept_while_the_whole_cluster_is_down_and_it_starts_all
     await degradable.cluster.up()
     assert not await degradable.serving()
     assert await degradable.writes("shard-0") == _READ_ONLY
+
+
+async def test_a_router_sets_levels_for_whoever_has_its_token_and_no_data_directory(
+    degradable: Degradable, tmp_path: Path
+) -> None:
+    cluster = degradable.cluster
+    port = cluster.plan().record.ports[admin_of("router-0")]
+    router = ("--admin", f"127.0.0.1:{port}", "--token-file")
+    token, wrong = str(cluster.layout.admin_token), tmp_path / "token"
+    wrong.write_text("not this one\n")
+    code, output = await command("degrade", "readonly", "--shard", "shard-1", *router, str(wrong))
+    assert (code, "this needs the token" in output) == (1, True)
+    code, output = await command("degrade", "readonly", "--shard", "shard-1", *router, token)
+    assert code == 0, output
+    assert "The degradation level of shard-1 is set to readonly" in output
+
+    async def refused() -> bool:
+        return await degradable.writes("shard-1") == _READ_ONLY
+
+    await eventually(refused)
+    assert await degradable.writes("shard-0") is None
+    # It is in the catalog, and not in that router alone.
+    assert (await topology_of(cluster.catalog_dsn())).levels == {"shard-1": Level.READONLY}
+    code, output = await command("degrade", "readonly", "--shard", "shard-7", *router, token)
+    assert (code, "there is no shard 'shard-7', only shard-0, shard-1" in output) == (1, True)
+    code, output = await command("degrade", "auto", "--shard", "shard-1", *router, token)
+    assert code == 0, output
+    await eventually(lambda: _is_none(degradable, "shard-1"))
+    assert (await command("degrade", "auto", *router[:2]))[0] == 2
+
+
+async def test_a_router_whose_role_may_only_read_says_so(degradable: Degradable) -> None:
+    cluster = degradable.cluster
+    port = cluster.plan().record.ports[admin_of("router-0")]
+    router = ("--admin", f"127.0.0.1:{port}", "--token-file", str(cluster.layout.admin_token))
+    async with database(cluster.catalog_dsn(owner=True)) as owner:
+        await owner.execute("REVOKE EXECUTE ON FUNCTION set_level FROM memshard_app")
+        try:
+            code, output = await command("degrade", "readonly", *router)
+        finally:
+            await let_set_levels(owner)
+    assert (code, "role may not set levels in the catalog" in " ".join(output.split())) == (1, True)
+    assert (await topology_of(cluster.catalog_dsn())).levels == {}
+    code, output = await command("degrade", "auto", *router)
+    assert code == 0, output
+
+
+async def test_a_router_says_when_its_catalog_is_away(degradable: Degradable) -> None:
+    cluster = degradable.cluster
+    port = cluster.plan().record.ports[admin_of("router-0")]
+    pid = cluster.kill("postgres-catalog", signal.SIGSTOP)
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub: Any = cluster_pb2_grpc.ClusterServiceStub(channel)
+            metadata = credentials(cluster.layout.admin_token.read_text().strip())
+            with pytest.raises(grpc.aio.AioRpcError) as away:
+                await stub.SetDegradation(cluster_pb2.SetDegradationRequest(), metadata=metadata, timeout=2)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert (away.value.code(), reason_of(away.value)) == (grpc.StatusCode.UNAVAILABLE, "CATALOG_UNAVAILABLE")
 
 
 async def test_what_cannot_be_is_refused_in_words(degradable: Degradable) -> None:

@@ -16,7 +16,10 @@ import pytest
 import pytest_asyncio
 import yaml
 
+from common import catalog
+from common.catalog import EpochConflictError, UnknownShardError
 from common.healthcheck import check
+from common.level import Level
 from common.roles import APP, CATALOG_DATABASE, MOVER, OWNER, REPLICATION, SHARD_DATABASE
 from local import postgres
 from local.account import make_traversable, postgres_account
@@ -119,6 +122,17 @@ async def test_a_cluster_is_made_of_empty_servers_and_serves(outside: Outside, u
     async with database(outside.dsn(outside.catalog, APP, "app-1")) as connection:
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await connection.execute("UPDATE topology SET epoch = 9")
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute("INSERT INTO levels VALUES ('', 'readonly')")
+        # By compare-and-set alone, as it is asked to.
+        epoch = await catalog.read_epoch(connection)
+        assert await catalog.set_level(connection, epoch, "shard-a", Level.READONLY) == epoch + 1
+        with pytest.raises(EpochConflictError):
+            await catalog.set_level(connection, epoch, "", Level.READONLY)
+        with pytest.raises(UnknownShardError):
+            await catalog.set_level(connection, epoch + 1, "shard-b", Level.READONLY)
+        assert (await catalog.read_topology(connection)).levels == {"shard-a": Level.READONLY}
+        assert await catalog.set_level(connection, epoch + 1, "shard-a", None) == epoch + 2
 
 
 async def test_services_may_serve_as_another_member_of_the_role(outside: Outside, user: str) -> None:
