@@ -56,12 +56,17 @@ class Judge:
         assert self.history[-1][1] is condition
         assert condition >= BAD
         assert self.lasted(now, good=False) >= AFTER_S
+        over_at = self.resolved[-1] if self.resolved else -1.0
         for at, before in self.fired:
-            assert now - at >= AGAIN_AFTER_S or before < condition, "told twice within five minutes"
+            goes_on = at > over_at
+            assert not goes_on or now - at >= AGAIN_AFTER_S or before < condition, "told twice within five minutes"
 
     def _is_not_silent(self, now: float) -> None:
         if self.lasted(now, good=False) >= AFTER_S + AGAIN_AFTER_S:
             assert now - self.fired[-1][0] <= AGAIN_AFTER_S, "it lasts, and nobody hears of it"
+        if self.lasted(now, good=False) >= AFTER_S:
+            assert self.fired
+            assert not self.resolved or self.fired[-1][0] > self.resolved[-1], "it is back, and nobody hears of it"
         if self.lasted(now, good=True) >= QUIET_S and self.fired:
             assert self.resolved
             assert self.resolved[-1] > self.fired[-1][0], "it is over, and nobody hears of it"
@@ -88,7 +93,7 @@ def test_whatever_comes_and_goes_is_told_as_promised(runs: list[tuple[tuple[Cond
             for number, judge in enumerate(judges):
                 judge.see(clock(), states[number], [a for a in told if a.finding.subject == str(number)])
             clock.pass_(STEP_S)
-    for _ in range(int((QUIET_S + AGAIN_AFTER_S) / STEP_S) + 2):
+    for _ in range(int(QUIET_S / STEP_S) + 2):
         alerts.observe(report())
         clock.pass_(STEP_S)
     assert not alerts._incidents, "it remembers for ever"
@@ -108,6 +113,17 @@ def test_what_lasts_is_told_again_after_five_minutes_and_when_it_gets_worse_and_
         (400.0, "firing", "UNHEALTHY"),
         (500.0 + QUIET_S, "resolved", "UNHEALTHY"),
     ]
+
+
+def test_what_fails_again_after_it_was_told_to_be_over_is_told_at_once_and_not_five_minutes_later() -> None:
+    clock = Clock()
+    alerts, told = Alerts(clock), list[tuple[float, str]]()
+    for state, seconds in ((BAD, 10), (Condition.HEALTHY, 40), (BAD, 100), (Condition.HEALTHY, 10), (BAD, 40)):
+        for _ in range(seconds):
+            told += [(clock() - 100, alert.status.value) for alert in alerts.observe(report(state))]
+            clock.pass_(1)
+    # The second time it comes and goes within what is quiet: it goes on.
+    assert told == [(AFTER_S, "firing"), (10 + QUIET_S, "resolved"), (50 + AFTER_S, "firing")]
 
 
 @dataclass
