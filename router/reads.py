@@ -4,6 +4,9 @@ Replicas that look fresh enough come first, then those that may be by now, each 
 what is left. When the primary is away too, a replica that was passed over may still catch up, and is waited for. What
 none of them can answer is UNAVAILABLE: an older answer than was asked for is never given.
 
+Going on from a server that has failed is one more attempt, and takes leave of the router's retry budget like any other
+(`router.retries`): what one server cannot bear is not to come over the next.
+
 A read of one user that takes longer than most is asked of a second server as well (`router.hedges`).
 """
 
@@ -12,9 +15,10 @@ from collections.abc import Collection
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from common import errors, logs, tracing
+from common.breaker import BREAKER_OPEN
 from common.config import RouterSettings
 from common.deadline import Deadline
-from common.errors import DeadlineExceeded, Unavailable, WrongShard
+from common.errors import DeadlineExceeded, MemshardError, Unavailable, WrongShard
 from common.hedge import HedgeTimer
 from common.topology import Shard
 from memshard.internal.v1 import shard_pb2
@@ -22,6 +26,7 @@ from router.balance import PRIMARY, Order, order
 from router.consistency import Consistency, Wanted
 from router.hedges import Hedges
 from router.replicas import Replicas
+from router.retries import Retries
 from router.shards import Q, R, Rpc, Shards
 
 _log = logs.get_logger("reads")
@@ -37,6 +42,11 @@ BEHIND = "REPLICA_BEHIND"
 # what a replica knows of its slots is as old as its rows.
 _GO_ON = (Unavailable, DeadlineExceeded, WrongShard, errors.ResourceExhausted, errors.Unimplemented, errors.Internal)
 
+# What is no failure of a server that was asked: a breaker of this router's own let nobody be asked, or one that is well
+# said that it is not the one to answer this. Going on then takes no leave.
+_NOBODY_FAILED = frozenset({BREAKER_OPEN, BEHIND})
+_NOT_THE_ONE = (WrongShard, errors.Unimplemented)
+
 # Longest that a read waits for a replica to catch up, once the primary is away. It may never happen, and the caller
 # is told to try again after about as long.
 _OUTWAIT_S = 1.0
@@ -45,9 +55,10 @@ _OUTWAIT_S = 1.0
 class Reads:
     """Sends reads to the servers of a shard."""
 
-    def __init__(self, shards: Shards, replicas: Replicas, settings: RouterSettings) -> None:
+    def __init__(self, shards: Shards, replicas: Replicas, settings: RouterSettings, retries: Retries) -> None:
         self.shards = shards
         self.replicas = replicas
+        self.retries = retries
         self.hedges = Hedges()
         self.wait_s = settings.freshness_wait_s
         self.timeout_s = settings.replica_timeout_s
@@ -59,8 +70,9 @@ class Reads:
     ) -> tuple[R, Role]:
         """The answer of a server of `shard` that is fresh enough, and what kind of server that is.
 
-        Raises what the primary raises when it is asked, and no replica can stand in for it; Unavailable /
-        NO_FRESH_SERVER when there are replicas, and none is fresh enough.
+        Raises what the primary raises when it is asked, and no replica can stand in for it; what a replica raised when
+        there is no leave to go on from it; Unavailable / NO_FRESH_SERVER when there are replicas, and none is fresh
+        enough.
         """
         self.shards.admit(shard, rpc)
         if consistency.strong:
@@ -92,14 +104,18 @@ class _Reading(Generic[Q, R]):
         self._wait_s = reads.wait_s
         # Why the primary had no answer, once it was asked.
         self._failed: Unavailable | DeadlineExceeded | None = None
+        # How the last server that was asked failed, as long as going on from it is not paid for.
+        self._unpaid: MemshardError | None = None
 
     async def run(self, going: Order) -> tuple[R, Role]:
         """Asks one after the other, and two at once where the first takes long."""
         names = list(going.first)
         while names:
+            self._require_leave()
             if (got := await self._ask_next(names)) is not None:
                 return got
         if self._failed is None:
+            self._require_leave()
             primary = self._ask_primary(self._deadline.less(self._reserve_s(going)))
             if (got := await primary) is not None:
                 return got
@@ -156,6 +172,7 @@ class _Reading(Generic[Q, R]):
             return await self._reads.shards.call(self._shard, self._rpc, request, deadline), "primary"
         except (Unavailable, DeadlineExceeded) as error:
             self._failed = error
+            self._owe(error)
             return None
 
     async def _ask_replica(self, name: str, timeout_s: float, wait_s: float) -> tuple[R, Role] | None:
@@ -171,6 +188,7 @@ class _Reading(Generic[Q, R]):
                 self._shard, replica, self._rpc, request, timeout_s=timeout_s
             )
         except _GO_ON as error:
+            self._owe(error)
             if error.reason == BEHIND:
                 self._wait_s = max(0.0, self._wait_s - (loop.time() - began))
                 replicas.refused(self._shard, replica, self.wanted)
@@ -188,12 +206,32 @@ class _Reading(Generic[Q, R]):
         # Without the last of the caller's time, in which to say that there is no answer.
         until = Deadline.after(min(_OUTWAIT_S, self._deadline.remaining_s() * 3 / 4))
         for number, name in enumerate(names):
+            if not self._has_leave():
+                return None
             share_s = until.remaining_s() / (len(names) - number)
             # What is not waited is for the answer, or for hearing that there is none.
             got = await self._ask_replica(name, share_s, share_s - min(share_s / 2, self._reads.timeout_s))
             if got is not None:
                 return got
         return None
+
+    def _owe(self, error: MemshardError) -> None:
+        """A server was to answer, and did not: going on has to be paid for, unless it was not its fault."""
+        if error.reason not in _NOBODY_FAILED and not isinstance(error, _NOT_THE_ONE):
+            self._unpaid = error
+
+    def _has_leave(self) -> bool:
+        """Whether one more server may be asked."""
+        if self._unpaid is not None and not self._reads.retries.withdraw():
+            return False
+        self._unpaid = None
+        return True
+
+    def _require_leave(self) -> None:
+        """Raises how the last one failed when no other may be asked."""
+        if not self._has_leave():
+            assert self._unpaid is not None
+            raise self._unpaid
 
     def _reserve_s(self, going: Order) -> float:
         """What is kept back from the primary, so that a replica can stand in for one that hangs."""
