@@ -110,6 +110,8 @@ class _Reading(Generic[Q, R]):
     async def run(self, going: Order) -> tuple[R, Role]:
         """Asks one after the other, and two at once where the first takes long."""
         names = list(going.first)
+        if names and self._may_hedge():
+            self._reads.hedges.read()
         while names:
             self._require_leave()
             if (got := await self._ask_next(names)) is not None:
@@ -127,21 +129,26 @@ class _Reading(Generic[Q, R]):
     async def _ask_next(self, names: list[str]) -> tuple[R, Role] | None:
         """The answer of the first of `names`, or of the one after it when that is hedged; both are taken off then."""
         name = names.pop(0)
-        if self._wide() or not self._by_id:
+        if not self._may_hedge():
             return await self._ask_in_turn(name)
         timer = self._reads.hedges.timer(self._shard.shard_id, self._rpc.name)
         after_s = timer.delay_s()
         if after_s is None:
             return await self._timed(timer, name)
-        asked = {asyncio.create_task(self._timed(timer, name))}
+        loop = asyncio.get_running_loop()
+        asked = {asyncio.create_task(self._timed(timer, name)): loop.time()}
         try:
             await asyncio.wait(asked, timeout=after_s)
             second = names[0] if names else PRIMARY
             if second != name and not all(task.done() for task in asked) and self._reads.hedges.spend():
                 del names[:1]
                 tracing.current().event("hedge", {"memshard.server": second, "memshard.after_ms": after_s * 1000})
-                asked.add(asyncio.create_task(self._timed(timer, second)))
-            return await _first_answer(asked)
+                asked[asyncio.create_task(self._timed(timer, second))] = loop.time()
+            got = await _first_answer(asked)
+            for task, began in asked.items():
+                if not task.done():
+                    timer.observe(loop.time() - began)  # The slower one would have taken longer than that.
+            return got
         finally:
             for task in asked:
                 # What became of the slower one is nobody's to hear, but the event loop would complain.
@@ -149,12 +156,13 @@ class _Reading(Generic[Q, R]):
                 task.cancel()
 
     async def _timed(self, timer: HedgeTimer, name: str) -> tuple[R, Role] | None:
+        """The same as `_ask_in_turn`; how long answers take is noted. How soon a refusal comes says nothing of that."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        try:
-            return await self._ask_in_turn(name)
-        finally:
+        got = await self._ask_in_turn(name)
+        if got is not None:
             timer.observe(loop.time() - began)
+        return got
 
     async def _ask_in_turn(self, name: str) -> tuple[R, Role] | None:
         """The answer of a server that is not the last hope, and so gets a part of the time."""
@@ -244,6 +252,10 @@ class _Reading(Generic[Q, R]):
         route: shard_pb2.Route = request.route  # type: ignore[attr-defined]  # Every request of a read has one.
         route.fresh.CopyFrom(self.wanted.freshness(self._shard.shard_id, int(wait_s * 1000)))
         return request
+
+    def _may_hedge(self) -> bool:
+        """Whether a second server may be asked while the first has not answered."""
+        return bool(self._by_id) and not self._wide()
 
     def _wide(self) -> bool:
         """Whether this may take long wherever it is asked. A replica that falls silent meanwhile is still found out:

@@ -325,6 +325,20 @@ async def test_going_on_from_a_server_that_nobody_was_let_ask_takes_no_leave() -
         assert not replicas[0].asked
 
 
+async def test_refusals_do_not_make_answers_look_late_nor_one_read_look_like_two() -> None:
+    async with servers(2) as (primary, replicas), router(primary, *replicas) as reader:
+        for replica in replicas:
+            replica.error = ResourceExhausted("too much", reason=OVERLOADED)
+        for _ in range(10):
+            assert await reader.get(EVENTUAL) == "primary"
+        assert reader.reads.hedges.timer("shard-0", "Get")._window.count == 0
+        assert reader.reads.hedges._budget._credit == 10
+        replicas[0].error = replicas[1].error = None
+        for _ in range(10):
+            assert (await reader.get(EVENTUAL)).startswith("replica")
+        assert reader.reads.hedges.timer("shard-0", "Get")._window.count == 10
+
+
 async def test_a_bug_in_a_replica_is_gone_over_and_logged() -> None:
     async with servers(1) as (primary, replicas), router(primary, *replicas) as reader:
         replicas[0].error = Internal("a bug")
