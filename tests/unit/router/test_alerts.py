@@ -1,11 +1,9 @@
 """Alerts are told once and not all the time, none is forgotten, and each ends; a real receiver hears them."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +14,7 @@ from router.findings import Condition, Finding, Report
 from router.telling import Telling
 from tests.support.clock import Clock
 from tests.support.eventually import eventually
+from tests.support.receiver import receiving
 
 STEP_S = 2.5
 BAD, WORSE = Condition.DEGRADED, Condition.UNHEALTHY
@@ -124,50 +123,6 @@ def test_what_fails_again_after_it_was_told_to_be_over_is_told_at_once_and_not_f
             clock.pass_(1)
     # The second time it comes and goes within what is quiet: it goes on.
     assert told == [(AFTER_S, "firing"), (10 + QUIET_S, "resolved"), (50 + AFTER_S, "firing")]
-
-
-@dataclass
-class Receiver:
-    """An HTTP server that keeps what is posted to it."""
-
-    url: str = ""
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    asked: int = 0
-    status: int = 200
-    silent: bool = False
-    drips: bool = False
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
-                body = json.loads(await reader.readexactly(length))
-                self.asked += 1
-                if self.silent:
-                    await reader.read()
-                    break
-                while self.drips:
-                    # A line of an answer that never ends.
-                    writer.write(b"x")
-                    await writer.drain()
-                    await asyncio.sleep(0.05)
-                assert head.startswith("post /hook?key=secret http/1.1")
-                assert "content-type: application/json" in head
-                if self.status == 200:
-                    self.bodies.append(body)
-                writer.write(f"HTTP/1.1 {self.status} x\r\nContent-Length: 0\r\n\r\n".encode())
-                await writer.drain()
-        writer.close()
-
-
-@asynccontextmanager
-async def receiving() -> AsyncIterator[Receiver]:
-    receiver = Receiver()
-    server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0)
-    receiver.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hook?key=secret"
-    async with server:
-        yield receiver
 
 
 @asynccontextmanager
