@@ -55,14 +55,15 @@ SHARD = BreakerSettings(
     slow_call_s=5.0,
     fair_timeout_s=0.2,
 )
-# Services of others: rate limits make single failures common, and a call's own timeout is 5 s.
+# Services of others: rate limits make single failures common, and a call's own timeout is 5 s. Of a caller's time half
+# is theirs, less than a second of two. One text takes tens of milliseconds, so that 250 ms were a fair chance.
 EMBEDDER = BreakerSettings(
     consecutive_failures=10,
     failure_rate=0.7,
     window_s=60.0,
     recovery_timeout_s=60.0,
     slow_call_s=4.0,
-    fair_timeout_s=1.0,
+    fair_timeout_s=0.25,
 )
 # No request needs it, but one that met a shard which knows of a newer topology: that one waits for a look.
 CATALOG = BreakerSettings(

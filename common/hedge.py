@@ -55,8 +55,9 @@ class HedgeTimer:
         self._fresh_until = -math.inf
 
     def observe(self, duration_s: float) -> None:
-        """How long one server took for a read. Of a read that was hedged, both count, the one that was cancelled with
-        the time it had until then: the winners alone would make the next hedges earlier and earlier."""
+        """How long one server took for the answer to a read. Of a read that was hedged, both count, the one that was
+        cancelled with the time it had until then: the winners alone would make the next hedges earlier and earlier, as
+        would refusals, which come at once."""
         self._window.add(duration_s)
 
     def delay_s(self) -> float | None:

@@ -87,7 +87,8 @@ async def main(settings: RouterSettings) -> None:
         levels.dependencies += [locations.breaker, watch.breaker]
         if embeds is not None and embeds.breaker is not None:
             levels.dependencies.append(embeds.breaker)
-        reads, retries = Reads(shards, replicas, settings), Retries()
+        retries = Retries()
+        reads = Reads(shards, replicas, settings, retries)
         placement, dispatch = Placement(cluster.placement), Dispatch(watch, reads, retries)
         servicer = MemoryServicer(
             Parts(

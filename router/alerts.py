@@ -1,7 +1,8 @@
 """Which findings somebody should hear of, once and not all the time. Pure, but for its clock.
 
-Every finding that is not well raises an alert when it has lasted; it is told again after five minutes at the earliest,
-or when it has become worse; and when it has been well for a while, that is told too.
+Every finding that is not well raises an alert when it has lasted; as long as it does, it is told again after five
+minutes at the earliest, or when it has become worse; and when it has been well for a while, that is told too. What
+fails again after that is told anew, so that the last that was heard of it is how it is.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from router.findings import Condition, Finding, Report
 AFTER_S = 5.0
 """Seconds that something must last before it is told: longer than a restart, or a look that was missed."""
 AGAIN_AFTER_S = 300.0
-"""Seconds between two tellings of the same."""
+"""Seconds between two tellings of what goes on."""
 QUIET_S = 30.0
 """Seconds of being well before that is told: what comes and goes is not over."""
 
@@ -35,17 +36,16 @@ class Alert:
 
 @dataclass(slots=True)
 class _Incident:
-    """What has become of one thing."""
+    """What has become of one thing, until it is told to be over, or was well before there was anything to tell."""
 
     finding: Finding
     """The last that was not well."""
     bad_since: float | None = None
     good_since: float | None = None
     told_at: float | None = None
+    """When it was last told; None: it was not."""
     told: Condition = Condition.HEALTHY
-    """The worst that was told since it was last told to be over."""
-    is_open: bool = False
-    """Whether it was told, and not yet that it is over."""
+    """The worst that was told."""
 
 
 class Alerts:
@@ -68,8 +68,9 @@ class Alerts:
         for key, incident in list(self._incidents.items()):
             # What is not known any more is not over by that. What is gone is.
             if key not in findings or findings[key].condition is Condition.HEALTHY:
-                told += self._good(incident, now)
-                if not incident.is_open and (incident.told_at is None or now - incident.told_at >= AGAIN_AFTER_S):
+                over = self._good(incident, now)
+                told += over
+                if over or incident.told_at is None:
                     del self._incidents[key]
         return told
 
@@ -84,7 +85,7 @@ class Alerts:
         if not due and incident.finding.condition <= incident.told:
             return []
         incident.told = incident.finding.condition if due else max(incident.told, incident.finding.condition)
-        incident.told_at, incident.is_open = now, True
+        incident.told_at = now
         return [Alert(Status.FIRING, incident.finding)]
 
     @staticmethod
@@ -92,7 +93,6 @@ class Alerts:
         incident.bad_since = None
         if incident.good_since is None:
             incident.good_since = now
-        if not incident.is_open or now - incident.good_since < QUIET_S:
+        if incident.told_at is None or now - incident.good_since < QUIET_S:
             return []
-        incident.is_open = False
         return [Alert(Status.RESOLVED, incident.finding)]

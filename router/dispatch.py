@@ -73,7 +73,7 @@ class Dispatch:
         """
 
         async def attempt() -> Answered[R]:
-            following = Following(self._watch, deadline)
+            following = Following(self._watch, deadline, self._retries.budget)
             while True:
                 try:
                     return await self._once(slot, rpc, request, consistency, deadline)

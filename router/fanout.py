@@ -72,7 +72,7 @@ class Fanout:
         Each shard answers for exactly the slots that one snapshot gives it. When one says that the snapshot is stale,
         all are asked again by a newer one: answers by two snapshots could miss a slot, or count it twice.
         """
-        following = Following(self._watch, deadline)
+        following = Following(self._watch, deadline, self._retries.budget)
         while True:
             gathered = await self._round(rpc, question, consistency, deadline)
             stale = [error for _, error in gathered.failed if isinstance(error, WrongShard)]

@@ -17,9 +17,12 @@ class Hedges:
         self._budget = HedgeBudget()
         self._timers: dict[tuple[str, str], HedgeTimer] = {}
 
-    def timer(self, shard_id: str, rpc: str) -> HedgeTimer:
-        """How long reads of one kind take on the replicas of one shard. A read begins with asking for it."""
+    def read(self) -> None:
+        """A read began that may be hedged, however many servers it will be sent to."""
         self._budget.read()
+
+    def timer(self, shard_id: str, rpc: str) -> HedgeTimer:
+        """How long reads of one kind take on the replicas of one shard."""
         key = shard_id, rpc
         if key not in self._timers:
             self._timers[key] = HedgeTimer(self._clock)

@@ -294,7 +294,8 @@ class LocationCache:
         write = self._write
         assert write is not None
         replies = await self._link.ask(lambda _: write(keys=keys, args=arguments))
-        before = map(parse, replies) if isinstance(replies, list) else None
+        # A list of another length is an answer to something else: nothing is known by it.
+        before = map(parse, replies) if isinstance(replies, list) and len(replies) == len(together) else None
         return [
             None
             if one.era != era

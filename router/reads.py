@@ -4,6 +4,9 @@ Replicas that look fresh enough come first, then those that may be by now, each 
 what is left. When the primary is away too, a replica that was passed over may still catch up, and is waited for. What
 none of them can answer is UNAVAILABLE: an older answer than was asked for is never given.
 
+Going on from a server that has failed is one more attempt, and takes leave of the router's retry budget like any other
+(`router.retries`): what one server cannot bear is not to come over the next.
+
 A read of one user that takes longer than most is asked of a second server as well (`router.hedges`).
 """
 
@@ -12,9 +15,10 @@ from collections.abc import Collection
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from common import errors, logs, tracing
+from common.breaker import BREAKER_OPEN
 from common.config import RouterSettings
 from common.deadline import Deadline
-from common.errors import DeadlineExceeded, Unavailable, WrongShard
+from common.errors import DeadlineExceeded, MemshardError, Unavailable, WrongShard
 from common.hedge import HedgeTimer
 from common.topology import Shard
 from memshard.internal.v1 import shard_pb2
@@ -22,6 +26,7 @@ from router.balance import PRIMARY, Order, order
 from router.consistency import Consistency, Wanted
 from router.hedges import Hedges
 from router.replicas import Replicas
+from router.retries import Retries
 from router.shards import Q, R, Rpc, Shards
 
 _log = logs.get_logger("reads")
@@ -37,6 +42,11 @@ BEHIND = "REPLICA_BEHIND"
 # what a replica knows of its slots is as old as its rows.
 _GO_ON = (Unavailable, DeadlineExceeded, WrongShard, errors.ResourceExhausted, errors.Unimplemented, errors.Internal)
 
+# What is no failure of a server that was asked: a breaker of this router's own let nobody be asked, or one that is well
+# said that it is not the one to answer this. Going on then takes no leave.
+_NOBODY_FAILED = frozenset({BREAKER_OPEN, BEHIND})
+_NOT_THE_ONE = (WrongShard, errors.Unimplemented)
+
 # Longest that a read waits for a replica to catch up, once the primary is away. It may never happen, and the caller
 # is told to try again after about as long.
 _OUTWAIT_S = 1.0
@@ -45,9 +55,10 @@ _OUTWAIT_S = 1.0
 class Reads:
     """Sends reads to the servers of a shard."""
 
-    def __init__(self, shards: Shards, replicas: Replicas, settings: RouterSettings) -> None:
+    def __init__(self, shards: Shards, replicas: Replicas, settings: RouterSettings, retries: Retries) -> None:
         self.shards = shards
         self.replicas = replicas
+        self.retries = retries
         self.hedges = Hedges()
         self.wait_s = settings.freshness_wait_s
         self.timeout_s = settings.replica_timeout_s
@@ -59,8 +70,9 @@ class Reads:
     ) -> tuple[R, Role]:
         """The answer of a server of `shard` that is fresh enough, and what kind of server that is.
 
-        Raises what the primary raises when it is asked, and no replica can stand in for it; Unavailable /
-        NO_FRESH_SERVER when there are replicas, and none is fresh enough.
+        Raises what the primary raises when it is asked, and no replica can stand in for it; what a replica raised when
+        there is no leave to go on from it; Unavailable / NO_FRESH_SERVER when there are replicas, and none is fresh
+        enough.
         """
         self.shards.admit(shard, rpc)
         if consistency.strong:
@@ -92,14 +104,20 @@ class _Reading(Generic[Q, R]):
         self._wait_s = reads.wait_s
         # Why the primary had no answer, once it was asked.
         self._failed: Unavailable | DeadlineExceeded | None = None
+        # How the last server that was asked failed, as long as going on from it is not paid for.
+        self._unpaid: MemshardError | None = None
 
     async def run(self, going: Order) -> tuple[R, Role]:
         """Asks one after the other, and two at once where the first takes long."""
         names = list(going.first)
+        if names and self._may_hedge():
+            self._reads.hedges.read()
         while names:
+            self._require_leave()
             if (got := await self._ask_next(names)) is not None:
                 return got
         if self._failed is None:
+            self._require_leave()
             primary = self._ask_primary(self._deadline.less(self._reserve_s(going)))
             if (got := await primary) is not None:
                 return got
@@ -111,21 +129,26 @@ class _Reading(Generic[Q, R]):
     async def _ask_next(self, names: list[str]) -> tuple[R, Role] | None:
         """The answer of the first of `names`, or of the one after it when that is hedged; both are taken off then."""
         name = names.pop(0)
-        if self._wide() or not self._by_id:
+        if not self._may_hedge():
             return await self._ask_in_turn(name)
         timer = self._reads.hedges.timer(self._shard.shard_id, self._rpc.name)
         after_s = timer.delay_s()
         if after_s is None:
             return await self._timed(timer, name)
-        asked = {asyncio.create_task(self._timed(timer, name))}
+        loop = asyncio.get_running_loop()
+        asked = {asyncio.create_task(self._timed(timer, name)): loop.time()}
         try:
             await asyncio.wait(asked, timeout=after_s)
             second = names[0] if names else PRIMARY
             if second != name and not all(task.done() for task in asked) and self._reads.hedges.spend():
                 del names[:1]
                 tracing.current().event("hedge", {"memshard.server": second, "memshard.after_ms": after_s * 1000})
-                asked.add(asyncio.create_task(self._timed(timer, second)))
-            return await _first_answer(asked)
+                asked[asyncio.create_task(self._timed(timer, second))] = loop.time()
+            got = await _first_answer(asked)
+            for task, began in asked.items():
+                if not task.done():
+                    timer.observe(loop.time() - began)  # The slower one would have taken longer than that.
+            return got
         finally:
             for task in asked:
                 # What became of the slower one is nobody's to hear, but the event loop would complain.
@@ -133,12 +156,13 @@ class _Reading(Generic[Q, R]):
                 task.cancel()
 
     async def _timed(self, timer: HedgeTimer, name: str) -> tuple[R, Role] | None:
+        """The same as `_ask_in_turn`; how long answers take is noted. How soon a refusal comes says nothing of that."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        try:
-            return await self._ask_in_turn(name)
-        finally:
+        got = await self._ask_in_turn(name)
+        if got is not None:
             timer.observe(loop.time() - began)
+        return got
 
     async def _ask_in_turn(self, name: str) -> tuple[R, Role] | None:
         """The answer of a server that is not the last hope, and so gets a part of the time."""
@@ -156,6 +180,7 @@ class _Reading(Generic[Q, R]):
             return await self._reads.shards.call(self._shard, self._rpc, request, deadline), "primary"
         except (Unavailable, DeadlineExceeded) as error:
             self._failed = error
+            self._owe(error)
             return None
 
     async def _ask_replica(self, name: str, timeout_s: float, wait_s: float) -> tuple[R, Role] | None:
@@ -171,6 +196,7 @@ class _Reading(Generic[Q, R]):
                 self._shard, replica, self._rpc, request, timeout_s=timeout_s
             )
         except _GO_ON as error:
+            self._owe(error)
             if error.reason == BEHIND:
                 self._wait_s = max(0.0, self._wait_s - (loop.time() - began))
                 replicas.refused(self._shard, replica, self.wanted)
@@ -188,12 +214,32 @@ class _Reading(Generic[Q, R]):
         # Without the last of the caller's time, in which to say that there is no answer.
         until = Deadline.after(min(_OUTWAIT_S, self._deadline.remaining_s() * 3 / 4))
         for number, name in enumerate(names):
+            if not self._has_leave():
+                return None
             share_s = until.remaining_s() / (len(names) - number)
             # What is not waited is for the answer, or for hearing that there is none.
             got = await self._ask_replica(name, share_s, share_s - min(share_s / 2, self._reads.timeout_s))
             if got is not None:
                 return got
         return None
+
+    def _owe(self, error: MemshardError) -> None:
+        """A server was to answer, and did not: going on has to be paid for, unless it was not its fault."""
+        if error.reason not in _NOBODY_FAILED and not isinstance(error, _NOT_THE_ONE):
+            self._unpaid = error
+
+    def _has_leave(self) -> bool:
+        """Whether one more server may be asked."""
+        if self._unpaid is not None and not self._reads.retries.withdraw():
+            return False
+        self._unpaid = None
+        return True
+
+    def _require_leave(self) -> None:
+        """Raises how the last one failed when no other may be asked."""
+        if not self._has_leave():
+            assert self._unpaid is not None
+            raise self._unpaid
 
     def _reserve_s(self, going: Order) -> float:
         """What is kept back from the primary, so that a replica can stand in for one that hangs."""
@@ -206,6 +252,10 @@ class _Reading(Generic[Q, R]):
         route: shard_pb2.Route = request.route  # type: ignore[attr-defined]  # Every request of a read has one.
         route.fresh.CopyFrom(self.wanted.freshness(self._shard.shard_id, int(wait_s * 1000)))
         return request
+
+    def _may_hedge(self) -> bool:
+        """Whether a second server may be asked while the first has not answered."""
+        return bool(self._by_id) and not self._wide()
 
     def _wide(self) -> bool:
         """Whether this may take long wherever it is asked. A replica that falls silent meanwhile is still found out:

@@ -58,18 +58,17 @@ class Retries:
                 in_doubt = error if isinstance(error, OutcomeUnknown) else in_doubt
                 number, why = number + 1, error.reason
                 delay_s = self._settings.delay_before_attempt(number, error, last.remaining_s())
-                if delay_s is None or not self._may_retry():
+                if delay_s is None or not self.withdraw():
                     if in_doubt not in (None, error) and isinstance(error, _UNDECIDED):
                         raise in_doubt from error
                     raise
-            RETRIES.inc()
             tracing.current().event(
                 "retry", {"memshard.attempt": number, "error.type": why, "memshard.retry.delay_ms": delay_s * 1000}
             )
             await asyncio.sleep(delay_s)
 
-    def _may_retry(self) -> bool:
+    def withdraw(self) -> bool:
+        """Takes leave for one attempt more, if the budget has any left."""
         allowed = self.budget.withdraw()
-        if not allowed:
-            RETRIES_REFUSED.inc()
+        (RETRIES if allowed else RETRIES_REFUSED).inc()
         return allowed

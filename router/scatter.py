@@ -57,7 +57,7 @@ class Scatter:
         """Sends every item once to the owner of its slot. No item's fault is another's."""
         marked: set[int] = set()
         outcomes, answers = await self._round(sending, dict(enumerate(items)), marked, deadline)
-        following = Following(self._watch, deadline)
+        following = Following(self._watch, deadline, self._retries.budget)
         while stale := {number: error for number, error in outcomes.items() if isinstance(error, WrongShard)}:
             if not await following.again(stale.values()):
                 outcomes |= dict.fromkeys(stale, still_moving())

@@ -8,7 +8,7 @@ tells it too.
 import asyncio
 import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 
 from common import catalog, logs, postgres
 from common.breaker_log import logged
@@ -25,6 +25,8 @@ _log = logs.get_logger("topology")
 _BACKOFF_S = (0.2, 5.0)
 # Longest that a request waits for a newer topology before it tries again with what there is.
 _REFRESH_TIMEOUT_S = 2.0
+# Longest from the beginning of a connection to the end of the first look by it.
+_BEGIN_TIMEOUT_S = postgres.CONNECT_TIMEOUT_S + _REFRESH_TIMEOUT_S
 
 _EXPECTED = (postgres.DatabaseUnreachableError, catalog.CatalogError, *postgres.CONNECT_ERRORS)
 
@@ -106,17 +108,13 @@ class TopologyWatch:
                 continue
             began = time.monotonic()
             try:
-                connection = await postgres.connect(self._dsn, what="the catalog")
-                try:
-                    await connection.add_listener(catalog.CHANNEL, self._notified)
-                    connection.add_termination_listener(self._notified)
-                    await self._look(connection)
+                async with AsyncExitStack() as stack:
+                    # LISTEN has no limit of its own.
+                    async with asyncio.timeout(_BEGIN_TIMEOUT_S):
+                        connection = await self._listen(stack)
+                        await self._look(connection)
                     permit.success(time.monotonic() - began)
                     await self._follow(connection)
-                finally:
-                    connection.remove_termination_listener(self._notified)
-                    # Without the round trip of a polite close, which would wait for a server that may be gone.
-                    connection.terminate()
             except _EXPECTED as error:
                 permit.failure()
                 _log.warning(
@@ -138,6 +136,16 @@ class TopologyWatch:
             await asyncio.sleep(_BACKOFF_S[0])
             await self._wait(backoff_s - _BACKOFF_S[0])
             backoff_s = min(backoff_s * 2, longest_s)
+
+    async def _listen(self, stack: AsyncExitStack) -> Connection:
+        """A connection that hears the catalog's notifications, until the end of `stack`."""
+        connection = await postgres.connect(self._dsn, what="the catalog")
+        # Without the round trip of a polite close, which would wait for a server that may be gone.
+        stack.callback(connection.terminate)
+        await connection.add_listener(catalog.CHANNEL, self._notified)
+        connection.add_termination_listener(self._notified)
+        stack.callback(connection.remove_termination_listener, self._notified)
+        return connection
 
     async def _follow(self, connection: Connection) -> None:
         while True:

@@ -2,7 +2,7 @@
 
 import asyncpg
 
-from common.errors import NotFound, Unavailable, VersionMismatch
+from common.errors import NotFound, VersionMismatch
 from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
@@ -10,6 +10,7 @@ from shard import ownership, requests
 from shard.expiry import is_past, too_late
 from shard.identity import Identity
 from shard.ownership import NotOwnedError
+from shard.refusal import being_removed
 from shard.rows import COLUMNS, KEPT_COLUMNS, from_microseconds, to_json, to_memory, to_vector
 
 # How often a request id can vanish between the attempt to use it and the look at who did.
@@ -110,7 +111,7 @@ async def delete(connection: Connection, slot: int, user_id: str, memory_id: str
         if row is None or not row["owned"]:
             raise NotOwnedError
         return bool(row["deleted"]), False
-    raise Unavailable("the request id is being purged; try again", retry_after_s=1.0)
+    raise being_removed("request id")
 
 
 async def update(

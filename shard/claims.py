@@ -12,6 +12,7 @@ from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
 from shard.expiry import is_past, too_late
 from shard.ownership import NotOwnedError
+from shard.refusal import being_removed
 
 # How often an erasure can take a claim away between the attempt to make it and the look at whose it is.
 _ATTEMPTS = 3
@@ -87,7 +88,7 @@ async def _claim_once(
             outcomes.append(too_late())
         else:
             # It was there a moment ago, the new one or another's, and has been erased since.
-            outcomes.append(Unavailable("the user is being erased; try again", retry_after_s=1.0))
+            outcomes.append(being_removed("memory with this id"))
     return outcomes, row["claimed"]
 
 

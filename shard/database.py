@@ -319,9 +319,10 @@ def _explained() -> Iterator[None]:
     """What the server itself says of a statement that it did not carry out, in domain errors."""
     try:
         yield
-    except asyncpg.LockNotAvailableError as error:
+    except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as error:
+        # A database that says so is well.
         raise Unavailable(
-            "the memory's slot is held by something else at the moment",
+            "what this needs is held by something else at the moment",
             reason="SLOT_BUSY",
             retry_after_s=_RETRY_AFTER_S,
         ) from error

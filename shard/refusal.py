@@ -1,9 +1,10 @@
-"""Why a request cannot be answered here: its slots are another shard's, or are just being handed over."""
+"""Why a request cannot be answered here or now: its slots are another shard's, are just being handed over, or its rows
+are being taken away."""
 
 from collections.abc import Sequence
 
 from common.departure import MAX_TOLD, Departure
-from common.errors import WrongShard
+from common.errors import Unavailable, WrongShard
 from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
 from shard.identity import Identity
@@ -41,3 +42,8 @@ async def refusal(connection: Connection, known: Identity, ranges: Sequence[shar
         fenced=row["fenced"],
         departures=tuple(Departure(source=known.shard_id, **dict(gone)) for gone in departed),
     )
+
+
+def being_removed(what: str) -> Unavailable:
+    """What a write is told that found its row taken, and then gone. The shard is well: no breaker counts it."""
+    return Unavailable(f"the {what} is being removed; try again", reason="SLOT_BUSY", retry_after_s=1.0)

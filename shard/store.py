@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from common.errors import AlreadyExists, MemshardError, Unavailable
+from common.errors import AlreadyExists, MemshardError
 from common.postgres import Connection
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from shard.expiry import is_past, too_late
 from shard.identity import Identity
 from shard.ownership import NotOwnedError
+from shard.refusal import being_removed
 from shard.rows import COLUMNS, from_microseconds, set_timestamp, to_json, to_memory, to_vector
 
 _STORE = """
@@ -122,7 +123,7 @@ async def store(connection: Connection, identity: Identity, slot: int, memory: p
             return _repeated(memory, digest, found)
         if is_past(memory):
             raise too_late()
-    raise _being_purged()
+    raise being_removed("memory with this id")
 
 
 async def store_many(
@@ -165,7 +166,7 @@ async def store_many(
                 repeated = True
         if not left:
             break
-    outcomes.update(dict.fromkeys(left, _being_purged()))
+    outcomes.update(dict.fromkeys(left, being_removed("memory with this id")))
     return [outcomes[number] for number in range(len(items))], repeated
 
 
@@ -264,7 +265,3 @@ def _repeated(memory: pb.Memory, digest: bytes, found: asyncpg.Record) -> Stored
 def _taken(memory_id: str, deleted_at: datetime | None) -> AlreadyExists:
     gone = " of a memory deleted within the last 24 hours" if deleted_at else ""
     return AlreadyExists(f"the id {memory_id} is taken by other content{gone}")
-
-
-def _being_purged() -> Unavailable:
-    return Unavailable("the memory with this id is being purged; try again", retry_after_s=1.0)

@@ -62,9 +62,11 @@ SHED = Counter(
     ("at",),
     registry=REGISTRY,
 )
-RETRIES = Counter("memory_retries", "Calls that were tried again.", registry=REGISTRY)
+RETRIES = Counter(
+    "memory_retries", "Calls that were tried again, and reads that went on when a server failed.", registry=REGISTRY
+)
 RETRIES_REFUSED = Counter(
-    "memory_retries_refused", "Calls that were not tried again because the budget was spent.", registry=REGISTRY
+    "memory_retries_refused", "Calls and reads that did not, because the budget was spent.", registry=REGISTRY
 )
 CACHE_REQUESTS = Counter(
     "memory_cache_requests",

@@ -15,12 +15,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.bearer import credentials
 from common.level import Level
+from common.roles import let_set_levels
 from local.cluster import admin_of
 from memshard.admin.v1 import cluster_pb2, cluster_pb2_grpc
 from memshard.v1 import memory_pb2 as pb
 from tests.support.cluster import LocalCluster, command
 from tests.support.eventually import eventually
-from tests.support.wire import memory_service, reason_of, store_request, topology_of, user_slot
+from tests.support.wire import database, memory_service, reason_of, store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
     from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
@@ -165,6 +166,22 @@ async def test_a_router_sets_levels_for_whoever_has_its_token_and_no_data_direct
     assert code == 0, output
     await eventually(lambda: _is_none(degradable, "shard-1"))
     assert (await command("degrade", "auto", *router[:2]))[0] == 2
+
+
+async def test_a_router_whose_role_may_only_read_says_so(degradable: Degradable) -> None:
+    cluster = degradable.cluster
+    port = cluster.plan().record.ports[admin_of("router-0")]
+    router = ("--admin", f"127.0.0.1:{port}", "--token-file", str(cluster.layout.admin_token))
+    async with database(cluster.catalog_dsn(owner=True)) as owner:
+        await owner.execute("REVOKE EXECUTE ON FUNCTION set_level FROM memshard_app")
+        try:
+            code, output = await command("degrade", "readonly", *router)
+        finally:
+            await let_set_levels(owner)
+    assert (code, "role may not set levels in the catalog" in " ".join(output.split())) == (1, True)
+    assert (await topology_of(cluster.catalog_dsn())).levels == {}
+    code, output = await command("degrade", "auto", *router)
+    assert code == 0, output
 
 
 async def test_a_router_says_when_its_catalog_is_away(degradable: Degradable) -> None:

@@ -1,8 +1,11 @@
-"""The catalog frozen, and out of reach: nobody notices."""
+"""The catalog frozen, out of reach, and dead: nobody notices."""
 
 import asyncio
+import os
 import signal
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -21,8 +24,37 @@ def signal_catalog(faulty: FaultyCluster, number: int) -> None:
         process.send_signal(number)
 
 
-async def scenario(record: Record, tmp_path: Path, *, away_s: float) -> None:
-    """For half of the time the catalog hangs, for routers and shards alike; for the other half no router reaches it."""
+@asynccontextmanager
+async def hanging(faulty: FaultyCluster, away_s: float) -> AsyncIterator[None]:
+    """Half of the time it hangs, for routers and shards alike; the other half no router reaches it."""
+    signal_catalog(faulty, signal.SIGSTOP)
+    try:
+        await asyncio.sleep(away_s / 2)
+    finally:
+        signal_catalog(faulty, signal.SIGCONT)
+    await faulty.proxies.inflict(Fault.RESET, CATALOG_SERVER)
+    await asyncio.sleep(away_s / 2)
+    yield
+    await faulty.proxies.heal()
+
+
+@asynccontextmanager
+async def dead(faulty: FaultyCluster, away_s: float) -> AsyncIterator[None]:
+    """For the whole of the time there is none, for anybody."""
+    # As long as it lies still, nobody starts it again.
+    supervisor = faulty.cluster.kill("supervisor", signal.SIGSTOP)
+    try:
+        signal_catalog(faulty, signal.SIGKILL)
+        await asyncio.sleep(away_s)
+        yield
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+
+
+Outage = Callable[[FaultyCluster, float], AbstractAsyncContextManager[None]]
+
+
+async def scenario(record: Record, tmp_path: Path, name: str, outage: Outage, *, away_s: float) -> None:
     async with faulty_cluster(shards=2, replicas=1) as faulty:
         users = {shard.shard_id: faulty.users(shard.shard_id, 10) for shard in faulty.topology.shards}
         mix = {"store": 3.0, "get": 3.0, "locate": 1.0, "list": 1.0, "search": 2.0}
@@ -32,21 +64,14 @@ async def scenario(record: Record, tmp_path: Path, *, away_s: float) -> None:
             began = time.monotonic() + 2
             await asyncio.sleep(2 + away_s / 4)
             gone = time.monotonic()
-            signal_catalog(faulty, signal.SIGSTOP)
-            try:
-                await asyncio.sleep(away_s / 2)
-            finally:
-                signal_catalog(faulty, signal.SIGCONT)
-            await faulty.proxies.inflict(Fault.RESET, CATALOG_SERVER)
-            await asyncio.sleep(away_s / 2)
-            back = time.monotonic()
-            await faulty.proxies.heal()
+            async with outage(faulty, away_s):
+                back = time.monotonic()
             await asyncio.sleep(3)
             calls = await generator.stop()
     before, during = calls.where(since=began, until=gone), calls.where(since=gone, until=back)
     failed = calls.where(since=began, outcome="failed").counts()
     record(
-        "catalog dead for 60 s",
+        name,
         "0 failed requests",
         f"{len(during)} calls, {failed.total()} failed; "
         f"p99 {before.percentile_ms(99):.0f} → {during.percentile_ms(99):.0f} ms",
@@ -56,10 +81,10 @@ async def scenario(record: Record, tmp_path: Path, *, away_s: float) -> None:
 
 
 async def test_a_catalog_that_is_away_fails_no_call(record: Record, tmp_path: Path) -> None:
-    await scenario(record, tmp_path, away_s=6)
+    await scenario(record, tmp_path, "catalog hanging, then out of reach", hanging, away_s=6)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_a_catalog_that_is_away_for_a_minute_fails_no_call(record: Record, tmp_path: Path) -> None:
-    await scenario(record, tmp_path, away_s=60)
+async def test_a_catalog_that_is_dead_for_a_minute_fails_no_call(record: Record, tmp_path: Path) -> None:
+    await scenario(record, tmp_path, "catalog dead for 60 s", dead, away_s=60)

@@ -51,6 +51,7 @@ async def scenario(
     opened = min(mine.where(outcome="UNAVAILABLE BREAKER_OPEN").ends())
     since_open = mine.where(since=opened)
     at_once = since_open.where(outcome=_REFUSED)
+    by_breaker = since_open.where(outcome="UNAVAILABLE BREAKER_OPEN")
     failed_after = calls.where(group=AWAY, since=healed, outcome="failed").rows["at"]
     back_s = float(failed_after.max() - healed) if len(failed_after) else 0.0
     record(
@@ -60,7 +61,8 @@ async def scenario(
         f"others: {others_failed.total()} of {len(before) + len(during)} failed, "
         f"p99 {before.percentile_ms(99):.0f} → {during.percentile_ms(99):.0f} ms; "
         f"its own: breaker open after {opened - gone:.1f} s, then {len(at_once)} of {len(since_open)} refused "
-        f"(p50 {at_once.percentile_ms(50):.1f} ms, p95 {at_once.percentile_ms(95):.0f} ms), "
+        f"(p50 {at_once.percentile_ms(50):.1f} ms, p95 {at_once.percentile_ms(95):.0f} ms, "
+        f"by the breaker {by_breaker.percentile_ms(95):.0f} ms), "
         f"longest {mine.longest_s():.2f} s of {TIMEOUT_S:g} s; all well {back_s:.1f} s after healing",
     )
     print(f"its own: {dict(mine.counts())}; after: {calls.where(group=AWAY, since=healed).counts()}")
@@ -76,6 +78,8 @@ async def scenario(
     assert len(at_once) > 0.8 * len(since_open)
     patience = 1 if whole else 5
     assert at_once.percentile_ms(50) < 20 * patience
+    # Nobody waits for a place where nobody is asked.
+    assert by_breaker.percentile_ms(95) < 20 * patience
     assert back_s < 2 * patience
 
 

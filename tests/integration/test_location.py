@@ -80,7 +80,8 @@ async def router(topology: Topology, redis_url: str | None, era: bytes = b"") ->
         stack.push_async_callback(locations.close)
         locations.hear_era(era)
         watch = TopologyWatch("postgresql://unused", topology, poll_s=60, changed=shards.follow)
-        reads, retries = Reads(shards, Replicas(shards, topology, settings), settings), Retries()
+        retries = Retries()
+        reads = Reads(shards, Replicas(shards, topology, settings), settings, retries)
         dispatch, fanout = Dispatch(watch, reads, retries), Fanout(watch, reads, retries, concurrency=8)
         yield Router(Locator(locations, dispatch, fanout), shards)
 

@@ -200,7 +200,8 @@ async def test_the_serving_role_can_hold_a_slot_but_not_take_it(cluster: LocalCl
         ("53100", "DATABASE_UNAVAILABLE"),  # disk full
         ("53200", "DATABASE_UNAVAILABLE"),  # out of memory
         ("58030", "DATABASE_UNAVAILABLE"),  # I/O error
-        ("40P01", "DATABASE_UNAVAILABLE"),  # deadlock
+        ("40P01", "SLOT_BUSY"),  # deadlock
+        ("40001", "DATABASE_UNAVAILABLE"),  # replay on a standby was in the way
         ("55P03", "SLOT_BUSY"),  # a lock that was not had in time
         ("57P01", "OUTCOME_UNKNOWN"),  # shut down meanwhile
         ("22P02", "BAD_VALUE"),  # a value that came past the router's checks

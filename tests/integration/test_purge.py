@@ -7,8 +7,12 @@ import grpc
 import pytest
 from google.protobuf import field_mask_pb2, timestamp_pb2
 
+from common.breaker import speaks_of_callee
+from common.errors import Unavailable
+from memshard.ids import new_id
+from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
-from shard import purge
+from shard import identity, purge, store
 from shard.database import Database
 from shard.purge import Retention
 from tests.support.cluster import LocalCluster
@@ -94,3 +98,31 @@ async def test_versions_are_kept_for_their_retention_and_no_longer(
         )
         await purge.purge(database, DAY)
     assert [v.content for v in (await api.ListMemoryVersions(versions)).versions] == ["version 2"]
+
+
+# A purge that always comes between the insert and the look at what that met.
+_SKIPS = """
+CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+CREATE TRIGGER skips BEFORE INSERT ON memories FOR EACH ROW EXECUTE FUNCTION skip()
+"""
+
+
+async def test_a_row_that_is_being_purged_says_nothing_of_the_shard(cluster: LocalCluster, user: str) -> None:
+    slot = user_slot(user)
+    shard = (await topology_of(cluster.catalog_dsn())).owner(slot)
+    memory = pb.Memory(id=new_id(), user_id=user, content="at last")
+    item = shard_pb2.StoreItem(slot=slot, memory=memory, digest=b"d" * 32)
+    async with pool_of_one(cluster.shard_dsn(shard.shard_id, owner=True)) as pool, pool.acquire() as connection:
+        known = await identity.read(connection)
+        assert known is not None
+        trying = connection.transaction()
+        await trying.start()
+        try:
+            await connection.execute(_SKIPS)
+            with pytest.raises(Unavailable) as refused:
+                await store.store(connection, known, slot, memory, item.digest)
+            (outcome,), _ = await store.store_many(connection, known, [item])
+        finally:
+            await trying.rollback()
+    assert isinstance(outcome, Unavailable)
+    assert [speaks_of_callee(error) for error in (refused.value, outcome)] == [False, False]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
@@ -73,7 +74,8 @@ def _handler(server: EmbeddingServer) -> type[BaseHTTPRequestHandler]:
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # Of who has not waited for it.
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Not in the tests' output."""

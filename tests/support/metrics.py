@@ -33,6 +33,14 @@ async def total_of(port: int, counter: str) -> float:
     return float(family.samples[0].value)
 
 
+async def sum_of(port: int, counter: str) -> float:
+    """What a counter has come to over all its labels, on the page at a port."""
+    page = await asyncio.to_thread(_get, f"http://127.0.0.1:{port}/metrics")
+    families = text_string_to_metric_families(page)  # type: ignore[no-untyped-call]
+    samples = [sample for one in families if one.name == counter for sample in one.samples]
+    return sum(float(sample.value) for sample in samples if sample.name == f"{counter}_total")
+
+
 async def families_of(cluster: LocalCluster, service: str) -> dict[str, Metric]:
     """The same, parsed, by name."""
     return {

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2
 from common.config import RouterSettings
 from common.deadline import Deadline
 from common.errors import MemshardError, OutcomeUnknown, Unavailable
+from common.retry import RetryBudget
 from common.rpc import methods_of
 from common.topology import Replica, Shard, SlotRange, Topology
 from memshard.internal.v1 import shard_pb2
@@ -235,8 +236,10 @@ def shard(primary: Server, replicas: Sequence[Server]) -> Shard:
 
 
 @asynccontextmanager
-async def router(primary: Server, *replicas: Server, **settings: object) -> AsyncIterator[Router]:
-    """A router of one shard, which knows its servers."""
+async def router(
+    primary: Server, *replicas: Server, budget: RetryBudget | None = None, **settings: object
+) -> AsyncIterator[Router]:
+    """A router of one shard, which knows its servers. `budget` is that of its retries."""
     topology = Topology(
         CLUSTER_ID, 1, shards=(shard(primary, replicas),), ranges=(SlotRange(0, 16383, primary.shard_id),)
     )
@@ -246,8 +249,8 @@ async def router(primary: Server, *replicas: Server, **settings: object) -> Asyn
         stack.push_async_callback(shards.close)
         known = Replicas(shards, topology, configured)
         watch = TopologyWatch("postgresql://unused", topology, poll_s=60, changed=lambda _: None)
-        reads = Reads(shards, known, configured)
-        retries = Retries()
+        retries = Retries(budget=budget)
+        reads = Reads(shards, known, configured, retries)
         looking = asyncio.create_task(known.run())
         probing = asyncio.create_task(Probes(shards, watch).run())
 

@@ -1,11 +1,9 @@
 """Alerts are told once and not all the time, none is forgotten, and each ends; a real receiver hears them."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +14,7 @@ from router.findings import Condition, Finding, Report
 from router.telling import Telling
 from tests.support.clock import Clock
 from tests.support.eventually import eventually
+from tests.support.receiver import receiving
 
 STEP_S = 2.5
 BAD, WORSE = Condition.DEGRADED, Condition.UNHEALTHY
@@ -56,12 +55,17 @@ class Judge:
         assert self.history[-1][1] is condition
         assert condition >= BAD
         assert self.lasted(now, good=False) >= AFTER_S
+        over_at = self.resolved[-1] if self.resolved else -1.0
         for at, before in self.fired:
-            assert now - at >= AGAIN_AFTER_S or before < condition, "told twice within five minutes"
+            goes_on = at > over_at
+            assert not goes_on or now - at >= AGAIN_AFTER_S or before < condition, "told twice within five minutes"
 
     def _is_not_silent(self, now: float) -> None:
         if self.lasted(now, good=False) >= AFTER_S + AGAIN_AFTER_S:
             assert now - self.fired[-1][0] <= AGAIN_AFTER_S, "it lasts, and nobody hears of it"
+        if self.lasted(now, good=False) >= AFTER_S:
+            assert self.fired
+            assert not self.resolved or self.fired[-1][0] > self.resolved[-1], "it is back, and nobody hears of it"
         if self.lasted(now, good=True) >= QUIET_S and self.fired:
             assert self.resolved
             assert self.resolved[-1] > self.fired[-1][0], "it is over, and nobody hears of it"
@@ -88,7 +92,7 @@ def test_whatever_comes_and_goes_is_told_as_promised(runs: list[tuple[tuple[Cond
             for number, judge in enumerate(judges):
                 judge.see(clock(), states[number], [a for a in told if a.finding.subject == str(number)])
             clock.pass_(STEP_S)
-    for _ in range(int((QUIET_S + AGAIN_AFTER_S) / STEP_S) + 2):
+    for _ in range(int(QUIET_S / STEP_S) + 2):
         alerts.observe(report())
         clock.pass_(STEP_S)
     assert not alerts._incidents, "it remembers for ever"
@@ -110,48 +114,15 @@ def test_what_lasts_is_told_again_after_five_minutes_and_when_it_gets_worse_and_
     ]
 
 
-@dataclass
-class Receiver:
-    """An HTTP server that keeps what is posted to it."""
-
-    url: str = ""
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    asked: int = 0
-    status: int = 200
-    silent: bool = False
-    drips: bool = False
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
-                body = json.loads(await reader.readexactly(length))
-                self.asked += 1
-                if self.silent:
-                    await reader.read()
-                    break
-                while self.drips:
-                    # A line of an answer that never ends.
-                    writer.write(b"x")
-                    await writer.drain()
-                    await asyncio.sleep(0.05)
-                assert head.startswith("post /hook?key=secret http/1.1")
-                assert "content-type: application/json" in head
-                if self.status == 200:
-                    self.bodies.append(body)
-                writer.write(f"HTTP/1.1 {self.status} x\r\nContent-Length: 0\r\n\r\n".encode())
-                await writer.drain()
-        writer.close()
-
-
-@asynccontextmanager
-async def receiving() -> AsyncIterator[Receiver]:
-    receiver = Receiver()
-    server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0)
-    receiver.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hook?key=secret"
-    async with server:
-        yield receiver
+def test_what_fails_again_after_it_was_told_to_be_over_is_told_at_once_and_not_five_minutes_later() -> None:
+    clock = Clock()
+    alerts, told = Alerts(clock), list[tuple[float, str]]()
+    for state, seconds in ((BAD, 10), (Condition.HEALTHY, 40), (BAD, 100), (Condition.HEALTHY, 10), (BAD, 40)):
+        for _ in range(seconds):
+            told += [(clock() - 100, alert.status.value) for alert in alerts.observe(report(state))]
+            clock.pass_(1)
+    # The second time it comes and goes within what is quiet: it goes on.
+    assert told == [(AFTER_S, "firing"), (10 + QUIET_S, "resolved"), (50 + AFTER_S, "firing")]
 
 
 @asynccontextmanager

@@ -1,7 +1,10 @@
 """Location entries: what is written is read; whatever else is found under a key is nothing, and no error."""
 
+import asyncio
 import uuid
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 from hypothesis import given
@@ -171,3 +174,48 @@ async def test_a_look_into_a_cache_that_is_off_is_no_miss(off: dict[str, int], s
     assert _looks() == before
     assert [layer.hit_ratio for layer in cache.layers] == [None]
     assert "memshard.cache.hit" not in reading.attributes
+
+
+# A Redis that answers something else than it is asked.
+
+
+@asynccontextmanager
+async def _answering(reply: bytes) -> AsyncIterator[str]:
+    """The URL of a server that gives this to each command, whatever it says."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                count = int((await reader.readuntil(b"\r\n"))[1:])  # Commands are arrays of byte strings.
+                for _ in range(count):
+                    size = int((await reader.readuntil(b"\r\n"))[1:])
+                    await reader.readexactly(size + 2)
+                writer.write(reply)
+                await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        pytest.param(b"*0\r\n", id="nothing"),
+        pytest.param(b"*3\r\n$1\r\n7\r\n$1\r\n8\r\n$1\r\n9\r\n", id="too much"),
+        pytest.param(b"*-1\r\n", id="null"),
+        pytest.param(b":1\r\n", id="a number"),
+    ],
+)
+async def test_a_store_is_remembered_whatever_redis_answers_to_that(reply: bytes) -> None:
+    """It has happened: an answer of the wrong shape may not make of it an error."""
+    async with _answering(reply) as url:
+        settings = RouterSettings(catalog_dsn=SecretStr("postgresql://nowhere"), redis_url=SecretStr(url))
+        cache = LocationCache(settings)
+        try:
+            first, second = new_id(), new_id()
+            assert await cache.add(first, 1, since=cache.moment()) is False
+            assert await cache.add_many([(first, 1), (second, 2)], since=cache.moment()) == []
+            assert await cache.find(second) == {2}
+        finally:
+            await cache.close()

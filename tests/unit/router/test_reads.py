@@ -1,17 +1,32 @@
 """Reads over real gRPC to servers that behave as told: who is asked, for how long, and who stands in for whom."""
 
 import asyncio
+import math
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
+from common.breaker import State
 from common.deadline import Deadline
-from common.errors import DeadlineExceeded, Internal, InvalidArgument, Unavailable, WrongShard
+from common.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    MemshardError,
+    ResourceExhausted,
+    Unavailable,
+    Unimplemented,
+    WrongShard,
+)
+from common.limiter import OVERLOADED
+from common.retry import RetryBudget
 from common.topology import Topology
 from memshard.internal.v1 import shard_pb2
 from router.consistency import EVENTUAL, STRONG, Consistency, Position
+from router.guard import Kind
 from router.shards import GET
 from tests.support.eventually import eventually
 from tests.unit.router.scripted import Server, router, servers, shard
@@ -189,7 +204,7 @@ async def test_a_frozen_replica_costs_at_most_its_time_is_out_within_a_second_an
 
 async def test_a_replica_that_answers_reads_is_not_given_up_for_being_too_busy_to_be_looked_at() -> None:
     # Time enough for a read on a busy machine: one that is late goes to the primary.
-    quick_looks = {"replica_poll_s": 0.1, "replica_timeout_s": 10}
+    quick_looks: dict[str, Any] = {"replica_poll_s": 0.1, "replica_timeout_s": 10}
     async with servers(1) as (primary, replicas), router(primary, *replicas, **quick_looks) as reader:
         replicas[0].leave_looks_unanswered()
         until = time.monotonic() + 1
@@ -262,6 +277,66 @@ async def test_what_a_replica_cannot_answer_the_next_server_does(error: Exceptio
     async with servers(1) as (primary, replicas), router(primary, *replicas) as reader:
         replicas[0].error = error  # type: ignore[assignment]
         assert await reader.get(EVENTUAL) == "primary"
+
+
+def budget(saved_up: float) -> RetryBudget:
+    """A fifth of the requests, and so many more."""
+    return RetryBudget(time.monotonic, per_s=saved_up / 10)
+
+
+async def test_what_a_replica_refuses_for_load_comes_over_the_primary_within_the_retry_budget_only() -> None:
+    async with servers(1) as (primary, replicas), router(primary, *replicas, budget=budget(1)) as reader:
+        replicas[0].error = ResourceExhausted("too much", reason=OVERLOADED)
+        came = [(await asyncio.gather(reader.get(EVENTUAL), return_exceptions=True))[0] for _ in range(20)]
+        told = Counter(getattr(one, "reason", one) for one in came)
+        # One was saved up, and there is one more for every five.
+        assert told == {"primary": 5, OVERLOADED: 15}
+        assert len(primary.asked) == 5
+
+
+@pytest.mark.parametrize("error", [Unavailable("no"), DeadlineExceeded("late"), Internal("a bug")])
+async def test_reads_that_fail_everywhere_reach_servers_within_the_retry_budget_only(error: MemshardError) -> None:
+    async with servers(2) as (primary, replicas), router(primary, *replicas, budget=budget(1)) as reader:
+        for server in (primary, *replicas):
+            server.error = error
+        for _ in range(20):
+            with pytest.raises(MemshardError):
+                await reader.get(EVENTUAL)
+        assert sum(len(server.asked) for server in (primary, *replicas)) <= 1.2 * 20 + 1
+
+
+@pytest.mark.parametrize(
+    "error", [Unavailable("behind", reason="REPLICA_BEHIND"), WrongShard("not mine", epoch=99), Unimplemented("new")]
+)
+async def test_going_on_from_a_server_that_is_well_takes_no_leave(error: MemshardError) -> None:
+    async with servers(2) as (primary, replicas), router(primary, *replicas, budget=budget(0)) as reader:
+        for replica in replicas:
+            replica.error = error
+        assert [await reader.get(EVENTUAL) for _ in range(4)] == ["primary"] * 4
+
+
+async def test_going_on_from_a_server_that_nobody_was_let_ask_takes_no_leave() -> None:
+    async with servers(1) as (primary, replicas), router(primary, *replicas, budget=budget(0)) as reader:
+        guard = reader.shards.guards.of("shard-0", "replica-0")
+        guard._heard_at = math.inf  # Looks at its health half-open nothing.
+        while (breaker := guard.breakers[Kind.RETRIEVE]).state is not State.OPEN:
+            breaker.admit().failure()
+        assert [await reader.get(EVENTUAL) for _ in range(4)] == ["primary"] * 4
+        assert not replicas[0].asked
+
+
+async def test_refusals_do_not_make_answers_look_late_nor_one_read_look_like_two() -> None:
+    async with servers(2) as (primary, replicas), router(primary, *replicas) as reader:
+        for replica in replicas:
+            replica.error = ResourceExhausted("too much", reason=OVERLOADED)
+        for _ in range(10):
+            assert await reader.get(EVENTUAL) == "primary"
+        assert reader.reads.hedges.timer("shard-0", "Get")._window.count == 0
+        assert reader.reads.hedges._budget._credit == 10
+        replicas[0].error = replicas[1].error = None
+        for _ in range(10):
+            assert (await reader.get(EVENTUAL)).startswith("replica")
+        assert reader.reads.hedges.timer("shard-0", "Get")._window.count == 10
 
 
 async def test_a_bug_in_a_replica_is_gone_over_and_logged() -> None:
