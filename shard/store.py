@@ -62,8 +62,8 @@ WITH items AS (
 SELECT ARRAY(SELECT slot FROM own) AS owned,
        ARRAY(SELECT ROW(slot, user_id, id) FROM stored) AS stored
 """
-# The same for memories that are new, whoever asked for them. A slot that is being handed over is passed by: it would
-# hold up all the others. What this does not store, for that or any other cause, is stored by itself.
+# The same for memories that are new, whoever asked for them. A slot whose state is just being changed is passed by: it
+# would hold up all the others. What this does not store, for that or any other cause, is stored by itself.
 _STORE_TOGETHER = """
 WITH items AS (
     SELECT * FROM unnest($1::int[], $2::text[], $3::uuid[], $4::bytea[], $5::text[], $6::text[], $7::smallint[],

@@ -3,7 +3,8 @@
 import asyncio
 import signal
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
@@ -11,9 +12,10 @@ from common.moves import WAY_BACK_CLOSED, Step
 from local.cluster import CATALOG_SERVER
 from memshard import AsyncMemoryClient, NotFound, ReadLevel
 from tests.support.cluster import LocalCluster
+from tests.support.end_state import check_everything, wrong
 from tests.support.eventually import eventually
 from tests.support.faulty import faulty_cluster
-from tests.support.moving import Slots
+from tests.support.moving import MoverProcess, Slots
 from tests.support.proxy import Fault
 from tests.support.replay import replay_paused
 from tests.support.wire import database, user_slot
@@ -169,6 +171,83 @@ async def test_a_failover_closes_the_rollback_window_of_a_move_that_waits_or_is_
         move = (await slots.moves())[-1]
         assert (move.step, move.error) == (Step.DONE, WAY_BACK_CLOSED)
         assert await slots.left_over() == []
+
+
+async def _is_safe(cluster: LocalCluster) -> bool:
+    """Whether each shard's writes are on two disks when they are acknowledged."""
+    status = await cluster.status()
+    return all(process["healthy"] for process in status["processes"]) and all(
+        shard["durability"] == "QUORUM" for shard in status["shards"]
+    )
+
+
+_FIRST, _LAST = 9000, 11000
+_SOURCE, _TARGET = "shard-1", "shard-0"
+
+
+@asynccontextmanager
+async def _held_at(slots: Slots, mover: MoverProcess, step: Step, dying: str) -> AsyncIterator[None]:
+    """A mover at work is at the step, and gets no further there until the end, whichever of the shards dies."""
+    if step is Step.CUT_OVER:
+        # What the dying one is told it is told only after the other one, or not before it is another server.
+        async with slots.untold(mover, _SOURCE, _TARGET if dying == _SOURCE else _SOURCE) as untold:
+            await mover.until(step)
+            await untold.teller()
+            yield
+        return
+    giver, taker = (_TARGET, _SOURCE) if step is Step.RETURNING else (_SOURCE, _TARGET)
+    async with slots.fence_held(mover, giver, taker, step):
+        assert await slots.fenced(giver) == _LAST - _FIRST + 1
+        yield
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("dying", [_SOURCE, _TARGET], ids=["source", "target"])
+@pytest.mark.parametrize("step", [Step.FENCED, Step.CUT_OVER, Step.RETURNING])
+async def test_a_primary_dies_under_a_mover_at_work(step: Step, dying: str) -> None:
+    """While nobody takes writes, or the catalog has just said who does. The mover itself brings the move to an end."""
+    async with LocalCluster(shards=2, replicas=1) as cluster:
+        await eventually(lambda: _is_safe(cluster), within_s=60)
+        is_way_back = step is Step.RETURNING
+        slots = Slots(cluster, {"rollback_window_s": 3600 if is_way_back else 0, "max_slots": 16384})
+        writers = Writers(cluster.address, _USERS, pause_s=0.02, patience_s=30)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(writers.run(3))
+            try:
+                await eventually(lambda: len(writers.writes.times) > 50)
+                asked = ["move", "--first", str(_FIRST), "--last", str(_LAST), "--to", _TARGET]
+                if is_way_back:
+                    async with slots.mover(*asked) as mover:
+                        await mover.until(Step.ACTIVE)
+                        mover.send(signal.SIGTERM)
+                        await mover.process.communicate()
+                    asked = ["rollback", "--move", str((await slots.moves())[-1].move_id)]
+                async with slots.mover(*asked) as mover:
+                    async with _held_at(slots, mover, step, dying):
+                        assert (await slots.moves())[-1].step is step
+                        old = cluster.primary(dying)
+                        cluster.kill(old)
+                        await eventually(lambda: cluster.primary(dying) != old, within_s=30)
+                    events = [event async for event in mover.events()]
+                (move,) = await slots.moves()
+                if is_way_back:
+                    assert "failover has closed the way back" in events[-1]["why"]
+                    assert (move.step, move.may_be_fenced) == (Step.ACTIVE, False)
+                    await slots.move("resume", "--rollback-window", "0")
+                else:
+                    assert events[-1]["event"] == "done"
+                    assert move.attempts > 1 or step is not Step.FENCED
+            finally:
+                writers.stop()
+        (move,) = await slots.moves()
+        assert move.step is Step.DONE
+        topology = await slots.topology()
+        assert {topology.owner(slot).shard_id for slot in range(_FIRST, _LAST + 1)} == {_TARGET}
+        assert (writers.failures, writers.wrong) == ([], [])
+        await check_everything(cluster, writers, searches=5)
+        assert wrong(writers) == {}
+        assert await slots.left_over() == []
+        await eventually(slots.standbys_are_free, within_s=30)
 
 
 async def far_behind(cluster: LocalCluster, shard_id: str) -> None:

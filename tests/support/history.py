@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from memshard import Memory
+
 
 @dataclass
 class Remembered:
@@ -38,6 +40,11 @@ class Found:
     id: str
     content: str
     version: int
+
+
+def found_of(memory: Memory) -> Found:
+    """What a reader was given, of a memory of the client's."""
+    return Found(memory.id, memory.content, memory.version)
 
 
 class History:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import yaml
 
 from common import catalog, catalog_moves
-from common.moves import Move
+from common.moves import Move, Step
 from common.topology import Topology
 from local import mover
+from local.postgres import SUPERUSER
 from shard.moving.tables import MARKS, MOVED
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
@@ -29,6 +31,7 @@ UNION ALL SELECT 'subscription ' || subname FROM pg_subscription
 UNION ALL SELECT 'publication ' || pubname FROM pg_publication
 UNION ALL SELECT 'origin ' || roname FROM pg_replication_origin
 """
+_HAS_LOGICAL_SLOTS = "SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_type = 'logical')"
 _UNOWNED = """
 SELECT count(*) FROM {table}
 WHERE NOT EXISTS (SELECT FROM owned_slots WHERE owned_slots.slot = {table}.slot AND state = 'own')
@@ -39,6 +42,28 @@ _IS_HELD_OFF = "SELECT EXISTS (SELECT FROM pg_locks WHERE relation = 'owned_slot
 # Keeps what is replicated from coming in, as each hand-over's mark is part of it. Whoever looks for the mark may.
 _HOLD_MARKS = f"LOCK TABLE {MARKS} IN EXCLUSIVE MODE"
 _FENCED = "SELECT count(*) FROM owned_slots WHERE state = 'fenced'"
+# Whoever records that a move leaves a step waits for whoever has the lock of that step, and so the move stays in it.
+_STEP_CLASS = 0x73746570  # "step"
+_HOLD_STEPS = f"""
+CREATE OR REPLACE FUNCTION hold_step() RETURNS trigger LANGUAGE plpgsql AS $body$
+BEGIN
+    IF NEW.step <> OLD.step THEN
+        PERFORM pg_advisory_xact_lock_shared({_STEP_CLASS}, hashtext(OLD.step));
+    END IF;
+    RETURN NEW;
+END
+$body$;
+CREATE OR REPLACE TRIGGER hold_step BEFORE UPDATE ON moves FOR EACH ROW EXECUTE FUNCTION hold_step();
+"""
+_TAKE_STEP = f"SELECT pg_advisory_lock({_STEP_CLASS}, hashtext($1))"
+_LEAVE_STEPS = "SELECT pg_advisory_unlock_all()"
+_HELD_BACK = f"FROM pg_locks WHERE locktype = 'advisory' AND classid = {_STEP_CLASS} AND NOT granted"
+_IS_HELD_BACK = f"SELECT EXISTS (SELECT {_HELD_BACK})"
+_END_HELD_BACK = f"SELECT pg_terminate_backend(pid, 5000) {_HELD_BACK}"
+# Changed only when a shard is really told of a hand-over. Who waits to do it has other locks, until it ends.
+_HOLD_IDENTITY = "SELECT FROM identity FOR UPDATE"
+_TELLER = "SELECT pid FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid)) LIMIT 1"
+_LIVES = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1)"
 
 
 @dataclass
@@ -68,23 +93,76 @@ class Slots:
             sys.stderr.write(errors.decode(errors="replace"))
 
     @asynccontextmanager
-    async def fence_held(self, running: "MoverProcess", source: str, target: str) -> AsyncIterator[None]:
-        """From the moment that a mover at work has really fenced its slots; until the end it gets no further.
+    async def fence_held(
+        self, running: "MoverProcess", giver: str, taker: str, step: Step = Step.FENCED
+    ) -> AsyncIterator[None]:
+        """From the moment that a mover at work has really fenced its slots on the shard that gives them up, on the way
+        there or, when it is `returning`, on the way back; until the end it gets no further.
 
-        It is kept from fencing until nothing else is left to be done before, and the target then from taking the mark.
+        It is kept from fencing until nothing else is left to be done before, and the taker then from taking the mark.
+        Either shard's server may be gone by the end.
         """
         async with (
-            database(self.cluster.shard_dsn(source, owner=True)) as giver,
-            database(self.cluster.shard_dsn(target, owner=True)) as taker,
-            taker.transaction(),
+            database(self.cluster.shard_dsn(giver, owner=True)) as fencing,
+            database(self.cluster.shard_dsn(taker, owner=True)) as taking,
         ):
-            async with giver.transaction():
-                await giver.execute(_HOLD_OFF)
-                await running.until("fenced")
-                await eventually(lambda: giver.fetchval(_IS_HELD_OFF))
-                await taker.execute(_HOLD_MARKS)
-            await eventually(lambda: giver.fetchval(_FENCED))
-            yield
+            async with fencing.transaction():
+                await fencing.execute(_HOLD_OFF)
+                await running.until(step)
+                await eventually(lambda: fencing.fetchval(_IS_HELD_OFF))
+                await taking.execute("BEGIN")
+                await taking.execute(_HOLD_MARKS)
+            await eventually(lambda: fencing.fetchval(_FENCED))
+            try:
+                yield
+            finally:
+                fencing.terminate()
+                taking.terminate()
+
+    @asynccontextmanager
+    async def step_held(self, step: Step) -> AsyncIterator["HeldStep"]:
+        """No move leaves the step, whoever drives it, until the end or until it is released."""
+        plan = self.cluster.plan()
+        async with database(plan.catalog_server().dsn(SUPERUSER, plan.secrets.postgres)) as connection:
+            await connection.execute(_HOLD_STEPS)
+            await connection.execute(_TAKE_STEP, step.value)
+            yield HeldStep(connection)
+
+    @asynccontextmanager
+    async def untold(
+        self, running: "MoverProcess", giver: str, shard_id: str, step: Step = Step.FENCED
+    ) -> AsyncIterator["Untold"]:
+        """From the moment that a mover at work is about to fence, as in `fence_held`, nobody can tell the shard of a
+        hand-over: that it has given slots up, or is to take writes.
+
+        Not before: whoever makes a replication slot waits for every transaction that has written or locked a row.
+        """
+        async with (
+            database(self.cluster.shard_dsn(giver, owner=True)) as fencing,
+            database(self.cluster.shard_dsn(shard_id, owner=True)) as connection,
+        ):
+            async with fencing.transaction():
+                await fencing.execute(_HOLD_OFF)
+                await running.until(step)
+                await eventually(lambda: fencing.fetchval(_IS_HELD_OFF))
+                await connection.execute("BEGIN")
+                await connection.execute(_HOLD_IDENTITY)
+            try:
+                yield Untold(connection)
+            finally:
+                fencing.terminate()
+                connection.terminate()
+
+    async def standbys_are_free(self) -> bool:
+        """Whether no server that follows another has a replication slot of a move, as from when it was a primary."""
+        plan = self.cluster.plan()
+        for shard_id in plan.record.shard_ids():
+            for name in self.cluster.standbys(shard_id):
+                server = plan.shard_servers(shard_id)[name]
+                async with database(server.dsn(SUPERUSER, plan.secrets.postgres)) as connection:
+                    if await connection.fetchval(_HAS_LOGICAL_SLOTS):
+                        return False
+        return True
 
     async def fenced(self, shard_id: str) -> int:
         """How many slots of a shard take no writes."""
@@ -131,6 +209,45 @@ class Slots:
                     for table in MOVED
                 }
         return found
+
+
+@dataclass
+class HeldStep:
+    """A step that moves are kept in."""
+
+    _connection: "asyncpg.Connection[asyncpg.Record]"
+
+    async def is_done(self) -> None:
+        """Returns when somebody has done all that is to be done in it, and wants to record what comes next."""
+        await eventually(lambda: self._connection.fetchval(_IS_HELD_BACK), within_s=30)
+
+    async def end_sessions(self) -> None:
+        """Ends who is held back, as the catalog does when it finds that a process is gone: nothing is recorded."""
+        await self._connection.execute(_END_HELD_BACK)
+
+    async def release(self) -> None:
+        """From now on it can be left."""
+        await self._connection.execute(_LEAVE_STEPS)
+
+
+@dataclass
+class Untold:
+    """A shard that is not told of a hand-over."""
+
+    _connection: "asyncpg.Connection[asyncpg.Record]"
+
+    async def teller(self) -> int:
+        """Returns when somebody is about to tell it: the process in the server that waits for it."""
+        pid: int = await eventually(lambda: self._connection.fetchval(_TELLER), within_s=30)
+        return pid
+
+    async def is_gone(self, pid: int) -> None:
+        """Returns when that process has ended, and so will tell nothing any more."""
+
+        async def ended() -> bool:
+            return not await self._connection.fetchval(_LIVES, pid)
+
+        await eventually(ended)
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""What the runbooks have people type is what the commands take, as their own help has it."""
+"""What the runbooks have people type is what the commands take, as their own help has it: it is parsed, and not run.
+
+docs/runbooks/README.md says which of it a test also does.
+"""
 
 import os
 import re
@@ -17,7 +20,9 @@ from common.config import MoverSettings
 from shard import mover
 
 _DOCS = Path(__file__).resolve().parents[3] / "docs"
-PAGES = [*sorted((_DOCS / "runbooks").glob("*.md")), _DOCS / "moves.md"]
+RUNBOOKS = _DOCS / "runbooks"
+_INDEX = RUNBOOKS / "README.md"
+PAGES = [*sorted(page for page in RUNBOOKS.glob("*.md") if page != _INDEX), _DOCS / "moves.md"]
 _BLOCK = re.compile(r"^ *```(sh|text)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 # Before what people type, where what is printed is shown as well.
 _PROMPT = "$ "
@@ -27,10 +32,13 @@ _MOVER = ["python", "-m", "shard.mover"]
 _ASSIGNED = re.compile(r"([A-Z][A-Z_]*)=(.*)", re.DOTALL)
 
 
-def commands_of(page: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """The commands of a page, each with the variables that it would find set."""
+def commands_of(page: Path, section: str = "") -> Iterator[tuple[list[str], dict[str, str]]]:
+    """The commands of a page, or of one of its sections, each with the variables that it would find set."""
     exported: dict[str, str] = {}
-    for language, block in _BLOCK.findall(page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    if section:
+        text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    for language, block in _BLOCK.findall(text):
         lines = [line.strip() for line in block.replace("\\\n", " ").splitlines()]
         if language == "text" or any(line.startswith(_PROMPT) for line in lines):
             lines = [line.removeprefix(_PROMPT) for line in lines if line.startswith(_PROMPT)]
@@ -70,6 +78,14 @@ def test_what_a_page_has_people_type_is_what_the_commands_take(page: Path) -> No
         # Where a page says that the rest is up to the reader.
         if "…" not in words:
             check(words, environment)
+
+
+def test_the_index_has_every_page_and_names_tests_that_there_are() -> None:
+    index = _INDEX.read_text(encoding="utf-8")
+    assert sorted(re.findall(r"\]\(([a-z-]+\.md)\)", index)) == sorted(p.name for p in PAGES if p.parent == RUNBOOKS)
+    named = re.findall(r"`(tests/[a-z_/]+\.py)`", index)
+    assert named
+    assert [name for name in named if not (_DOCS.parent / name).exists()] == []
 
 
 def test_a_slip_in_a_page_is_seen() -> None:
