@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.deadline import Deadline
-from common.errors import InvalidArgument, Unavailable, Unimplemented
+from common.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable, Unimplemented
 from common.level import Fallback
 from common.rpc import add_trailer
 from common.topology import CLUSTER
@@ -150,7 +150,10 @@ async def _most_recent(
     consistency: Consistency,
     deadline: Deadline,
 ) -> pb.SearchMemoriesResponse | None:
-    """The user's newest memories, where a level allows them to stand in for what neither meaning nor words found."""
+    """The user's newest memories, where a level allows them to stand in for what neither meaning nor words found.
+
+    None too when they cannot be had, as while a shard is away that may have them: the search has been answered.
+    """
     slot = parts.placement.user_slot(question.user_id)
     shard_id = parts.dispatch.owner(slot).shard_id if slot is not None else CLUSTER
     if Fallback.MOST_RECENT not in parts.levels.effects(shard_id).fallbacks:
@@ -161,7 +164,10 @@ async def _most_recent(
         include_embedding=question.include_embedding,
         filter=question.filter if question.HasField("filter") else None,
     )
-    memories, _, origin = await newest(parts, listing, consistency, deadline)
+    try:
+        memories, _, origin = await newest(parts, listing, consistency, deadline)
+    except (Unavailable, DeadlineExceeded, ResourceExhausted):
+        return None
     return pb.SearchMemoriesResponse(
         results=[pb.ScoredMemory(memory=memory) for memory in memories[window.offset :]],
         score_kind=pb.SCORE_KIND_RECENCY,

@@ -315,7 +315,8 @@ async def test_a_score_that_is_asked_for_leaves_out_the_others_and_no_more(sea: 
     ]
 
 
-async def test_the_level_reduced_goes_by_an_index_that_is_not_proven(sea: Sea) -> None:
+@pytest.mark.parametrize("level", ["reduced", "essential"])
+async def test_levels_that_answer_to_load_go_by_an_index_that_is_not_proven(sea: Sea, level: str) -> None:
     index = await sea.proven(WHALE)
     async with database(sea.cluster.shard_dsn(await sea.owner(WHALE), owner=True)) as connection:
         await connection.execute("UPDATE own_indexes SET ef_few = NULL, ef_many = NULL WHERE key = $1", index["key"])
@@ -326,7 +327,7 @@ async def test_the_level_reduced_goes_by_an_index_that_is_not_proven(sea: Sea) -
             return await sea.answered(how) > before
 
         await eventually(lambda: went("exact"), within_s=10)
-        await sea.cluster.run("degrade", "reduced")
+        await sea.cluster.run("degrade", level)
         try:
             await eventually(lambda: went("index"), within_s=10)
             assert await sea.recall(WHALE, 100) >= 0.9
