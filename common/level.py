@@ -55,7 +55,9 @@ class Effects:
     """Without, writes are refused: FAILED_PRECONDITION / READ_ONLY."""
 
     serving: bool
-    """What the gRPC health service says."""
+    """What a router's gRPC health service says, at the cluster's level. At a shard's it says nothing of it: the others
+    are served, and so are reads of that one. A shard whose reads are to stop too is given the status `maintenance`.
+    """
 
     def strictest(self, other: "Effects") -> "Effects":
         """What both do at once."""

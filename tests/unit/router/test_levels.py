@@ -216,6 +216,15 @@ def test_what_an_operator_sets_counts_at_once_and_until_it_is_taken_back() -> No
     assert watched.levels.of(_SHARDS) is Level.NORMAL
 
 
+async def test_a_shard_that_is_set_to_maintenance_takes_no_writes_and_is_read_and_the_router_serves() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        reader.shards.levels.override({"shard-0": Level.MAINTENANCE})
+        with pytest.raises(ReadOnly):
+            await reader.store()
+        assert await reader.get(STRONG) == "primary"
+        assert reader.shards.levels.effects().serving
+
+
 def test_a_shard_that_stores_nothing_and_is_read_becomes_read_only_after_half_a_minute() -> None:
     watched = Watched()
     for second in range(40):
