@@ -1239,6 +1239,9 @@ class DescribeResponse(_message.Message):
     POOL_IN_USE_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     DISK_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    DATABASE_SILENT_MS_FIELD_NUMBER: _builtins.int
+    CPU_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
     cluster_id: _builtins.str
     shard_id: _builtins.str
     epoch: _builtins.int
@@ -1258,6 +1261,13 @@ class DescribeResponse(_message.Message):
     """Size of the file system that holds the database. 0: not known."""
     disk_free_bytes: _builtins.int
     """Of it free for the database."""
+    database_silent_ms: _builtins.int
+    """For how long the database has answered nobody, where all connections to it were in use and none was to be had to
+    ask it: then of what the database says there is nothing here. 0: it was asked. Only if the slots are not wanted.
+    """
+    cpu: _builtins.float
+    """Shares of the CPU time and of the memory of the service's machine, or of its container, that are in use, 0 to 1."""
+    memory: _builtins.float
     @_builtins.property
     def owned(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotRange]:
         """Empty when they were not wanted."""
@@ -1287,10 +1297,13 @@ class DescribeResponse(_message.Message):
         pool_in_use: _builtins.int = ...,
         disk_bytes: _builtins.int = ...,
         disk_free_bytes: _builtins.int = ...,
+        database_silent_ms: _builtins.int = ...,
+        cpu: _builtins.float = ...,
+        memory: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "disk_bytes", b"disk_bytes", "disk_free_bytes", b"disk_free_bytes", "durability", b"durability", "epoch", b"epoch", "lag_bytes", b"lag_bytes", "lag_ms", b"lag_ms", "owned", b"owned", "pool_in_use", b"pool_in_use", "pool_size", b"pool_size", "position", b"position", "shard_id", b"shard_id", "sync_set", b"sync_set", "writable", b"writable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "cpu", b"cpu", "database_silent_ms", b"database_silent_ms", "disk_bytes", b"disk_bytes", "disk_free_bytes", b"disk_free_bytes", "durability", b"durability", "epoch", b"epoch", "lag_bytes", b"lag_bytes", "lag_ms", b"lag_ms", "memory", b"memory", "owned", b"owned", "pool_in_use", b"pool_in_use", "pool_size", b"pool_size", "position", b"position", "shard_id", b"shard_id", "sync_set", b"sync_set", "writable", b"writable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
