@@ -3,17 +3,26 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from common import catalog, postgres
-from common.breaker import State
+from common.breaker import BREAKER_OPEN, State
 from common.catalog import Cluster
 from common.deadline import Deadline
 from common.embedder import Embedder
-from common.errors import ReadOnly, ResourceExhausted, Unavailable, WrongShard
+from common.errors import (
+    DeadlineExceeded,
+    MemshardError,
+    OutcomeUnknown,
+    ReadOnly,
+    ResourceExhausted,
+    Unavailable,
+    WrongShard,
+)
 from common.level import Level
 from common.topology import Replica, Shard, ShardStatus
+from memshard.internal.v1.shard_pb2 import DescribeResponse
 from router.findings import Condition, Finding, Scale
 from router.guard import Kind
 from router.location import LocationCache
@@ -29,6 +38,11 @@ _SHARE = "share"
 # Often enough for a level, which is entered after five seconds, to be decided by more than one look at a pool.
 _DATABASE_EVERY_S = 2.0
 _DATABASE_CUT_OFF_S = 2.0
+# Milliseconds in which none of all connections, each in use, answers: longer than any statement here takes. Then it is
+# no peak, and new ones may help.
+_SILENT_MS = 5_000
+# How a round ends that waited for a connection in vain, or that was not made since so many others had.
+_TOO_LATE = frozenset({DeadlineExceeded.default_reason, OutcomeUnknown.default_reason, BREAKER_OPEN})
 # As often as replicas are looked at: what is known of them costs nothing to ask, and they come and go by themselves.
 _REPLICA_EVERY_S = 0.25
 # As often as levels are decided; nobody is asked for it.
@@ -69,6 +83,8 @@ class Checks:
     locations: LocationCache
     embedder: Embedder | None
     catalog_dsn: str
+    full: set[str] = field(default_factory=set)
+    """Shards that use all of their connections, which answer."""
 
     def now(self) -> list[Check]:
         """Those of the topology as it is now."""
@@ -158,25 +174,20 @@ class Checks:
         except BaseException:
             # Of a shard that does not answer nothing is known. Until it does or does not, the last figure holds.
             pool_use.pop(shard.shard_id, None)
+            self.full.discard(shard.shard_id)
             raise
         took_ms = (time.monotonic() - began) * 1000
-        if said.shard_id != shard.shard_id or not said.writable:
+        if said.shard_id != shard.shard_id or not (said.writable or said.database_silent_ms):
             raise Unavailable("somebody else answers there", reason="NOT_PRIMARY")
-        findings = [Finding("database", shard.shard_id, Condition.HEALTHY, took_ms, _MS)]
-        if said.pool_size:
-            use = pool_use[shard.shard_id] = said.pool_in_use / said.pool_size
-            told = f"{said.pool_in_use} of {said.pool_size} connections in use"
-            findings.append(Finding("pool", shard.shard_id, POOL.condition(use), use, _SHARE, told))
-        else:
+        database, pool = _of_database(said, took_ms), _of_pool(said)
+        if pool.figure is None:
             pool_use.pop(shard.shard_id, None)
-            findings.append(_unknown("pool", shard.shard_id))
-        if said.disk_bytes:
-            free = said.disk_free_bytes / said.disk_bytes
-            told = f"{said.disk_free_bytes / 1024**3:.1f} GiB free"
-            findings.append(Finding("disk", shard.shard_id, DISK.condition(free), free, _SHARE, told))
         else:
-            findings.append(_unknown("disk", shard.shard_id))
-        return findings
+            pool_use[shard.shard_id] = pool.figure
+        self.full.discard(shard.shard_id)
+        if pool.condition is Condition.DEGRADED and database.condition < Condition.UNHEALTHY:
+            self.full.add(shard.shard_id)
+        return [database, pool, _of_disk(said)]
 
     async def _lag(self, shard: Shard, replica: Replica) -> Sequence[Finding]:
         """What is known of the replica, which is looked at four times a second in any case."""
@@ -196,21 +207,27 @@ class Checks:
         began = time.monotonic()
         try:
             await Synthetic(self.cluster, self.shards).round(topology, shard, time.time(), deadline)
-        except ReadOnly:
-            # By the shard's status in the catalog: somebody wants it so.
-            return [Finding("synthetic", shard.shard_id, Condition.DEGRADED, message="takes no writes, as it was set")]
-        except Unavailable as error:
-            if error.reason != SHARD_MAINTENANCE:
-                raise
-            return [Finding("synthetic", shard.shard_id, Condition.DEGRADED, message="in maintenance, as it was set")]
-        except ResourceExhausted:
-            # It answers. To give it new connections as well would not help.
-            return [Finding("synthetic", shard.shard_id, Condition.DEGRADED, message="has too much to do")]
         except WrongShard as stale:
             await self.watch.refresh(stale.epoch, deadline)
             return [_unknown("synthetic", shard.shard_id, "its slots are moving")]
+        except MemshardError as error:
+            if (why := self._nothing_to_mend(shard, error)) is None:
+                raise
+            return [Finding("synthetic", shard.shard_id, Condition.DEGRADED, message=why)]
         took_ms = (time.monotonic() - began) * 1000
         return [Finding("synthetic", shard.shard_id, Condition.HEALTHY, took_ms, _MS)]
+
+    def _nothing_to_mend(self, shard: Shard, error: MemshardError) -> str | None:
+        """Why a round failed, where that is as it should be; None where it is not."""
+        # By the shard's status in the catalog: somebody wants it so.
+        if isinstance(error, ReadOnly):
+            return "takes no writes, as it was set"
+        if error.reason == SHARD_MAINTENANCE:
+            return "in maintenance, as it was set"
+        # It answers. To give it new connections as well would not help.
+        if isinstance(error, ResourceExhausted) or (error.reason in _TOO_LATE and shard.shard_id in self.full):
+            return "has too much to do"
+        return None
 
     async def _ask_catalog(self) -> None:
         try:
@@ -248,6 +265,31 @@ async def _timed(name: str, subject: str, ask: Callable[[], Awaitable[None]]) ->
     await ask()
     took_ms = (asyncio.get_running_loop().time() - began) * 1000
     return [Finding(name, subject, Condition.HEALTHY, took_ms, _MS)]
+
+
+def _of_database(said: DescribeResponse, took_ms: float) -> Finding:
+    if not said.database_silent_ms:
+        return Finding("database", said.shard_id, Condition.HEALTHY, took_ms, _MS)
+    if said.database_silent_ms < _SILENT_MS:
+        return Finding("database", said.shard_id, Condition.DEGRADED, message="no connection to it is free")
+    told = f"all connections are in use, and none has answered for {said.database_silent_ms / 1000:.0f} s"
+    return Finding("database", said.shard_id, Condition.UNHEALTHY, message=told)
+
+
+def _of_pool(said: DescribeResponse) -> Finding:
+    if not said.pool_size:
+        return _unknown("pool", said.shard_id)
+    use = said.pool_in_use / said.pool_size
+    told = f"{said.pool_in_use} of {said.pool_size} connections in use"
+    return Finding("pool", said.shard_id, POOL.condition(use), use, _SHARE, told)
+
+
+def _of_disk(said: DescribeResponse) -> Finding:
+    if not said.disk_bytes:
+        return _unknown("disk", said.shard_id)
+    free = said.disk_free_bytes / said.disk_bytes
+    told = f"{said.disk_free_bytes / 1024**3:.1f} GiB free"
+    return Finding("disk", said.shard_id, DISK.condition(free), free, _SHARE, told)
 
 
 def _figure(name: str, subject: str, scale: Scale, figure: float, unit: str) -> Finding:

@@ -1,6 +1,7 @@
 """The pool of connections to the shard's own database, and what its failures mean to a caller."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -47,6 +48,7 @@ class Database:
         self._writes = asyncio.Semaphore(max(1, pool.get_max_size() * 3 // 4))
         self._lent: set[PoolConnectionProxy[asyncpg.Record]] = set()
         self._recycled_at = -_RECYCLED_FOR_S
+        self._answered_at = time.monotonic()
         if primary is not None:
             primary.on_change(self._leave_outdated)
 
@@ -86,6 +88,17 @@ class Database:
     def use(self) -> tuple[int, int]:
         """How many connections there may be, and how many of them are in use."""
         return self._pool.get_max_size(), len(self._lent)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all the connections that there may be are in use."""
+        there_may_be, in_use = self.use()
+        return in_use >= there_may_be
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the database last answered anybody. Of one that nobody asks that says nothing."""
+        return time.monotonic() - self._answered_at
 
     @property
     def open_connections(self) -> int:
@@ -151,7 +164,9 @@ class Database:
 
     async def _release(self, connection: "PoolConnectionProxy[asyncpg.Record]", *, finished: bool) -> None:
         self._lent.discard(connection)
-        if not finished:
+        if finished:
+            self._answered_at = time.monotonic()
+        else:
             timed: Any = connection
             # One that has died was taken from under its user, and there is nothing behind this one any more.
             with suppress(AttributeError):

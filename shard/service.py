@@ -214,7 +214,25 @@ class ShardServicer(ReadServicer):
 
     async def Describe(self, request: shard_pb2.DescribeRequest, deadline: Deadline) -> shard_pb2.DescribeResponse:
         pool_size, pool_in_use = self._database.use()
-        async with self._database.reading(deadline) as connection:
+        try:
+            described = await self._of_the_database(request, deadline)
+        except (Unavailable, TimeoutError):
+            # A database that is away has no connections, let alone all of them in use.
+            if not (request.without_owned and self._database.is_full):
+                raise
+            # Whoever watches the pool is to hear that it is full, and more so than at any other time.
+            described = self._silent()
+            pool_size, pool_in_use = self._database.use()
+        described.pool_size, described.pool_in_use = pool_size, pool_in_use
+        described.disk_bytes, described.disk_free_bytes = self._disk.room.size_bytes, self._disk.room.free_bytes
+        return described
+
+    async def _of_the_database(
+        self, request: shard_pb2.DescribeRequest, deadline: Deadline
+    ) -> shard_pb2.DescribeResponse:
+        # Half of the time may pass until there is a connection: the other half is to say that there is none.
+        patience = Deadline.after(deadline.remaining_s() / 2) if request.without_owned else deadline
+        async with self._database.reading(patience) as connection:
             described = await self._describe(connection, () if request.without_owned else None)
             here = await read_position(connection)
         described.writable = True
@@ -223,9 +241,15 @@ class ShardServicer(ReadServicer):
         )
         described.durability = self._durability.of_commit(self._durability.begin(), here)
         described.sync_set.extend(sorted(self._durability.members))
-        described.pool_size, described.pool_in_use = pool_size, pool_in_use
-        described.disk_bytes, described.disk_free_bytes = self._disk.room.size_bytes, self._disk.room.free_bytes
         return described
+
+    def _silent(self) -> shard_pb2.DescribeResponse:
+        """What there is to say without the database."""
+        return shard_pb2.DescribeResponse(
+            cluster_id=self._identity.cluster_id,
+            shard_id=self._identity.shard_id,
+            database_silent_ms=max(1, round(self._database.silent_s * 1000)),
+        )
 
     async def RecyclePool(
         self, request: shard_pb2.RecyclePoolRequest, deadline: Deadline

@@ -3,13 +3,16 @@
 import asyncio
 from typing import TYPE_CHECKING
 
+import grpc
+import pytest
+
 from common.deadline import Deadline
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from shard.database import Database
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
-from tests.support.wire import database, pool_of_one, shard_service, store_request, topology_of, user_slot
+from tests.support.wire import database, pool_of_one, route, shard_service, store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
     from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
@@ -78,3 +81,41 @@ async def test_connections_are_replaced_once_a_minute_however_many_ask(cluster: 
         # Whoever knows that they must go is not held up.
         assert await here.recycle() == 1
         assert await backend() != second
+
+
+async def test_a_pool_that_is_full_is_told_of_at_once_and_its_database_is_asked_again_when_it_is_not(
+    cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
+) -> None:
+    await api.StoreMemory(store_request(user, "there"))
+    topology = await topology_of(cluster.catalog_dsn())
+    slot = user_slot(user)
+    shard = topology.owner(slot)
+    listing = shard_pb2.ListRequest(user_id=user, page_size=1, route=route(topology, shard, slot))
+    short = shard_pb2.DescribeRequest(without_owned=True)
+    async with (
+        shard_service(shard.address) as internal,
+        database(cluster.shard_dsn(shard.shard_id, owner=True)) as holder,
+    ):
+        async with holder.transaction():
+            await holder.execute("LOCK TABLE memories IN ACCESS EXCLUSIVE MODE")
+            # Each waits for the lock for three seconds, and those that have no connection for one.
+            hanging = [internal.List(listing, timeout=60) for _ in range(60)]
+
+            async def full() -> shard_pb2.DescribeResponse | None:
+                said: shard_pb2.DescribeResponse = await internal.Describe(short, timeout=2)
+                return said if said.database_silent_ms else None
+
+            said = await eventually(full)
+            assert said is not None
+            assert (said.shard_id, said.pool_size, said.pool_in_use) == (shard.shard_id, 16, 16)
+            assert said.disk_bytes
+            assert not said.writable
+            later = await internal.Describe(short, timeout=2)
+            assert later.database_silent_ms > said.database_silent_ms
+            # Who wants to know what it owns is told nothing rather than half of it.
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await internal.Describe(shard_pb2.DescribeRequest(), timeout=1)
+            assert raised.value.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
+        await asyncio.gather(*hanging, return_exceptions=True)
+        again = await internal.Describe(short, timeout=2)
+        assert (again.writable, again.database_silent_ms) == (True, 0)

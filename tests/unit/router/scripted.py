@@ -43,6 +43,8 @@ class Server:
         self.writable = writable
         self.position = Position(1, 100)
         self.lag_ms = 0
+        self.figures = shard_pb2.DescribeResponse()
+        """What else it says of itself."""
         self.serving = True
         self.error: MemshardError | None = None
         self.fails_next = 0
@@ -125,13 +127,15 @@ class Server:
         await self._thawed.wait()
         self.looks += 1
         timeline, lsn = self.position
-        return shard_pb2.DescribeResponse(
+        described = shard_pb2.DescribeResponse(
             cluster_id=CLUSTER_ID,
             shard_id=self.shard_id,
-            writable=self.writable,
+            writable=self.writable and not self.figures.database_silent_ms,
             position=shard_pb2.ShardPosition(shard_id=self.shard_id, timeline=timeline, lsn=lsn),
             lag_ms=self.lag_ms,
         )
+        described.MergeFrom(self.figures)
+        return described
 
     async def Get(self, request: shard_pb2.GetRequest, deadline: Deadline) -> shard_pb2.GetResponse:  # noqa: N802
         self.asked.append(request.route)

@@ -11,12 +11,14 @@ from common.breaker_log import logged
 from common.breaker_settings import EMBEDDER
 from common.catalog import Cluster, PlacementStrategy, Precision
 from common.config import RouterSettings
+from common.errors import DeadlineExceeded, MemshardError, OutcomeUnknown
 from common.topology import CLUSTER, ShardStatus, Topology
+from memshard.internal.v1.shard_pb2 import DescribeResponse
 from router.checks import Checks
 from router.findings import Condition, Finding
 from router.location import LocationCache
 from router.monitor import Monitor
-from router.recovery import remedies
+from router.recovery import Kind, remedies
 from router.replicas import Replicas
 from router.topology_watch import TopologyWatch
 from tests.support.eventually import eventually
@@ -36,6 +38,12 @@ async def _said(reader: Router, replicas: Replicas) -> Finding:
     (check,) = [check for check in _checks(reader, reader.topology, replicas).now() if check.name == "replica"]
     (finding,) = await check.ask()
     return finding
+
+
+async def _found_by(checks: Checks, name: str) -> list[Finding]:
+    """What one check of the one shard finds, with those beside it."""
+    report = await Monitor(lambda: [check for check in checks.now() if check.name == name]).look()
+    return list(report.findings)
 
 
 async def _found_of_the_shard(reader: Router, status: ShardStatus = ShardStatus.ACTIVE) -> list[Finding]:
@@ -94,6 +102,47 @@ async def test_one_that_is_away_without_having_been_told_is_not() -> None:
     async with servers(0) as (primary, _), router(primary) as reader:
         await primary.stop()
         assert [action.subject for action in remedies(await _found_of_the_shard(reader))] == ["shard-0", "shard-0"]
+
+
+@pytest.mark.parametrize(
+    ("silent_ms", "error"),
+    [
+        (0, DeadlineExceeded("not in time")),
+        (900, OutcomeUnknown("not in time")),
+        (900, DeadlineExceeded("not in time")),
+    ],
+)
+async def test_a_pool_that_is_merely_full_is_reported_as_such_and_left_alone(
+    silent_ms: int, error: MemshardError
+) -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.figures = DescribeResponse(pool_size=16, pool_in_use=16, database_silent_ms=silent_ms)
+        primary.error = error
+        checks = _checks(reader, reader.topology, reader.replicas)
+        found = await _found_by(checks, "database") + await _found_by(checks, "synthetic")
+        assert [finding.figure for finding in found if finding.name == "pool"] == [1.0]
+        assert reader.shards.levels.pool_use == {"shard-0": 1.0}
+        assert max(finding.condition for finding in found) is Condition.DEGRADED
+        assert remedies(found) == []
+
+
+async def test_connections_that_are_all_in_use_and_answer_nobody_are_replaced() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.figures = DescribeResponse(pool_size=16, pool_in_use=16, database_silent_ms=9_000)
+        primary.error = DeadlineExceeded("not in time")
+        checks = _checks(reader, reader.topology, reader.replicas)
+        for name in ("database", "synthetic"):
+            found = await _found_by(checks, name)
+            assert [action.kind for action in remedies(found)] == [Kind.RECONNECT, Kind.RECYCLE_POOL]
+        assert reader.shards.levels.pool_use == {"shard-0": 1.0}
+
+
+async def test_a_full_pool_excuses_no_wrong_answer() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.figures = DescribeResponse(pool_size=16, pool_in_use=16)
+        checks = _checks(reader, reader.topology, reader.replicas)
+        await _found_by(checks, "database")
+        assert remedies(await _found_by(checks, "synthetic"))
 
 
 async def test_a_helper_that_is_away_is_told_of() -> None:
