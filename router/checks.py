@@ -21,6 +21,7 @@ from common.errors import (
     WrongShard,
 )
 from common.level import Level
+from common.machine import Busy
 from common.topology import Replica, Shard, ShardStatus
 from memshard.internal.v1.shard_pb2 import DescribeResponse
 from router.findings import Condition, Finding, Scale
@@ -164,8 +165,8 @@ class Checks:
         )
 
     async def _describe(self, shard: Shard) -> Sequence[Finding]:
-        """The shard's service and its database, and what it says of pool and disk."""
-        pool_use = self.shards.levels.pool_use
+        """The shard's service and its database, and what it says of pool, disk and machine."""
+        levels = self.shards.levels
         began = time.monotonic()
         try:
             said = await self.shards.describe(
@@ -173,17 +174,18 @@ class Checks:
             )
         except BaseException:
             # Of a shard that does not answer nothing is known. Until it does or does not, the last figure holds.
-            pool_use.pop(shard.shard_id, None)
+            levels.pool_use.pop(shard.shard_id, None)
+            levels.busy.pop(shard.shard_id, None)
             self.full.discard(shard.shard_id)
             raise
         took_ms = (time.monotonic() - began) * 1000
         if said.shard_id != shard.shard_id or not (said.writable or said.database_silent_ms):
             raise Unavailable("somebody else answers there", reason="NOT_PRIMARY")
         database, pool = _of_database(said, took_ms), _of_pool(said)
-        if pool.figure is None:
-            pool_use.pop(shard.shard_id, None)
-        else:
-            pool_use[shard.shard_id] = pool.figure
+        levels.busy[shard.shard_id] = Busy(said.cpu, said.memory)
+        levels.pool_use.pop(shard.shard_id, None)
+        if pool.figure is not None:
+            levels.pool_use[shard.shard_id] = pool.figure
         self.full.discard(shard.shard_id)
         if pool.condition is Condition.DEGRADED and database.condition < Condition.UNHEALTHY:
             self.full.add(shard.shard_id)

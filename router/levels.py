@@ -12,7 +12,7 @@ from dataclasses import replace
 from common import logs
 from common.breaker import CircuitBreaker, State
 from common.level import Effects, Level, LevelDecider
-from common.machine import Machine
+from common.machine import Busy, Machine
 from common.topology import CLUSTER
 from common.vitals import MIN_CALLS, Vitals, of_cluster
 from common.window import SlidingCount
@@ -21,6 +21,7 @@ from router.guard import LATELY_S, Clock, Guard, Guards, Kind, Tally
 _log = logs.get_logger("levels")
 
 _EVERY_S = 1.0
+_IDLE = Busy(0.0, 0.0)
 
 
 class Levels:
@@ -38,6 +39,8 @@ class Levels:
         self._told: dict[str, Level] = {}
         self.pool_use: dict[str, float] = {}
         """Share of each shard's connections in use, as the health monitor last heard."""
+        self.busy: dict[str, Busy] = {}
+        """How busy each shard's machine is, likewise."""
         self.vitals: dict[str, Vitals] = {}
         """The last look at each shard and, as CLUSTER, at the whole."""
 
@@ -71,7 +74,7 @@ class Levels:
     def look(self, cpu: float = 0.0, memory: float = 0.0) -> None:
         """Takes one look at everything. `cpu` and `memory` are the shares of this machine's that are used, 0 to 1."""
         shards = {
-            shard_id: replace(_of_shard(guards), pool_use=self.pool_use.get(shard_id, 0.0))
+            shard_id: self._with_what_it_told(shard_id, _of_shard(guards))
             for shard_id, guards in self._guards.by_shard().items()
         }
         for name in self._deciders.keys() - shards.keys() - {CLUSTER}:
@@ -99,6 +102,10 @@ class Levels:
             busy = machine.look()
             self.look(busy.cpu, busy.memory)
             await changed(self.effects())
+
+    def _with_what_it_told(self, shard_id: str, seen: Vitals) -> Vitals:
+        busy = self.busy.get(shard_id, _IDLE)
+        return replace(seen, pool_use=self.pool_use.get(shard_id, 0.0), cpu=busy.cpu, memory=busy.memory)
 
     def _apply(self) -> None:
         for shard_id, guards in self._guards.by_shard().items():

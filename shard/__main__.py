@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common import config, embedder, lifecycle, logs
 from common.config import ShardSettings
+from common.machine import Watch
 from common.postgres import CONNECT_ERRORS, explain
 from common.rpc import methods_of
 from common.telemetry.exposition import Exposition
@@ -27,7 +28,7 @@ from shard.metrics import ShardMetrics
 from shard.primary import Newest, Primary
 from shard.purge import Retention
 from shard.read_service import admission
-from shard.service import ShardServicer
+from shard.service import Host, ShardServicer
 from shard.sync_keeper import SyncKeeper
 from shard.writes import Writes
 
@@ -64,13 +65,13 @@ async def main(settings: ShardSettings) -> None:
         # A successor waits for nobody yet. The keeper says when it does.
         primary.on_change(durability.set_local)
         keeper = SyncKeeper(settings, owner, durability)
-        disk = Disk(settings.data_path)
+        disk, machine = Disk(settings.data_path), Watch()
         own_indexes = OwnIndexes(database)
         # It looks for the primary itself: once a look, and not with the sync set's keeper.
         large_users = Keeper(settings, known, Primary(owner_dsn, newest), own_indexes)
         seen = LogSeen()
         writes = Writes(database, commits, durability, seen)
-        servicer = ShardServicer(settings, known, database, writes, durability, queue, disk, large_users)
+        servicer = ShardServicer(settings, known, database, writes, durability, queue, Host(disk, machine), large_users)
         server = lifecycle.Server(
             settings,
             [methods_of(_SERVICE, servicer, default_deadline_s=settings.default_deadline_s, admission=admission())],
@@ -90,6 +91,7 @@ async def main(settings: ShardSettings) -> None:
                 partial(purge.run, database, retention, interval_s=settings.purge_interval_s),
                 queue.run,
                 disk.run,
+                machine.run,
                 figures.run,
                 own_indexes.run,
                 large_users.run,

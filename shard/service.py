@@ -1,6 +1,7 @@
 """ShardService: each method checks where the request was meant to go, then reads or writes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from google.rpc import status_pb2
@@ -10,6 +11,7 @@ from common.config import ShardSettings
 from common.deadline import Deadline
 from common.errors import MemshardError, Unavailable, WrongShard
 from common.gathering import Gathering
+from common.machine import Watch
 from common.postgres import Connection
 from common.status import to_status
 from memshard.internal.v1 import shard_pb2
@@ -46,6 +48,14 @@ _log = logs.get_logger("service")
 _RETRY_AFTER_S = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What the service runs on, and its database keeps its data on."""
+
+    disk: Disk
+    machine: Watch
+
+
 class ShardServicer(ReadServicer):
     """The shard's side of memshard.internal.v1.ShardService."""
 
@@ -57,7 +67,7 @@ class ShardServicer(ReadServicer):
         writes: Writes,
         durability: Durability,
         queue: EmbeddingQueue,
-        disk: Disk,
+        host: Host,
         keeper: Keeper,
     ) -> None:
         super().__init__(known, settings.page_bytes, keeper.known)
@@ -66,7 +76,7 @@ class ShardServicer(ReadServicer):
         self._durability = durability
         self._writes = writes
         self._queue = queue
-        self._disk = disk
+        self._host = host
         self._stores = Gathering("store together", self._store_alone, self._store_together)
 
     async def Store(self, request: shard_pb2.StoreRequest, deadline: Deadline) -> shard_pb2.StoreResponse:
@@ -224,7 +234,9 @@ class ShardServicer(ReadServicer):
             described = self._silent()
             pool_size, pool_in_use = self._database.use()
         described.pool_size, described.pool_in_use = pool_size, pool_in_use
-        described.disk_bytes, described.disk_free_bytes = self._disk.room.size_bytes, self._disk.room.free_bytes
+        room, busy = self._host.disk.room, self._host.machine.busy
+        described.disk_bytes, described.disk_free_bytes = room.size_bytes, room.free_bytes
+        described.cpu, described.memory = busy.cpu, busy.memory
         return described
 
     async def _of_the_database(

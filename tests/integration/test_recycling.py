@@ -56,6 +56,7 @@ async def test_every_connection_is_another_one_and_nobody_notices(
         await eventually(all_are_new)
         assert all(0 <= one.pool_in_use <= one.pool_size == 16 for one in said)
         assert all(0 < one.disk_free_bytes < one.disk_bytes for one in said)
+        assert all(0 < one.cpu <= 1 and 0 < one.memory < 1 for one in said)
         short = await internal.Describe(shard_pb2.DescribeRequest(without_owned=True))
         assert (list(short.owned), bool(said[0].owned), short.writable) == ([], True, True)
     listed = await api.ListMemories(pb.ListMemoriesRequest(user_id=user))

@@ -145,6 +145,22 @@ async def test_a_full_pool_excuses_no_wrong_answer() -> None:
         assert remedies(await _found_by(checks, "synthetic"))
 
 
+async def test_how_busy_a_shards_machine_is_counts_until_it_says_no_more() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        levels = reader.shards.levels
+        primary.figures = DescribeResponse(cpu=0.8, memory=0.5)
+        reader.shards.guards.of("shard-0")
+        checks = _checks(reader, reader.topology, reader.replicas)
+        await _found_by(checks, "database")
+        levels.look()
+        assert (levels.vitals["shard-0"].cpu, levels.vitals["shard-0"].memory) == (0.8, 0.5)
+        assert (levels.vitals[CLUSTER].cpu, levels.vitals[CLUSTER].memory) == (0.0, 0.0)
+        await primary.stop()
+        await _found_by(checks, "database")
+        levels.look()
+        assert (levels.vitals["shard-0"].cpu, levels.vitals["shard-0"].memory) == (0.0, 0.0)
+
+
 async def test_a_helper_that_is_away_is_told_of() -> None:
     async with servers(0) as (primary, _), router(primary) as reader:
         levels = reader.shards.levels

@@ -10,6 +10,7 @@ from common.breaker_settings import CACHE, SHARD
 from common.errors import DeadlineExceeded, MemshardError, NotFound, ReadOnly, ResourceExhausted, Unavailable
 from common.level import WHAT_EACH_LEVEL_DOES, Level
 from common.limiter import Priority
+from common.machine import Busy
 from common.topology import CLUSTER
 from router.consistency import STRONG
 from router.guard import Guards, Kind
@@ -318,6 +319,24 @@ async def test_a_read_only_shard_refuses_writes_without_being_asked_and_serves_r
             await reader.store()
         assert not primary.asked
         assert await reader.get(STRONG) == "primary"
+
+
+def test_a_shard_on_a_busy_machine_gives_up_more_when_it_sheds_or_is_slow_and_nothing_otherwise() -> None:
+    watched = Watched()
+    watched.levels.busy["shard-0"] = Busy(cpu=0.95, memory=0.99)
+    watched.watch(60)
+    assert watched.levels.of(_SHARDS) is Level.NORMAL
+    for _ in range(10):
+        watched.guards.of("shard-0").lately.shed.add(20)
+        watched.watch(1)
+    assert watched.levels.of(["shard-0"]) is Level.REDUCED
+    for _ in range(10):
+        for shard_id in _SHARDS[:2]:
+            watched.guards.of(shard_id).lately.shed.add(20)
+        watched.watch(1, *_SHARDS[:2], took_s=0.3)
+    # With both, as another does not that is as slow and sheds as much, where there is CPU to spare.
+    assert watched.levels.of(["shard-0"]) is Level.ESSENTIAL
+    assert watched.levels.of(["shard-1"]) is Level.REDUCED
 
 
 def test_a_full_pool_reduces_its_shard_and_nobody_else() -> None:
