@@ -252,7 +252,8 @@ class ShardServicer(ReadServicer):
         pool_size, pool_in_use = self._database.use()
         try:
             described = await self._of_the_database(request, deadline)
-        except TimeoutError:
+        except (Unavailable, TimeoutError):
+            # A database that is away has no connections, let alone all of them in use.
             if not (request.without_owned and self._database.is_full):
                 raise
             # Whoever watches the pool is to hear that it is full, and more so than at any other time.
