@@ -16,7 +16,8 @@ class EmbeddingServer:
 
     def __init__(self) -> None:
         self.down = False
-        self.calls = 0
+        self.texts: list[str] = []
+        """All that it was ever asked for."""
         self.at_work = threading.Event()
         """Cleared: it thinks about every request, and answers none."""
         self.at_work.set()
@@ -58,7 +59,7 @@ def _handler(server: EmbeddingServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:  # http.server's name.
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.calls += 1
+            server.texts.extend(request["input"])
             server.at_work.wait()
             if server.down:
                 self.send_error(503)
