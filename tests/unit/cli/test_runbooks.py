@@ -32,13 +32,10 @@ _MOVER = ["python", "-m", "shard.mover"]
 _ASSIGNED = re.compile(r"([A-Z][A-Z_]*)=(.*)", re.DOTALL)
 
 
-def commands_of(page: Path, section: str = "") -> Iterator[tuple[list[str], dict[str, str]]]:
-    """The commands of a page, or of one of its sections, each with the variables that it would find set."""
+def commands_of(page: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """The commands of a page, each with the variables that it would find set."""
     exported: dict[str, str] = {}
-    text = page.read_text(encoding="utf-8")
-    if section:
-        text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    for language, block in _BLOCK.findall(text):
+    for language, block in _BLOCK.findall(page.read_text(encoding="utf-8")):
         lines = [line.strip() for line in block.replace("\\\n", " ").splitlines()]
         if language == "text" or any(line.startswith(_PROMPT) for line in lines):
             lines = [line.removeprefix(_PROMPT) for line in lines if line.startswith(_PROMPT)]
