@@ -13,24 +13,29 @@ import asyncpg
 from common.catalog import CHANNEL, CatalogError, EpochConflictError, read_epoch
 from common.moves import Move, OpenMove, Progress, Step
 from common.postgres import Connection
-from common.topology import SlotRange
+from common.topology import GIVES, TAKES, SlotRange
 
 # The first of the two keys of the advisory locks in catalog and shards. The second is the move's id.
 LEASE_CLASS = 0x6D6F7665  # "move"
 
 _COLUMNS = """move_id, first, last, source, target, step, version, attempts, source_timeline, target_timeline, rows,
               fenced_at, cutover_at, cutover_epoch, rollback_window_s, error"""
-# Whatever the plan was made from, the source must have the slots now. A hand-over that is just being recorded is waited
-# for, by the lock on the epoch that it raises, and the epoch is another one then: what `owned` saw counts no more.
+# Whatever the plan was made from, the source must have the slots now, and both shards a status by which they can go.
+# A hand-over or a status that is just being recorded is waited for, by the lock on the epoch that it raises, and the
+# epoch is another one then: what was seen of the rest counts no more.
 _CREATE = f"""
 WITH owned AS (
     SELECT sum(least(last, $2::int) - greatest(first, $1::int) + 1) AS slots
     FROM slot_ranges WHERE first <= $2::int AND last >= $1::int AND shard_id = $3::text
+), willing AS (
+    SELECT FROM shards AS giver, shards AS taker
+    WHERE giver.shard_id = $3::text AND giver.status = ANY ($6::text[])
+        AND taker.shard_id = $4::text AND taker.status = ANY ($7::text[])
 ), standing AS (
     SELECT epoch FROM topology WHERE epoch = (SELECT epoch FROM topology) FOR SHARE
 )
 INSERT INTO moves (first, last, source, target, step, rollback_window_s)
-SELECT $1::int, $2::int, $3::text, $4::text, 'planned', $5::double precision FROM owned, standing
+SELECT $1::int, $2::int, $3::text, $4::text, 'planned', $5::double precision FROM owned, willing, standing
 WHERE owned.slots = $2::int - $1::int + 1
 RETURNING {_COLUMNS}
 """  # noqa: S608  # A constant, here as below.
@@ -38,6 +43,7 @@ _OWNS = """
 SELECT coalesce(sum(least(last, $2::int) - greatest(first, $1::int) + 1), 0) = $2::int - $1::int + 1
 FROM slot_ranges WHERE first <= $2::int AND last >= $1::int AND shard_id = $3::text
 """
+_STATUSES = "SELECT shard_id, status FROM shards WHERE shard_id = ANY ($1::text[])"
 _TRIES = 5
 _READ = f"SELECT {_COLUMNS} FROM moves ORDER BY move_id"  # noqa: S608
 _READ_OPEN = f"""
@@ -131,17 +137,28 @@ async def create_move(
 ) -> Move:
     """Records a move that is to be, and for how long it can be brought back once the slots have gone over.
 
-    Raises MoveConflictError when another one has some of the slots, or the source has not all of them (any more).
+    Raises MoveConflictError when another one has some of the slots, the source has not all of them (any more), or by
+    their status it gives none, or the target takes none.
     """
     for _ in range(_TRIES):
         try:
-            row = await connection.fetchrow(_CREATE, first, last, source, target, rollback_window_s)
+            row = await connection.fetchrow(
+                _CREATE, first, last, source, target, rollback_window_s, sorted(GIVES), sorted(TAKES)
+            )
         except asyncpg.ExclusionViolationError as error:
-            raise MoveConflictError(f"slots {first} to {last} are being moved already") from error
+            raise MoveConflictError(
+                f"slots {first} to {last} are being moved already; another mover is at work, wait for it"
+            ) from error
         if row is not None:
             return _move(dict(row))
         if not await connection.fetchval(_OWNS, first, last, source):
-            raise MoveConflictError(f"slots {first} to {last} do not all belong to {source} any more")
+            raise MoveConflictError(
+                f"slots {first} to {last} do not all belong to {source} any more; another mover is at work, wait for it"
+            )
+        status = {row["shard_id"]: row["status"] for row in await connection.fetch(_STATUSES, [source, target])}
+        if status.get(source) not in GIVES or status.get(target) not in TAKES:
+            told = " to ".join(f"{shard_id} ({status.get(shard_id, 'removed')})" for shard_id in (source, target))
+            raise MoveConflictError(f"slots {first} to {last} cannot go from {told} any more; plan anew")
     raise CatalogError("the catalog keeps changing")
 
 

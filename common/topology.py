@@ -23,6 +23,12 @@ class ShardStatus(StrEnum):
     MAINTENANCE = "maintenance"
 
 
+GIVES = frozenset({ShardStatus.ACTIVE, ShardStatus.DRAINING})
+"""Slots may go from a shard that is."""
+TAKES = frozenset({ShardStatus.ACTIVE})
+"""Slots may come to a shard that is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Replica:
     """A read-only service on a standby of a shard's primary: its name, and where it listens (`host:port`)."""

@@ -213,7 +213,7 @@ class Mover:
                                 rollback_window_s=self._settings.rollback_window_s,
                             )
                         except MoveConflictError as error:
-                            raise MoveError(f"{error}; another mover is at work, wait for it") from error
+                            raise MoveError(str(error)) from error
                     await self._driver(made.move_id).run(hold=True)
                 await self._settle([made.move_id])
 

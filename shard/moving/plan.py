@@ -9,10 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from common.slots import SLOT_COUNT, as_ranges
-from common.topology import ShardStatus, Topology
-
-_GIVES_AND_TAKES = (ShardStatus.ACTIVE,)
-_GIVES = (ShardStatus.ACTIVE, ShardStatus.DRAINING)
+from common.topology import GIVES, TAKES, ShardStatus, Topology
 
 
 class PlanError(Exception):
@@ -49,14 +46,14 @@ def plan(
     if max_slots < 1:
         raise ValueError("max_slots must be 1 or more")
     status = {s.shard_id: ShardStatus.DRAINING if s.shard_id in draining else s.status for s in topology.shards}
-    weights = {s.shard_id: s.weight for s in topology.shards if status[s.shard_id] in _GIVES_AND_TAKES}
+    weights = {s.shard_id: s.weight for s in topology.shards if status[s.shard_id] in TAKES}
     owned = {s.shard_id: _slots_of(topology, s.shard_id) for s in topology.shards}
     pins = {slot: to for slot, to in (pins or {}).items() if status.get(to) is not ShardStatus.DRAINING}
     wanted = _pinned(owned, status, pins)
     free = {
         shard_id: [slot for slot in slots if slot not in pins]
         for shard_id, slots in owned.items()
-        if status[shard_id] in _GIVES
+        if status[shard_id] in GIVES
     }
     total = sum(map(len, free.values()))
     if not weights:
@@ -86,7 +83,7 @@ def by_hand(topology: Topology, first: int, last: int, target: str, *, max_slots
     source = topology.owner(first).shard_id
     if not any(begin <= first and last <= end for begin, end in topology.ranges_of(source)):
         raise PlanError(f"slots {first} to {last} are not all of one shard")
-    if status.get(target) not in _GIVES_AND_TAKES or source == target or status[source] not in _GIVES:
+    if status.get(target) not in TAKES or source == target or status[source] not in GIVES:
         raise PlanError(f"slots cannot go from {source} to {target}")
     return _in_ranges(dict.fromkeys(range(first, last + 1), (source, target)), max_slots)
 
@@ -103,10 +100,7 @@ def _pinned(
         slot: (source, pins[slot])
         for source, slots in owned.items()
         for slot in slots
-        if slot in pins
-        and pins[slot] != source
-        and status[source] in _GIVES
-        and status.get(pins[slot]) in _GIVES_AND_TAKES
+        if slot in pins and pins[slot] != source and status[source] in GIVES and status.get(pins[slot]) in TAKES
     }
 
 

@@ -20,7 +20,7 @@ from common.catalog_moves import MoveConflictError
 from common.moves import Step
 from common.postgres import Connection
 from common.probe_user import PREFIX as PROBE
-from common.topology import Cutover, Shard
+from common.topology import Cutover, Shard, ShardStatus
 from memshard import AsyncMemoryClient
 from shard import purge
 from shard.database import Database
@@ -314,6 +314,79 @@ async def test_a_mover_with_an_old_plan_leaves_a_range_that_has_gone_over_where_
     assert {move.step for move in (await slots.moves())[-len(planned) :]} == {Step.DONE}
     assert await all_rows(slots) == before
     assert await slots.left_over() == []
+
+
+@pytest.mark.parametrize(
+    ("shard_id", "status", "is_made"),
+    [
+        ("shard-0", ShardStatus.DRAINING, True),
+        ("shard-0", ShardStatus.READONLY, False),
+        ("shard-0", ShardStatus.MAINTENANCE, False),
+        ("shard-1", ShardStatus.DRAINING, False),
+        ("shard-1", ShardStatus.READONLY, False),
+        ("shard-1", ShardStatus.MAINTENANCE, False),
+    ],
+)
+async def test_a_move_is_made_only_between_shards_whose_status_lets_slots_go(
+    slots: Slots, shard_id: str, status: ShardStatus, is_made: bool
+) -> None:
+    """From shard-0 to shard-1: one of them is set to something else than active after the plan was made."""
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    async with (
+        database(slots.cluster.catalog_dsn(owner=True)) as other,
+        database(slots.cluster.catalog_dsn(owner=True)) as mover,
+    ):
+        epoch, transaction = (await slots.topology()).epoch, other.transaction()
+        await transaction.start()
+        await catalog_shards.set_status(other, epoch, shard_id, status)
+        made = asyncio.ensure_future(catalog_moves.create_move(mover, first, first, "shard-0", "shard-1"))
+
+        async def waits() -> bool:
+            return bool(await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+        # A status that is just being set is waited for.
+        await eventually(waits)
+        await transaction.commit()
+        try:
+            if is_made:
+                await mover.execute(_END_MOVE, (await made).move_id)
+            else:
+                refused = rf"{shard_id} \({status}\)"
+                with pytest.raises(MoveConflictError, match=refused):
+                    await made
+                with pytest.raises(MoveConflictError, match=refused):
+                    await catalog_moves.create_move(mover, first, first, "shard-0", "shard-1")
+        finally:
+            await catalog_shards.set_status(other, epoch + 1, shard_id, ShardStatus.ACTIVE)
+
+
+async def test_a_rebalance_ends_when_a_shard_is_to_get_nothing_any_more(slots: Slots) -> None:
+    """What of its plan is left to be done it leaves, and says so."""
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    await slots.cluster.run("shards", "set", "shard-1", "--weight", "2")
+    one_by_one = Slots(slots.cluster, {**slots.settings, "max_slots": 512, "concurrency": 1})
+    try:
+        async with (
+            database(slots.cluster.catalog_dsn(owner=True)) as connection,
+            one_by_one.mover("rebalance") as running,
+        ):
+            planned = (await anext(running.events()))["moves"]
+            assert len(planned) > 2
+            running.send(signal.SIGSTOP)
+            epoch = (await slots.topology()).epoch
+            await catalog_shards.set_status(connection, epoch, "shard-1", ShardStatus.READONLY)
+            running.send(signal.SIGCONT)
+            events = [event async for event in running.events()]
+        assert events[-1]["event"] == "failed"
+        assert "shard-1 (readonly)" in events[-1]["why"]
+        topology = await slots.topology()
+        assert [topology.owner(move["first"]).shard_id for move in planned[2:]] == [m["source"] for m in planned[2:]]
+        assert await slots.left_over() == []
+    finally:
+        await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+        await slots.cluster.run("shards", "set", "shard-1", "--weight", "1")
+        await slots.move("rebalance")
 
 
 async def test_a_move_is_made_only_of_slots_that_the_source_has_at_that_moment(slots: Slots) -> None:
