@@ -254,7 +254,7 @@ class _View:
             figures.append(move.error)
         self._bars.update(task, completed=done, figures=", ".join(figures))
         if state.HasField("pause_ms"):
-            given_up = ", and given up" if move.error else ""
+            given_up = ", and given up" if move.error and move.step != "active" else ""
             self._print(f"{_range(move)} in {state.pause_ms:.0f} ms without writes{given_up}")
         if move.step in ("done", "rolled_back"):
             self._bars.remove_task(self._tasks.pop(move.move_id))

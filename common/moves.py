@@ -61,6 +61,8 @@ MAX_ROLLBACK_WINDOW_S = 7 * 86400
 
 UNFENCED = "the mover died while it fenced"
 """The error of a move whose fence was taken away. One that returns is still to return then."""
+WAY_BACK_CLOSED = "a failover has closed the way back; move the slots there anew"
+"""The error of a move that has gone over and cannot be brought back any more. It stays with the move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +98,8 @@ class Move:
     @property
     def rollback_until(self) -> datetime | None:
         """When its way back is closed, if that is still to come. None: the slots have not gone over, so that it can be
-        undone at any time, or it is too late."""
-        if self.cutover_at is None or self.step not in (Step.CUT_OVER, Step.ACTIVE):
+        undone at any time, or it is too late, or there is no time for it."""
+        if self.cutover_at is None or self.step not in (Step.CUT_OVER, Step.ACTIVE) or not self.rollback_window_s:
             return None
         return self.cutover_at + timedelta(seconds=self.rollback_window_s)
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from common import catalog, catalog_moves, logs
 from common.catalog import CatalogError
 from common.catalog_moves import MoveConflictError
-from common.moves import UNFENCED, Step
+from common.moves import UNFENCED, WAY_BACK_CLOSED, Step
 from common.postgres import CONNECT_ERRORS
 from shard.moving import ownership
 from shard.moving.copying import compared, settle
@@ -35,6 +35,7 @@ _CALM_S = 0.1
 _CALM_TIMEOUT_S = 3.0
 _CALM_POLL_S = 0.05
 
+_CLOSED = {"error": WAY_BACK_CLOSED, "rollback_window_s": 0.0}
 _FAILURES = (FenceError, StreamError, SideError, MoveError, CatalogError, *CONNECT_ERRORS)
 
 
@@ -56,10 +57,11 @@ async def activate(moving: Moving) -> None:
     pause_s = await _told_shards(moving, moving.source, moving.target)
     await moving.changes(moving.forward).remove()
     await moving.forward.remove()
-    if is_reversible(moving):
+    is_open = is_reversible(moving)
+    if is_open:
         await moving.reverse.enable()
     moving.comparison = moving.fenced_at = None
-    await moving.advance(Step.ACTIVE, fenced_at=None)
+    await moving.advance(Step.ACTIVE, fenced_at=None, **({} if is_open else _CLOSED))
     if pause_s:
         moving.told(pause_ms=round(pause_s * 1000, 1))
 
@@ -72,6 +74,13 @@ def is_reversible(moving: Moving) -> bool:
     return (move.source_timeline, move.target_timeline) == (moving.source.timeline, moving.target.timeline)
 
 
+async def note_failover(moving: Moving) -> None:
+    """Records of a move that could still be brought back that it cannot, when a failover has seen to that."""
+    move = moving.move
+    if move.step is Step.ACTIVE and move.error != WAY_BACK_CLOSED and not is_reversible(moving):
+        await moving.advance(Step.ACTIVE, **_CLOSED)
+
+
 async def bring_back(moving: Moving) -> None:
     """Returns the slots to the source, with all that was written to the target since."""
     reverse = moving.reverse
@@ -79,8 +88,8 @@ async def bring_back(moving: Moving) -> None:
     await moving.advance(Step.RETURNING)
     await unfence(moving, reverse)
     if not is_reversible(moving):
-        await moving.advance(Step.ACTIVE, error="a failover has closed the way back")
-        raise MoveError("a failover has closed the way back; move the slots there anew")
+        await moving.advance(Step.ACTIVE, **_CLOSED)
+        raise MoveError(WAY_BACK_CLOSED)
     await compared(moving, reverse)
     await _handed_over(moving, reverse, Step.RETURNED, or_else=Step.RETURNING)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from common import catalog_moves, logs, postgres
 from common.config import MoverSettings
-from common.moves import UNFENCED, Move, Step
+from common.moves import UNFENCED, WAY_BACK_CLOSED, Move, Step
 from common.postgres import CONNECT_ERRORS, Connection, DatabaseUnreachableError
 from shard.moving import cutover, side
 from shard.moving.moving import MoveError, Moving, Tell, Turn
@@ -93,6 +93,17 @@ class Driver:
             _log.warning("a move is interrupted", move_id=self._move_id, error=type(failure).__name__)
             await asyncio.sleep(_BACKOFF_S)
 
+    async def look(self) -> None:
+        """Records of a move that waits for the end of its rollback window that a failover has closed it, if one has.
+        What cannot be found out now is left to the next look.
+        """
+        with suppress(LeasedError, catalog_moves.MoveConflictError, *_LOST):
+            async with leased(self._settings, self._move_id) as (connection, move):
+                if move.step is not Step.ACTIVE:
+                    return
+                async with self._side(move, move.source) as source, self._side(move, move.target) as target:
+                    await cutover.note_failover(self._moving(connection, move, source, target))
+
     _at = Move(0, 0, 0, "", "", Step.PLANNED)
 
     async def _run_connected(self, *, hold: bool, bring_back: bool, unfence: bool) -> Move:
@@ -109,8 +120,9 @@ class Driver:
                 self._side(move, move.source) as source,
                 self._side(move, move.target) as target,
             ):
-                moving = Moving(connection, self._settings, move, source, target, self._tell, self._turn, self._pace)
+                moving = self._moving(connection, move, source, target)
                 moving.told()
+                await cutover.note_failover(moving)
                 if bring_back:
                     await self._turn_round(moving)
                 await self._begin_anew_after_failover(moving)
@@ -178,6 +190,9 @@ class Driver:
             await let_write(side, move)
         return await record(connection, move)
 
+    def _moving(self, connection: Connection, move: Move, source: Side, target: Side) -> Moving:
+        return Moving(connection, self._settings, move, source, target, self._tell, self._turn, self._pace)
+
     def _side(self, move: Move, shard_id: str) -> AbstractAsyncContextManager[Side]:
         return side.opened(shard_id, self._settings.shard_dsn(shard_id), move.move_id)
 
@@ -197,7 +212,7 @@ class Driver:
         step = moving.move.step
         if step is Step.ACTIVE:
             if not cutover.is_reversible(moving):
-                raise MoveError("a failover has closed the way back; move the slots there anew")
+                raise MoveError(WAY_BACK_CLOSED)
             await moving.advance(Step.RETURNING)
         elif step in (Step.CLEANING, Step.DONE):
             raise MoveError("the way back is closed: the source's rows are being removed")

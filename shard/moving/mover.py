@@ -37,6 +37,8 @@ _EXPECTED = (
 )
 # Moves that are not over: each has a replication slot on the target, of which a server has a bounded number.
 _MAX_OPEN = 6
+# How soon a failover is noticed that closes the rollback window of a move that waits.
+_LOOK_INTERVAL_S = 10.0
 
 
 class Mover:
@@ -246,8 +248,10 @@ class Mover:
             if (left_s := await self._window_left_s(move_id)) is None:
                 return
             while left_s is not None and left_s > 0:
-                if await self._stopped_within(left_s):
+                if await self._stopped_within(min(left_s, _LOOK_INTERVAL_S)):
                     return
+                if left_s > _LOOK_INTERVAL_S:
+                    await self._driver(move_id).look()
                 left_s = await self._window_left_s(move_id)
             if self._stop.is_set():
                 return
@@ -269,7 +273,8 @@ class Mover:
             move = await catalog_moves.read_move(connection, move_id)
         if move.step is not Step.ACTIVE:
             return None
-        assert move.rollback_until is not None
+        if move.rollback_until is None:
+            return 0.0
         return (move.rollback_until - datetime.now(UTC)).total_seconds()
 
     async def _set_window(self, move_ids: Sequence[int], seconds: float, *, passing: bool) -> None:

@@ -6,7 +6,7 @@ again.
 
 from collections.abc import Awaitable, Callable, Mapping
 
-from common.moves import Step
+from common.moves import WAY_BACK_CLOSED, Step
 from shard.moving import copying, cutover, ownership
 from shard.moving.cleanup import remove_rows
 from shard.moving.moving import Moving
@@ -25,7 +25,7 @@ async def clean(moving: Moving) -> None:
     removed = await remove_rows(moving.source, move.first, move.last, moving.forward, moving.reverse, between=between)
     await ownership.forget_departures(moving.source)
     moving.told(removed=removed)
-    await moving.advance(Step.DONE)
+    await moving.advance(Step.DONE, error=_for_good(moving))
 
 
 async def roll_back(moving: Moving) -> None:
@@ -36,7 +36,12 @@ async def roll_back(moving: Moving) -> None:
 
 async def wait(moving: Moving) -> None:
     """The target serves. When it is time, the driver goes on to clean up."""
-    await moving.advance(Step.CLEANING)
+    await moving.advance(Step.CLEANING, error=_for_good(moving))
+
+
+def _for_good(moving: Moving) -> str:
+    """What there is to say of the move whatever becomes of it."""
+    return WAY_BACK_CLOSED if moving.move.error == WAY_BACK_CLOSED else ""
 
 
 STEPS: Mapping[Step, Callable[[Moving], Awaitable[None]]] = {

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from common.moves import Step
+from common.moves import WAY_BACK_CLOSED, Step
 from local.cluster import CATALOG_SERVER
 from memshard import AsyncMemoryClient, NotFound, ReadLevel
 from tests.support.cluster import LocalCluster
@@ -131,6 +131,43 @@ async def test_a_failover_begins_a_move_anew_or_closes_its_way_back(shard_id: st
         assert (move.attempts > 1) == (step is not Step.ACTIVE)
         assert (writers.failures, writers.wrong) == ([], [])
         assert await writers.found() == writers.expected
+        assert await slots.left_over() == []
+
+
+async def test_a_failover_closes_the_rollback_window_of_a_move_that_waits_or_is_about_to() -> None:
+    """It is noted by whoever waits, or tells the shards of the hand-over; nobody thinks that it can be brought back."""
+    async with LocalCluster(shards=2, replicas=1) as cluster:
+        slots = Slots(cluster, {"rollback_window_s": 3600})
+        async with slots.mover("move", "--first", "9000", "--last", "9099", "--to", "shard-0") as mover:
+            await mover.until(Step.ACTIVE)
+            await cluster.run("failover", "shard-1")
+            events = [event async for event in mover.events()]
+        assert events[-1]["event"] == "done"
+        assert next(event["step"] for event in events if event.get("error") == WAY_BACK_CLOSED) == Step.ACTIVE
+        (move,) = await slots.moves()
+        assert (move.step, move.error, move.rollback_window_s) == (Step.DONE, WAY_BACK_CLOSED, 0)
+        assert WAY_BACK_CLOSED in await cluster.run("moves", "list", "--all", "--json")
+
+        async with slots.mover("move", "--first", "9100", "--last", "9199", "--to", "shard-0") as mover:
+            await mover.until(Step.ACTIVE)
+            mover.send(signal.SIGKILL)
+            await mover.process.communicate()
+        await cluster.run("failover", "shard-0")
+        async with database(cluster.catalog_dsn(owner=True)) as connection:
+            # As if it had died before it told the shards.
+            await connection.execute("UPDATE moves SET step = 'cut_over', version = version + 1 WHERE first = 9100")
+
+        async def is_told() -> bool:
+            return (await slots.moves())[-1].step is not Step.CUT_OVER
+
+        # The supervisor sees that nobody drives it.
+        await eventually(is_told, within_s=60)
+        move = (await slots.moves())[-1]
+        assert (move.step, move.error, move.rollback_window_s) == (Step.ACTIVE, WAY_BACK_CLOSED, 0)
+        assert move.rollback_until is None
+        await slots.move("resume")
+        move = (await slots.moves())[-1]
+        assert (move.step, move.error) == (Step.DONE, WAY_BACK_CLOSED)
         assert await slots.left_over() == []
 
 
