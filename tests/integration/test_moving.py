@@ -221,6 +221,26 @@ async def test_a_move_that_is_driven_has_not_stopped(slots: Slots) -> None:
         assert (progress.open, progress.ended[done.step]) == ((), 1)
 
 
+async def test_a_move_that_waits_has_stopped_once_its_rollback_window_is_over_for_a_while(slots: Slots) -> None:
+    """Whoever waited would be at work on it."""
+    set_past = "UPDATE moves SET cutover_at = now() - interval '90 seconds', rollback_window_s = $2 WHERE move_id = $1"
+    async with database(slots.cluster.catalog_dsn(owner=True)) as driver, database(slots.cluster.catalog_dsn()) as app:
+        topology = await slots.topology()
+        first = next(owned.first for owned in topology.ranges if owned.shard_id == "shard-0")
+        move_id = await driver.fetchval(_STALE_MOVE, first, first, "shard-1", "shard-0", Step.ACTIVE.value)
+        try:
+            for window_s, is_stopped in ((0, True), (29, True), (31, False), (600, False)):
+                await driver.execute(set_past, move_id, window_s)
+                (seen,) = (await catalog_moves.read_progress(app)).open
+                assert (seen.move.step, seen.is_stopped) == (Step.ACTIVE, is_stopped)
+            await driver.execute(set_past, move_id, 0)
+            assert await catalog_moves.take_lease(driver, move_id)
+            (seen,) = (await catalog_moves.read_progress(app)).open
+            assert not seen.is_stopped
+        finally:
+            await driver.execute(_END_MOVE, move_id)
+
+
 async def test_a_hand_over_is_recorded_whole_or_not_at_all(slots: Slots) -> None:
     """Epoch and move both are what it was planned against, or nothing changes."""
     async with database(slots.cluster.catalog_dsn(owner=True)) as connection:
