@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import asyncpg
 
 from shard.moving.side import Side
-from shard.moving.streams import drop_slot, make_slot
+from shard.moving.streams import StreamError, drop_slot, make_slot
 from shard.moving.tables import MARKS
 
 # Changes that one statement decodes.
@@ -46,7 +46,7 @@ class ChangeLog:
         await make_slot(self.publisher, self.name)
 
     async def take(self) -> dict[str, set[Key]]:
-        """The keys of all rows that have changed since the last time, by table."""
+        """The keys of all rows that have changed since the last time, by table. Raises StreamError."""
         changed: defaultdict[str, set[Key]] = defaultdict(set)
         while True:
             rows = await self.publisher.connection.fetch(_TAKE, self.name, self.publication, _BATCH)
@@ -70,8 +70,8 @@ class ChangeLog:
 
 
 def keys_of(messages: Iterable[bytes]) -> Mapping[str, set[Key]]:
-    """The keys of the rows that are inserted, updated and deleted, by table. Raises ValueError for a TRUNCATE, of
-    which nobody can say what it removed.
+    """The keys of the rows that are inserted, updated and deleted, by table. Raises StreamError for a TRUNCATE,
+    of which nobody can say what it removed.
     """
     relations: dict[int, _Relation] = {}
     keys: defaultdict[str, set[Key]] = defaultdict(set)
@@ -89,7 +89,7 @@ def keys_of(messages: Iterable[bytes]) -> Mapping[str, set[Key]]:
                 values = reader.row()
                 keys[relation.name].add(tuple(values[column] or "" for column in relation.key))
         elif kind == b"T":
-            raise ValueError("a table was truncated while slots of it moved")
+            raise StreamError("a table was truncated while slots of it moved")
     return keys
 
 

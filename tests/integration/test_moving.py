@@ -576,6 +576,31 @@ async def test_a_source_takes_writes_again_in_good_time_when_the_target_hangs(sl
     assert await users_rows(slots) == before
 
 
+async def test_a_table_that_is_truncated_while_slots_are_fenced_has_the_move_compare_anew(slots: Slots) -> None:
+    """What a TRUNCATE removed is in no message; it must not end the mover with the fence standing."""
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    topology = await slots.topology()
+    first = next(owned.first for owned in topology.ranges if owned.shard_id == "shard-0")
+    arguments = ("--first", str(first), "--last", str(first + 99))
+    async with (
+        database(slots.cluster.shard_dsn("shard-0", owner=True)) as source,
+        slots.mover("move", *arguments, "--to", "shard-1") as running,
+    ):
+        async with source.transaction():
+            await source.execute(_HOLD_OFF)
+            await running.until("fenced")
+            await eventually(lambda: source.fetchval(_IS_HELD_OFF))
+            # With placement by user there never is anything in it.
+            await source.execute("TRUNCATE request_claims")
+        events = [event async for event in running.events()]
+    assert events[-1]["event"] == "done", events[-1]
+    given_up = next(event for event in events if event.get("step") == "verifying")
+    assert "truncated" in given_up["error"]
+    assert (await slots.moves())[-1].step is Step.DONE
+    assert await slots.left_over() == []
+    await slots.move("move", *arguments, "--to", "shard-0")
+
+
 async def settled(slots: Slots) -> bool:
     """Whether the last move leaves nobody without a shard that takes writes, and says so."""
     move = (await slots.moves())[-1]

@@ -5,6 +5,7 @@ import struct
 import pytest
 
 from shard.moving.changed import keys_of
+from shard.moving.streams import StreamError
 
 
 def _text(value: str) -> bytes:
@@ -44,5 +45,5 @@ def test_keys_of_inserts_updates_and_deletes_are_found() -> None:
 
 
 def test_nobody_knows_what_a_truncate_removed() -> None:
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(StreamError, match="truncated"):
         keys_of([_MEMORIES, b"T" + bytes(9)])
