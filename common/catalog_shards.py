@@ -14,6 +14,10 @@ _OWNS = "SELECT EXISTS (SELECT FROM slot_ranges WHERE shard_id = $1)"
 _IS_MOVING = """
 SELECT EXISTS (SELECT FROM moves WHERE $1 IN (source, target) AND step NOT IN ('done', 'rolled_back'))
 """
+# Moves are kept for ever: without one no shard that comes ever has slots, and none leaves that had some.
+_HAD_SLOTS = """
+SELECT EXISTS (SELECT FROM moves WHERE source = $1 OR (target = $1 AND cutover_epoch > 0))
+"""
 # A shard that comes has a log of its own: places in that of an earlier one of the same name mean nothing in it. What is
 # known of those who got slots from there in turn is kept, as of those who had had them before.
 _FOLLOW_ON = """
@@ -34,12 +38,18 @@ _DROP_FROM = {
 async def add_shard(connection: Connection, epoch: int, shard: Shard) -> int:
     """Adds a shard without slots, if the topology is still at `epoch`; returns the new epoch.
 
-    Raises EpochConflictError when it is not, CatalogError when there is a shard of this name.
+    Raises EpochConflictError when it is not, CatalogError when there is a shard of this name, or was one that had
+    slots: clients may hold consistency tokens with places in its log, which the new one's would never come to.
     """
     try:
         async with connection.transaction():
             raised = await raise_epoch(connection, epoch)
             await connection.execute(_CREATE, shard.shard_id, shard.address, shard.weight, shard.status.value)
+            if await connection.fetchval(_HAD_SLOTS, shard.shard_id):
+                raise CatalogError(
+                    f"{shard.shard_id} is the name of a shard that had slots, and that clients may remember; "
+                    "give the new one another"
+                )
             await connection.execute(_FOLLOW_ON, shard.shard_id)
             await connection.execute(_FORGET, shard.shard_id)
             for replica in shard.replicas:

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from common import catalog_moves, catalog_shards
-from common.catalog import EpochConflictError, raise_epoch
+from common.catalog import CatalogError, EpochConflictError, raise_epoch
 from common.catalog_moves import MoveConflictError
 from common.moves import Step
 from common.postgres import Connection
@@ -505,6 +505,35 @@ async def test_a_shard_that_comes_has_none_of_the_cutovers_of_an_earlier_one_of_
         finally:
             await catalog_shards.remove_shard(connection, epoch, "new")
             await connection.execute("DELETE FROM cutovers WHERE source IN ('old', 'new')")
+
+
+async def test_the_name_of_a_shard_that_had_slots_is_not_given_to_another(slots: Slots) -> None:
+    """A session that had written to it would wait for a place in its log."""
+    went_over = "UPDATE moves SET cutover_epoch = 1 WHERE move_id = $1"
+    async with database(slots.cluster.catalog_dsn(owner=True)) as connection:
+        moves = [
+            await connection.fetchval(_STALE_MOVE, 0, 0, source, target, step.value)
+            for source, target, step in (
+                ("drained", "shard-0", Step.DONE),
+                ("shard-0", "filled", Step.DONE),
+                ("shard-0", "never", Step.ROLLED_BACK),
+            )
+        ]
+        await connection.execute(went_over, moves[1])
+        topology = await slots.topology()
+        try:
+            for name, why in (
+                ("drained", "name of a shard that had slots"),
+                ("filled", "name of a shard that had slots"),
+                ("shard-0", "there is a shard shard-0 already"),
+            ):
+                with pytest.raises(CatalogError, match=why):
+                    await catalog_shards.add_shard(connection, topology.epoch, Shard(name, "127.0.0.1:1"))
+            assert await slots.topology() == topology
+            epoch = await catalog_shards.add_shard(connection, topology.epoch, Shard("never", "127.0.0.1:1"))
+            await catalog_shards.remove_shard(connection, epoch, "never")
+        finally:
+            await connection.execute("DELETE FROM moves WHERE move_id = ANY ($1::bigint[])", moves)
 
 
 async def test_a_catalog_that_is_there_is_not_made_again_nor_its_moves_ended(slots: Slots) -> None:
