@@ -459,6 +459,10 @@ class MoverSettings(ProcessSettings):
     """How far the standbys of source or target may be behind before a move waits for them: with its copy, with the way
     back, with what is compared and removed next."""
 
+    own_index_build_mb: Annotated[int, Field(ge=8, le=65536)] = 256
+    """MiB that an index of a large user may take while it is made on the shard that the user goes to: as a shard's own
+    setting of this name."""
+
     @model_validator(mode="after")
     def _relations(self) -> Self:
         template = self.shard_dsn_template

@@ -28,8 +28,6 @@ _LOCK_POLL_S = 0.5
 _PREFIX = "memories_own_"
 # Beyond those that there may be indexes for: rows that came with a move, and are nobody's yet.
 _MOST_USERS = 1000
-# The mover has no setting for it: a graph of 100,000 embeddings of 1,536 numbers.
-_MOVED_BUILD_MB = 512
 
 _TRY_LOCK = "SELECT pg_try_advisory_lock($1, $2)"
 _UNLOCK = "SELECT pg_advisory_unlock($1, $2)"
@@ -165,31 +163,46 @@ async def record_measured(connection: Connection, user: LargeUser, ef_few: int |
 
 
 async def follow(
-    source: Connection, target: Connection, identity: Identity, first: int, last: int, *, patience_s: float
+    source: Connection,
+    target: Connection,
+    identity: Identity,
+    first: int,
+    last: int,
+    *,
+    memory_mb: int,
+    patience_s: float,
 ) -> int:
     """Makes on the target of a move what the source has for users of the slots `first` to `last`; how many that were.
 
     Where users are in many slots, their index has nothing to do with the slots of one move. What goes wrong is told in
     the log: the target serves without an index, and makes it later.
     """
-    wanted = await source.fetch(_OF_SLOTS, first, last)
     made = 0
-    if not wanted:
-        return made
-    async with alone(target, patience_s=patience_s) as had:
-        if not had:
-            _log.warning("somebody else makes indexes; those of a move are made later")
+    try:
+        wanted = await source.fetch(_OF_SLOTS, first, last)
+        if not wanted:
             return made
-        await tidy(target)
-        for row in wanted:
-            rows = row["measured_rows"] or 0
-            user = LargeUser(row["key"], row["user_hash"], row["slot"], rows, own=False, user_id="")
-            try:
-                if row["key"] not in {index.key for index in await existing(target)}:
-                    await build(target, identity, user, memory_mb=_MOVED_BUILD_MB)
-                    if row["measured_rows"] is not None:
-                        await record_measured(target, user, row["ef_few"], row["ef_many"])
-                made += 1
-            except asyncpg.PostgresError as error:
-                _log.warning("an index of a move could not be made", error=type(error).__name__)
+        async with alone(target, patience_s=patience_s) as had:
+            if not had:
+                _log.warning("somebody else makes indexes; those of a move are made later")
+                return made
+            await tidy(target)
+            for row in wanted:
+                made += await _followed(target, identity, row, memory_mb)
+    except asyncpg.PostgresError as error:
+        _log.warning("indexes of a move could not be made", error=type(error).__name__)
     return made
+
+
+async def _followed(target: Connection, identity: Identity, row: asyncpg.Record, memory_mb: int) -> bool:
+    user = LargeUser(row["key"], row["user_hash"], row["slot"], row["measured_rows"] or 0, own=False, user_id="")
+    try:
+        if user.key not in {index.key for index in await existing(target)}:
+            await build(target, identity, user, memory_mb=memory_mb)
+            if row["measured_rows"] is not None:
+                await record_measured(target, user, row["ef_few"], row["ef_many"])
+    except asyncpg.PostgresError as error:
+        # The others' may be.
+        _log.warning("an index of a move could not be made", error=type(error).__name__)
+        return False
+    return True

@@ -75,7 +75,13 @@ async def copy(moving: Moving) -> None:
     # Large users' indexes are there before the users are; what comes meanwhile is replicated all the same.
     source, target, move = moving.source, moving.target, moving.move
     made = await indexes.follow(
-        source.connection, target.connection, target.identity, move.first, move.last, patience_s=_INDEX_PATIENCE_S
+        source.connection,
+        target.connection,
+        target.identity,
+        move.first,
+        move.last,
+        memory_mb=moving.settings.own_index_build_mb,
+        patience_s=_INDEX_PATIENCE_S,
     )
     if made:
         moving.told(indexes=made)

@@ -22,8 +22,9 @@ from common.postgres import Connection
 from common.probe_user import PREFIX as PROBE
 from common.topology import Cutover, Shard, ShardStatus
 from memshard import AsyncMemoryClient
-from shard import purge
+from shard import identity, purge
 from shard.database import Database
+from shard.large_users import indexes
 from shard.moving.tables import MARKS, MOVED, STAYING
 from tests.support.cluster import LocalCluster, command
 from tests.support.eventually import eventually
@@ -628,6 +629,36 @@ async def test_a_table_that_is_truncated_while_slots_are_fenced_has_the_move_com
     assert (await slots.moves())[-1].step is Step.DONE
     assert await slots.left_over() == []
     await slots.move("move", *arguments, "--to", "shard-0")
+
+
+async def test_a_moves_indexes_are_made_with_the_memory_that_is_set_and_hold_no_move_up(slots: Slots) -> None:
+    """The target serves without one that could not be made."""
+    # Any index that is there stands for the one of a user in a slot.
+    make = "CREATE INDEX memories_own_stand_in ON memories (id)"
+    record = "INSERT INTO own_indexes (name, key, user_hash, slot) VALUES ('memories_own_stand_in', 4711, '', 7)"
+    async with (
+        database(slots.cluster.shard_dsn("shard-0", owner=True)) as source,
+        database(slots.cluster.shard_dsn("shard-1", owner=True)) as target,
+        database(slots.cluster.catalog_dsn(owner=True)) as no_shard,
+    ):
+        known = await identity.read(target)
+        assert known is not None
+
+        async def followed(giver: Connection, taker: Connection, memory_mb: int = 64) -> int:
+            return await indexes.follow(giver, taker, known, 7, 7, memory_mb=memory_mb, patience_s=5)
+
+        await source.execute(f"{make}; {record}")
+        try:
+            assert await followed(source, target, 77) == 1
+            assert await target.fetchval("SHOW maintenance_work_mem") == "77MB"
+            for index in await indexes.existing(target):
+                if index.key == 4711:
+                    await indexes.drop(target, index.name)
+            # Neither has the tables.
+            assert await followed(no_shard, target) == 0
+            assert await followed(source, no_shard) == 0
+        finally:
+            await indexes.drop(source, "memories_own_stand_in")
 
 
 async def settled(slots: Slots) -> bool:
