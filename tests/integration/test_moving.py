@@ -398,11 +398,15 @@ async def test_a_rebalance_ends_when_a_shard_is_to_get_nothing_any_more(slots: S
     await slots.cluster.run("shards", "set", "shard-1", "--weight", "2")
     one_by_one = Slots(slots.cluster, {**slots.settings, "max_slots": 512, "concurrency": 1})
     try:
-        async with one_by_one.mover("rebalance") as running:
+        async with (
+            database(slots.cluster.catalog_dsn(owner=True)) as connection,
+            one_by_one.mover("rebalance") as running,
+        ):
             planned = (await anext(running.events()))["moves"]
             assert len(planned) > 2
             running.send(signal.SIGSTOP)
-            await slots.cluster.run("shards", "set", "shard-1", "--status", "readonly")
+            epoch = (await slots.topology()).epoch
+            await catalog_shards.set_status(connection, epoch, "shard-1", ShardStatus.READONLY)
             running.send(signal.SIGCONT)
             events = [event async for event in running.events()]
         assert events[-1]["event"] == "failed"
