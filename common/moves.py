@@ -105,7 +105,8 @@ class Move:
 
     def is_overdue(self, now: datetime) -> bool:
         """Whether it is too late to bring it back, and nobody has begun to clean up."""
-        return self.step is Step.ACTIVE and self.rollback_until is not None and self.rollback_until < now
+        over_since = self.cutover_at and self.cutover_at + timedelta(seconds=self.rollback_window_s)
+        return self.step is Step.ACTIVE and over_since is not None and over_since < now
 
     @property
     def may_be_fenced(self) -> bool:

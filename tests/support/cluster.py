@@ -75,7 +75,14 @@ class LocalCluster:
 
     async def up(self, *options: str) -> str:
         """`memshard up --detach`; returns what it printed."""
-        return await self.run("up", *self.options, *self._start, "--detach", *options, timeout_s=_UP_TIMEOUT_S)
+        arguments = ("up", *self.options, *self._start, "--detach", *options)
+        try:
+            return await self.run(*arguments, timeout_s=_UP_TIMEOUT_S)
+        except AssertionError as error:
+            # Another cluster may take a port between its choice and its use.
+            if "in use by something else; start again" not in str(error):
+                raise
+            return await self.run(*arguments, timeout_s=_UP_TIMEOUT_S)
 
     async def down(self) -> str:
         """`memshard down`; returns what it printed."""
