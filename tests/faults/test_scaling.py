@@ -82,9 +82,13 @@ async def _grown_and_shrunk(slots: Slots) -> Moved:
 
 
 @pytest.mark.parametrize(
-    "scale", [SHORT, pytest.param(FULL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])], ids=["short", "full"]
+    "scale",
+    [
+        pytest.param(SHORT, marks=pytest.mark.timeout(280)),
+        pytest.param(FULL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+    ids=["short", "full"],
 )
-@pytest.mark.timeout(280)
 async def test_two_shards_become_four_and_two_again_under_load(
     scale: Scale, record: Callable[[str, str, str], None]
 ) -> None:
