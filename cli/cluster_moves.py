@@ -5,12 +5,13 @@
 import asyncio
 from datetime import UTC
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from cli.cluster_options import DataDir, failures_shown
 from cli.terminal import console, fail
+from common.moves import MAX_ROLLBACK_WINDOW_S
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -37,15 +38,14 @@ MaxRate = Annotated[
         "--max-rate", metavar="ROWS", min=0, max=10**9, help="Most rows a second, on average. Default: no bound."
     ),
 ]
+
+
+def _rollback_window(told: str) -> Any:
+    return typer.Option("--rollback-window", metavar="SECONDS", min=0, max=MAX_ROLLBACK_WINDOW_S, help=told)
+
+
 RollbackWindow = Annotated[
-    float | None,
-    typer.Option(
-        "--rollback-window",
-        metavar="SECONDS",
-        min=0,
-        max=7 * 86400,
-        help="How long each range can be brought back after it has moved. Default: 30.",
-    ),
+    float | None, _rollback_window("How long each range can be brought back after it has moved. Default: 30.")
 ]
 MaxSlots = Annotated[
     int | None,
@@ -59,13 +59,7 @@ MaxSlots = Annotated[
 ]
 ResumedWindow = Annotated[
     float | None,
-    typer.Option(
-        "--rollback-window",
-        metavar="SECONDS",
-        min=0,
-        max=7 * 86400,
-        help="How long they can be brought back after they have moved. Default: as each was begun with.",
-    ),
+    _rollback_window("How long they can be brought back after they have moved. Default: as each was begun with."),
 ]
 # The lease of a move is a lock whose number has 32 bits.
 _MAX_ID = 2**31 - 1

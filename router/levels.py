@@ -21,7 +21,6 @@ from router.guard import LATELY_S, Clock, Guard, Guards, Kind, Tally
 _log = logs.get_logger("levels")
 
 _EVERY_S = 1.0
-_IDLE = Busy(0.0, 0.0)
 
 _NAMES = {level: level.name.lower() for level in Level}
 _IDLE = Busy(0.0, 0.0)
