@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import yaml
 
 from common import catalog, catalog_moves
 from common.moves import Move, Step
+from common.postgres import Connection
 from common.topology import Topology
 from local import mover
 from local.postgres import SUPERUSER
@@ -102,22 +102,9 @@ class Slots:
         It is kept from fencing until nothing else is left to be done before, and the taker then from taking the mark.
         Either shard's server may be gone by the end.
         """
-        async with (
-            database(self.cluster.shard_dsn(giver, owner=True)) as fencing,
-            database(self.cluster.shard_dsn(taker, owner=True)) as taking,
-        ):
-            async with fencing.transaction():
-                await fencing.execute(_HOLD_OFF)
-                await running.until(step)
-                await eventually(lambda: fencing.fetchval(_IS_HELD_OFF))
-                await taking.execute("BEGIN")
-                await taking.execute(_HOLD_MARKS)
+        async with self._stopped_at_the_fence(running, giver, taker, step, _HOLD_MARKS) as (fencing, _):
             await eventually(lambda: fencing.fetchval(_FENCED))
-            try:
-                yield
-            finally:
-                fencing.terminate()
-                taking.terminate()
+            yield
 
     @asynccontextmanager
     async def step_held(self, step: Step) -> AsyncIterator["HeldStep"]:
@@ -137,6 +124,16 @@ class Slots:
 
         Not before: whoever makes a replication slot waits for every transaction that has written or locked a row.
         """
+        async with self._stopped_at_the_fence(running, giver, shard_id, step, _HOLD_IDENTITY) as (_, connection):
+            yield Untold(connection)
+
+    @asynccontextmanager
+    async def _stopped_at_the_fence(
+        self, running: "MoverProcess", giver: str, shard_id: str, step: Step, hold: str
+    ) -> AsyncIterator[tuple[Connection, Connection]]:
+        """A mover at work is kept from fencing until the shard is held as `hold` says; connections to the giver and to
+        the shard, both gone by the end.
+        """
         async with (
             database(self.cluster.shard_dsn(giver, owner=True)) as fencing,
             database(self.cluster.shard_dsn(shard_id, owner=True)) as connection,
@@ -146,9 +143,9 @@ class Slots:
                 await running.until(step)
                 await eventually(lambda: fencing.fetchval(_IS_HELD_OFF))
                 await connection.execute("BEGIN")
-                await connection.execute(_HOLD_IDENTITY)
+                await connection.execute(hold)
             try:
-                yield Untold(connection)
+                yield fencing, connection
             finally:
                 fencing.terminate()
                 connection.terminate()
@@ -215,7 +212,7 @@ class Slots:
 class HeldStep:
     """A step that moves are kept in."""
 
-    _connection: "asyncpg.Connection[asyncpg.Record]"
+    _connection: Connection
 
     async def is_done(self) -> None:
         """Returns when somebody has done all that is to be done in it, and wants to record what comes next."""
@@ -234,7 +231,7 @@ class HeldStep:
 class Untold:
     """A shard that is not told of a hand-over."""
 
-    _connection: "asyncpg.Connection[asyncpg.Record]"
+    _connection: Connection
 
     async def teller(self) -> int:
         """Returns when somebody is about to tell it: the process in the server that waits for it."""
