@@ -48,6 +48,17 @@ _UNSET = Status()
 _KINDS = {Kind.INTERNAL: SpanKind.INTERNAL, Kind.SERVER: SpanKind.SERVER, Kind.CLIENT: SpanKind.CLIENT}
 
 
+class _Resource(Resource):
+    """The SDK groups spans by their resource, and writes all of it as JSON to have the hash of each one's."""
+
+    _hash: int | None = None
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = super().__hash__()
+        return self._hash
+
+
 class Export:
     """Keeps traces, by giving them to an exporter of OpenTelemetry's in batches, from a thread."""
 
@@ -68,7 +79,7 @@ class Export:
         self._dropped = {cause: TRACES_DROPPED.labels(cause) for cause in _MOST_KEPT_PER_S}
         said = OTELResourceDetector().detect().attributes
         named = {"service.name": f"memshard-{service}", "service.version": _VERSION}
-        self._resource = Resource.create({**(attributes or {}), **said, **named})
+        self._resource = _Resource(Resource.create({**(attributes or {}), **said, **named}).attributes)
         self._scope = InstrumentationScope("memshard", _VERSION)
         self._processor = BatchSpanProcessor(exporter)
 

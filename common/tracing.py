@@ -93,7 +93,7 @@ class Trace:
     def release(self) -> None:
         """Something that it was held for has ended."""
         self.held -= 1
-        if self.spans[0].ended_ns:
+        if not self.ended and self.spans[0].ended_ns:
             self.end(time.time_ns())
 
     def end(self, now_ns: int) -> bool:
@@ -106,7 +106,11 @@ class Trace:
                 # Whoever still works on it, or has been cancelled and not noticed it yet, is waited for by nobody.
                 span.attributes["memshard.abandoned"] = True
                 span.ended_ns = now_ns
-        return self.recorder.keep(self)
+        is_kept = self.recorder.keep(self)
+        if not is_kept:
+            # They refer to each other. What nobody keeps is not to be left to the garbage collector.
+            self.spans.clear()
+        return is_kept
 
 
 class Span:

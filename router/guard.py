@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from prometheus_client import Counter
-
 from common.breaker import Permit, State, speaks_of_callee
 from common.breaker_log import logged
 from common.breaker_settings import SHARD
@@ -20,6 +18,7 @@ from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted
 from common.hedge import LatencyWindow
 from common.limiter import Admission, Limiter, Priority
 from common.limiter_settings import SERVER
+from common.telemetry.instruments import Counter
 from common.telemetry.registry import BREAKER_OPENED, SERVER_CALL_DURATION, SERVER_CALLS, SHED
 from common.waiting_room import WaitingRoom
 from common.window import SlidingCount

@@ -5,7 +5,7 @@ Whose is for the list of hot users and, hashed, for traces. A metric never has a
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from google.protobuf.message import Message
@@ -51,7 +51,7 @@ class Observed:
         self._requests.add()
         if rpc in _READS:
             self._queries.add()
-        users = _users(request)
+        users, agents = _named(request)
         for user in users:
             self._hot.add((rpc, user))
         span = tracing.current()
@@ -60,10 +60,11 @@ class Observed:
         span.set("memshard.operation", rpc)
         self._levels.tell_trace()
         if len(users) == 1:
-            span.set("enduser.pseudo.id", self.hashed(next(iter(users))))
-        agents = _agents(request)
+            (user,) = users
+            span.set("enduser.pseudo.id", self.hashed(user))
         if len(agents) == 1:
-            span.set("gen_ai.agent.id", next(iter(agents)))
+            (agent,) = agents
+            span.set("gen_ai.agent.id", agent)
 
     def answered(self, rpc: str, request: Message, response: Message | bytes, size_bytes: int) -> None:
         if rpc in _READS:
@@ -100,27 +101,20 @@ class Observed:
         return self._queries.total() / _QUERIES_S
 
 
-def _users(request: Any) -> set[str]:
-    """The users that a request names."""
+def _named(request: Any) -> tuple[Collection[str], Collection[str]]:
+    """The users that a request names, and the agents whose memories it writes, each of them once."""
     if isinstance(request, pb.BatchStoreMemoriesRequest):
-        named = {memory.user_id for memory in request.memories}
-    elif isinstance(request, pb.StoreMemoryRequest | pb.UpdateMemoryRequest):
-        named = {request.memory.user_id}
-    else:
-        named = {request.user_id}
-    return {user for user in named if _is_short(user)}
+        users = {memory.user_id for memory in request.memories}
+        agents = {memory.agent_id for memory in request.memories}
+        # One of whom nothing may be said is one more agent all the same.
+        return {user for user in users if _is_short(user)}, agents if all(map(_is_short, agents)) else ()
+    if isinstance(request, pb.StoreMemoryRequest | pb.UpdateMemoryRequest):
+        return _short(request.memory.user_id), _short(request.memory.agent_id)
+    return _short(request.user_id), ()
 
 
-def _agents(request: Any) -> set[str]:
-    """The agents whose memories a request writes."""
-    if isinstance(request, pb.BatchStoreMemoriesRequest):
-        named = {memory.agent_id for memory in request.memories}
-    elif isinstance(request, pb.StoreMemoryRequest | pb.UpdateMemoryRequest):
-        named = {request.memory.agent_id}
-    else:
-        named = set()
-    # One of whom nothing may be said is one more all the same.
-    return named if all(_is_short(agent) for agent in named) else set()
+def _short(name: str) -> tuple[str, ...]:
+    return (name,) if _is_short(name) else ()
 
 
 def _is_short(name: str) -> bool:

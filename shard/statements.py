@@ -5,9 +5,8 @@ import time
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from prometheus_client import Histogram
-
 from common import tracing
+from common.telemetry.instruments import Histogram
 from common.telemetry.registry import STATEMENTS
 from common.tracing import Kind
 

@@ -4,9 +4,8 @@ import time
 from types import TracebackType
 from typing import Self
 
-from prometheus_client import Counter, Histogram
-
 from common.errors import MemshardError
+from common.telemetry.instruments import Counter, Histogram
 from common.telemetry.registry import (
     IN_FLIGHT,
     OPERATION_DURATION,

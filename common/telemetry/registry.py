@@ -5,7 +5,9 @@ looks (`common.telemetry.exposition`). Names and units are as Prometheus wants t
 few and known beforehand, and never what a caller chose (docs/observability.md lists them).
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+
+from common.telemetry.instruments import Counter, Gauge, Histogram
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)

@@ -1,6 +1,6 @@
 """What metrics and traces cost: searches a second with them ÷ without, on two clusters side by side.
 
-    python -m tests.cluster.overhead          # five minutes; exit code 1 below 0.95
+    python -m tests.cluster.overhead          # six minutes; exit code 1 below 0.95
     python -m tests.cluster.overhead --quick  # one and a half: whether it works, and no figure to go by
 
 One cluster is as `memshard up` makes it, with one trace in ten sent to a receiver here, and its pages read in each of
@@ -8,8 +8,9 @@ its turns, twice as often as our prometheus.yml does. In the other nothing is co
 (tests/support/without_telemetry). In each round the same callers search both, one after the other, and who comes first
 changes, so that what else the machine does falls on both. The result is the median of the rounds' ratios.
 
-Two things make what is measured look dearer than it is: there are few memories, so that little of a search is the
-database's work; and the receiver and what reads the pages are on the same machine.
+The workload is that of the benchmark (docs/performance.md): 100 users with 500 memories each. The fewer a user has, the
+less of a search is the database's work, and the more of it is what is measured here: `--memories 100` shows that. What
+receives the traces and reads the pages is on the same machine, and counts against them.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from tests.support.traced import receiving_traces
 
 _WITHOUT = Path(__file__).parent.parent / "support" / "without_telemetry"
 _AT_LEAST = 0.95
-_USERS, _MEMORIES, _DIMENSIONS, _CALLERS = 100, 100, 1536, 16
+_USERS, _DIMENSIONS, _CALLERS = 100, 1536, 16
 _READ_EVERY_S = 15.0
 # Of all searches those whose traces have come; some of the newest are on their way.
 _LEAST_TRACED = 0.05
@@ -45,6 +46,7 @@ class _Length:
 
 
 _FULL, _QUICK = _Length(12, 8.0), _Length(3, 3.0)
+_MEMORIES = 500
 
 
 @contextmanager
@@ -95,7 +97,7 @@ async def _searches_per_s(plan: Plan, seconds: float) -> float:
     return len(calls) / seconds
 
 
-async def _filled(cluster: LocalCluster, file: str) -> Plan:
+async def _filled(cluster: LocalCluster, file: str, memories: int) -> Plan:
     """What is searched for, once it is there."""
     await eventually(cluster.healthy, within_s=60)
     plan = Plan(
@@ -107,7 +109,7 @@ async def _filled(cluster: LocalCluster, file: str) -> Plan:
         memories=1,
         file=file,
     )
-    await _searches_per_s(replace(plan, memories=_MEMORIES), 2)
+    await _searches_per_s(replace(plan, memories=memories), 2)
     return plan
 
 
@@ -164,7 +166,7 @@ def _verdict(ratios: list[float]) -> tuple[str, bool]:
     return said, median >= _AT_LEAST
 
 
-async def main(length: _Length) -> bool:
+async def main(length: _Length, memories: int) -> bool:
     """Prints each round and the result, and returns whether it is enough."""
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -173,7 +175,7 @@ async def main(length: _Length) -> bool:
         with _without_telemetry():
             untold = await stack.enter_async_context(LocalCluster(shards=2, embedder="none", dimensions=_DIMENSIONS))
         plans = {
-            name: await _filled(cluster, result_file(directory, name))
+            name: await _filled(cluster, result_file(directory, name), memories)
             for name, cluster in {"with": told, "without": untold}.items()
         }
         ratios = await _compared(told, plans, length)
@@ -186,4 +188,6 @@ async def main(length: _Length) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Searches a second with metrics and traces ÷ without.")
     parser.add_argument("--quick", action="store_true", help="a few short rounds, to see that it works")
-    raise SystemExit(0 if asyncio.run(main(_QUICK if parser.parse_args().quick else _FULL)) else 1)
+    parser.add_argument("--memories", type=int, default=_MEMORIES, help="memories of each user (%(default)s)")
+    wanted = parser.parse_args()
+    raise SystemExit(0 if asyncio.run(main(_QUICK if wanted.quick else _FULL, wanted.memories)) else 1)

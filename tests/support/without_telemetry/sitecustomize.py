@@ -9,6 +9,8 @@ from typing import Any, Self, TypeVar
 
 import prometheus_client
 
+from common.telemetry import instruments
+
 T = TypeVar("T")
 
 
@@ -25,8 +27,10 @@ class _Instrument:
     dec = set = observe = remove = inc
 
 
-for _name in ("Counter", "Gauge", "Histogram", "ProcessCollector", "PlatformCollector"):
+for _name in ("ProcessCollector", "PlatformCollector"):
     setattr(prometheus_client, _name, _Instrument)
+for _name in ("Counter", "Gauge", "Histogram"):
+    setattr(instruments, _name, _Instrument)
 
 # From here on, since these import the above.
 from common import tracing  # noqa: E402

@@ -1,6 +1,7 @@
 """Traces: who is whose child, what is kept, what travels, and that nothing is noted when nobody records."""
 
 import asyncio
+import gc
 from socket import gethostname
 from typing import Any
 
@@ -342,3 +343,27 @@ def test_a_tracestate_is_read_as_the_standard_says() -> None:
 @given(st.text(max_size=600))
 def test_what_travels_of_any_text_travels_on(text: str) -> None:
     assert parse_state(parse_state(text)) == parse_state(text)
+
+
+async def test_what_is_not_kept_leaves_nothing_to_the_garbage_collector() -> None:
+    async with Recording():
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(100):
+                with call(), tracing.span("within"):
+                    pass
+            assert gc.collect() < 100
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize(("sample_ratio", "names"), [(1.0, ["Service/Rpc"]), (0.0, [])])
+async def test_what_is_held_by_a_trace_that_has_ended_ends_nothing_again(sample_ratio: float, names: list[str]) -> None:
+    async with Recording(sample_ratio=sample_ratio) as recording:
+        with call() as root:
+            pass
+        held = root.hold()
+        assert held is not None
+        held.release()
+        assert recording.names() == names
