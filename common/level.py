@@ -45,9 +45,6 @@ class Effects:
     index_instead_of_exact: bool
     """A large user's search goes to that user's index, where there is one, though an exact one was possible."""
 
-    caches_first: bool
-    """What a cache has is not asked of a shard, and the answer says so."""
-
     fallbacks: frozenset[Fallback]
     """What may stand in for vectors that are down."""
 
@@ -65,7 +62,6 @@ class Effects:
             min(self.patience, other.patience),
             min(self.batch_factor, other.batch_factor),
             self.index_instead_of_exact or other.index_instead_of_exact,
-            self.caches_first or other.caches_first,
             self.fallbacks | other.fallbacks,
             self.allow_writes and other.allow_writes,
             self.serving and other.serving,
@@ -77,15 +73,16 @@ _ANY = frozenset(Fallback)
 
 # Keyword search stands in for a dead embedder at once and at every level: nobody is helped by errors until one changes.
 # Reduced and essential answer to load. Read-only and maintenance do not, so they leave reads as they are.
+# What a cache has that is fresh enough is not asked of a shard at any level, so no column says so.
 # Six tenths of the usual patience is a slowdown of 1.2, with which a service is still as busy as it can be.
 # fmt: off
 WHAT_EACH_LEVEL_DOES = {
-    #                       patience batch  index  caches  fallbacks  writes  serving
-    Level.NORMAL:      Effects(1.00,  1.00,  False, False,  _KEYWORD,  True,   True),
-    Level.REDUCED:     Effects(0.75,  0.50,  True,  False,  _KEYWORD,  True,   True),
-    Level.ESSENTIAL:   Effects(0.60,  0.25,  True,  True,   _ANY,      True,   True),
-    Level.READONLY:    Effects(1.00,  1.00,  False, False,  _ANY,      False,  True),
-    Level.MAINTENANCE: Effects(1.00,  1.00,  False, False,  _ANY,      False,  False),
+    #                       patience batch  index  fallbacks  writes  serving
+    Level.NORMAL:      Effects(1.00,  1.00,  False, _KEYWORD,  True,   True),
+    Level.REDUCED:     Effects(0.75,  0.50,  True,  _KEYWORD,  True,   True),
+    Level.ESSENTIAL:   Effects(0.60,  0.25,  True,  _ANY,      True,   True),
+    Level.READONLY:    Effects(1.00,  1.00,  False, _ANY,      False,  True),
+    Level.MAINTENANCE: Effects(1.00,  1.00,  False, _ANY,      False,  False),
 }
 # fmt: on
 

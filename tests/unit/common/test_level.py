@@ -259,11 +259,10 @@ def test_maintenance_is_only_entered_by_hand(sight: list[tuple[int, Vitals]]) ->
 def test_every_level_has_its_row_and_each_row_its_word() -> None:
     assert list(WHAT_EACH_LEVEL_DOES) == list(Level)
     assert [level.value for level in Level] == list(pb.DegradationLevel.values())[1:]
-    assert WHAT_EACH_LEVEL_DOES[_NORMAL] == Effects(1.0, 1.0, False, False, frozenset({Fallback.KEYWORD}), True, True)
+    assert WHAT_EACH_LEVEL_DOES[_NORMAL] == Effects(1.0, 1.0, False, frozenset({Fallback.KEYWORD}), True, True)
     reduced, essential = WHAT_EACH_LEVEL_DOES[_REDUCED], WHAT_EACH_LEVEL_DOES[_ESSENTIAL]
     assert reduced.index_instead_of_exact
     assert reduced.patience < 1 > reduced.batch_factor
-    assert essential.caches_first
     assert essential.fallbacks == {Fallback.KEYWORD, Fallback.MOST_RECENT}
     assert [level for level, effects in WHAT_EACH_LEVEL_DOES.items() if not effects.allow_writes] == [
         Level.READONLY,
