@@ -2,6 +2,7 @@
 
 from common.deadline import Deadline
 from common.errors import NotFound
+from common.rpc import add_trailer
 from memshard.internal.v1 import shard_pb2, tokens_pb2
 from memshard.v1 import memory_pb2 as pb
 from router import filters, validate
@@ -11,6 +12,9 @@ from router.parts import Parts
 from router.report import Origin, report
 from router.resolve import slot_of_memory
 from router.shards import LIST, LIST_VERSIONS
+
+# The level at which versions were listed: the contract has no field for it, as every other answer does.
+LEVEL_TRAILER = "memshard-degradation-level"
 
 
 async def list_memories(
@@ -65,7 +69,8 @@ async def list_versions(
     question = shard_pb2.ListVersionsRequest(
         id=memory_id, user_id=user_id, page_size=page_size, before_version=start.before_version
     )
-    _, answer = await parts.dispatch.to_owner(slot, LIST_VERSIONS, question, deadline)
+    shard, answer = await parts.dispatch.to_owner(slot, LIST_VERSIONS, question, deadline)
+    add_trailer(LEVEL_TRAILER, parts.levels.of((shard.shard_id,)).name.lower())
     if not answer.versions and not request.page_token:
         raise missing
     token = ""

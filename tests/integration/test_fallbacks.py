@@ -80,6 +80,11 @@ async def test_at_the_level_essential_it_is_the_newest_and_the_answer_says_so(pa
         assert "fallback" in found.report.served_by
         assert found.report.degradation_level == pb.DEGRADATION_LEVEL_ESSENTIAL
         assert contents(await parched.search("nonsense", limit=2, offset=1)) == ["hot milk", "cold water"]
+        # Versions, whose answer has no field for it, say so behind it.
+        listing = parched.api.ListMemoryVersions(
+            pb.ListMemoryVersionsRequest(id=found.results[0].memory.id, user_id=parched.user)
+        )
+        assert dict(await listing.trailing_metadata())["memshard-degradation-level"] == "essential"
         # What words find is found by words.
         words = await parched.search("coffee")
         assert (contents(words), words.score_kind) == (["black coffee"], pb.SCORE_KIND_TEXT_RANK)
