@@ -45,7 +45,8 @@ class _Length:
     turn_s: float
 
 
-_FULL, _QUICK = _Length(12, 8.0), _Length(3, 3.0)
+# Many short turns: what else the machine does, or the one below it, lasts for seconds.
+_FULL, _QUICK = _Length(40, 3.0), _Length(3, 3.0)
 _MEMORIES = 500
 
 
