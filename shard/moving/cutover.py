@@ -143,7 +143,7 @@ async def _brought_over(moving: Moving, stream: Stream) -> Position:
     moving.fenced_at = time.monotonic()
     moving.laps.clear()
     mark = time.time_ns()
-    await ownership.fence(
+    moving.fenced_at = await ownership.fence(
         giver,
         move.first,
         move.last,

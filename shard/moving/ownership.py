@@ -17,8 +17,10 @@ from shard.position import Position, read_position
 # enough of them there would never be a moment without. A lock on the table has a queue.
 _LOCK = "LOCK TABLE owned_slots IN EXCLUSIVE MODE"
 _LOCK_TIMEOUT = "SELECT set_config('lock_timeout', $1, true)"
-# All that is written to the shard waits in that queue too, whatever its slot. So who waits for it waits for no longer
-# than a hand-over may take, steps back for what has gathered behind, and comes again.
+# All that is written to the shard waits in that queue too, whatever its slot. So who waits for it does so for a short
+# time, steps back for what has gathered behind, and comes again with twice the patience: at last for as long as a
+# hand-over may take.
+_FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 0.5
 _STEP_BACK_S = 0.1
 # Each of these is one statement, and so one round trip of the time in which nobody may write.
@@ -105,14 +107,18 @@ async def rehearse(giver: Side, taker: Side) -> None:
     await take(taker, *_NONE, 0)
 
 
-async def fence(side: Side, first: int, last: int, *, timeout_s: float, move_id: int, way: str, mark: int) -> None:
+async def fence(side: Side, first: int, last: int, *, timeout_s: float, move_id: int, way: str, mark: int) -> float:
     """Keeps everybody from writing to the slots, and sets a mark behind the last write. Raises FenceError.
 
     While it waits for the writes under way it keeps nobody from writing to the shard for longer than half a second.
+    Returns since when nobody could write, by the monotonic clock: since it began to wait for the last time.
     """
     connection, deadline = side.connection, time.monotonic() + timeout_s
+    patience_s = _FIRST_WAIT_S
     while True:
-        wait_s = min(_LONGEST_WAIT_S, deadline - time.monotonic())
+        began = time.monotonic()
+        wait_s = min(patience_s, deadline - began)
+        patience_s = min(2 * patience_s, _LONGEST_WAIT_S)
         try:
             async with connection.transaction():
                 await connection.execute(_LOCK_TIMEOUT, f"{max(1, int(wait_s * 1000))}ms")
@@ -120,10 +126,11 @@ async def fence(side: Side, first: int, last: int, *, timeout_s: float, move_id:
                 fenced = await connection.fetchval(_FENCE, first, last, move_id, way, mark)
                 if fenced != last - first + 1:
                     raise FenceError(f"{side.shard_id} has only {fenced} of the slots {first} to {last}")
-                return
         except asyncpg.LockNotAvailableError as error:
             if deadline - time.monotonic() <= _STEP_BACK_S:
                 raise FenceError("writes under way did not end in time") from error
+        else:
+            return began
         await asyncio.sleep(_STEP_BACK_S)
 
 
