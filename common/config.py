@@ -238,6 +238,13 @@ class RouterSettings(EmbedderSettings):
     search_cache_bytes: Annotated[int, Field(ge=0, le=1024 * 1024 * MIB)] = 32 * MIB
     """Bytes of search results that this router remembers, for as long as memories. 0: none."""
 
+    embedding_cache_bytes: Annotated[int, Field(ge=0, le=1024 * 1024 * MIB)] = 16 * MIB
+    """Bytes of embeddings of searched texts that this router remembers, with `embedder: http`. 0: none."""
+
+    embedding_cache_ttl_s: Annotated[int, Field(ge=0, le=30 * 86400)] = 7 * 86400
+    """Seconds that an embedding is remembered that the `http` embedder has made, here and in Redis (the design's 7
+    days). Those of stored texts are in Redis alone, by user, and erased with the user. 0: none is."""
+
     reads: Literal["replicas", "all"] = "replicas"
     """Who serves reads that need not be strong. `replicas`: the primary only when no replica can. `all`: the primary
     takes its share."""

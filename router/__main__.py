@@ -25,6 +25,7 @@ from router.alerts import Alerts
 from router.checks import Checks
 from router.dispatch import Dispatch
 from router.embed import Embedding
+from router.embeddings import EmbeddingCache
 from router.entrance import Entrance
 from router.envelope import Envelopes
 from router.fanout import Fanout
@@ -69,7 +70,8 @@ async def main(settings: RouterSettings) -> None:
             raise lifecycle.StartError(str(error)) from error
         if embeds is not None:
             stack.push_async_callback(embeds.close)
-        invalidations, remembered = _caches(settings, cluster, stack)
+        is_remote = embeds is not None and embeds.breaker is not None
+        invalidations, remembered = _caches(settings, cluster, stack, with_embeddings=is_remote)
         locations = remembered.locations
         shards = Shards(settings)
         stack.push_async_callback(shards.close)
@@ -94,7 +96,7 @@ async def main(settings: RouterSettings) -> None:
             Parts(
                 cluster=cluster,
                 placement=placement,
-                embedding=Embedding(embeds),
+                embedding=Embedding(embeds, remembered.embeddings),
                 dispatch=dispatch,
                 request_ids=RequestIds(placement, dispatch),
                 scatter=Scatter(watch, shards, retries),
@@ -183,7 +185,9 @@ async def main(settings: RouterSettings) -> None:
         )
 
 
-def _caches(settings: RouterSettings, cluster: Cluster, stack: AsyncExitStack) -> tuple[Invalidations, Remembered]:
+def _caches(
+    settings: RouterSettings, cluster: Cluster, stack: AsyncExitStack, *, with_embeddings: bool
+) -> tuple[Invalidations, Remembered]:
     """What the router remembers, and what it hears and tells of that; closed with `stack`."""
     invalidations = Invalidations(settings, cluster.cluster_id)
     stack.push_async_callback(invalidations.close)
@@ -194,7 +198,13 @@ def _caches(settings: RouterSettings, cluster: Cluster, stack: AsyncExitStack) -
     envelopes = Envelopes(cluster.token_key)
     shared = MemoryRedis(settings, link, envelopes, cluster.cluster_id, memories)
     searches = SearchCache(settings, invalidations.alive)
-    return invalidations, Remembered(locations, memories, shared, searches, invalidations, envelopes)
+    embeddings = None
+    if with_embeddings:
+        embeddings = EmbeddingCache(
+            settings, link, envelopes, cluster.cluster_id, cluster.embedding_model, cluster.dimensions
+        )
+        stack.push_async_callback(embeddings.close)
+    return invalidations, Remembered(locations, memories, shared, searches, invalidations, envelopes, embeddings)
 
 
 def _listening(

@@ -74,10 +74,14 @@ async def erase(parts: Parts, request: pb.EraseUserRequest, deadline: Deadline) 
     request_id = validate.request_id(request.request_id) or str(uuid.uuid4())
     question = shard_pb2.EraseRequest(user_id=user_id, request_id=request_id)
     totals, answers = await _removed(parts, question, deadline)
+    embeddings = parts.remembered.embeddings
+    # What was made of the texts of memories may outlive the last trace of these.
+    of_texts = embeddings is not None and embeddings.keeps_users_texts
     while True:
         # The shards name them, this attempt's and those of one before, until they hear that all caches forgot them.
         ids = [memory_id for _, answer in answers for memory_id in answer.ids][:_MOST_FORGOTTEN]
-        if ids:
+        if ids or of_texts:
+            of_texts = False
             await parts.invalidations.forget_everywhere(
                 parts.remembered.of(user_id), [parts.remembered.erased(user_id), *ids], deadline
             )

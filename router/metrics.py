@@ -165,11 +165,13 @@ class RouterMetrics:
             "Share of looks into a layer of the caches that found something, over the last five minutes.",
             labels=["layer"],
         )
+        embeddings = self.remembered.embeddings
         for layer in (
             *locations.layers,
             memories.layer,
             self.remembered.memories_redis.layer,
             self.remembered.searches.layer,
+            *((embeddings.layer, embeddings.layer_redis) if embeddings is not None else ()),
         ):
             if (share := layer.hit_ratio) is not None:
                 ratio.add_metric([layer.name], share)

@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from memshard.internal.v1 import shard_pb2
 from router.consistency import Position
+from router.embeddings import EmbeddingCache
 from router.envelope import HIGHEST, Envelopes
 from router.location import LocationCache
 from router.memories import MemoryCache
@@ -82,11 +83,14 @@ class Remembered:
         searches: SearchCache,
         others: Tells,
         envelopes: Envelopes,
+        embeddings: EmbeddingCache | None = None,
     ) -> None:
         self.locations = locations
         self.memories = memories
         self.memories_redis = memories_redis
         self.searches = searches
+        self.embeddings = embeddings
+        """Only where an embedder is asked over a network."""
         self._others = others
         self._envelopes = envelopes
         self._on_erased: list[Callable[[str], None]] = []
@@ -153,15 +157,21 @@ class Remembered:
         self.locations.clear()
         self.memories.clear()
         self.searches.clear()
-        self.memories_redis.hear_era(b"")
+        self._hear_era(b"")
 
     def hear_era(self, era: bytes) -> None:
         self.locations.hear_era(era)
-        self.memories_redis.hear_era(era)
+        self._hear_era(era)
 
     def flush(self) -> int:
         """Forgets everything, and goes on remembering; how much that was."""
-        return self.locations.flush() + self.memories.flush() + self.searches.flush()
+        of_texts = self.embeddings.flush() if self.embeddings is not None else 0
+        return self.locations.flush() + self.memories.flush() + self.searches.flush() + of_texts
+
+    def _hear_era(self, era: bytes) -> None:
+        self.memories_redis.hear_era(era)
+        if self.embeddings is not None:
+            self.embeddings.hear_era(era)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +186,8 @@ class _OfUser:
         ids = _ids(said)
         await self.remembered.locations.drop_from_redis(redis, ids)
         await self.remembered.memories_redis.drop(redis, self.user_id, ids)
+        if self.remembered.embeddings is not None:
+            await self.remembered.embeddings.drop(redis, self.user_id)
 
 
 def _ids(said: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 from google.protobuf import field_mask_pb2
+from redis.asyncio import Redis
 
 from memshard.v1 import memory_pb2 as pb
 from tests.support.cluster import LocalCluster
@@ -251,3 +252,27 @@ async def test_an_embedder_that_is_back_is_noticed_within_seconds_and_not_when_i
         return found.score_kind == pb.SCORE_KIND_COSINE
 
     await eventually(by_meaning, within_s=25)
+
+
+async def test_an_erasure_removes_what_was_made_of_a_users_texts_also_when_no_memory_is_left(
+    asking: LocalCluster, remote: "MemoryServiceAsyncStub", user: str
+) -> None:
+    redis = Redis.from_url(asking.redis_url())
+    try:
+
+        async def names() -> set[bytes]:
+            return {name async for name in redis.scan_iter("emb:*")}
+
+        async def new() -> set[bytes]:
+            return await names() - before
+
+        before = await names()
+        await remote.StoreMemory(store_request(user, "something of mine"))
+        (name,) = await eventually(new)
+        await remote.EraseUser(pb.EraseUserRequest(user_id=user))
+        assert name not in await names()
+        await redis.hset(name, "left", "behind")
+        await remote.EraseUser(pb.EraseUserRequest(user_id=user))
+        assert name not in await names()
+    finally:
+        await redis.aclose()
