@@ -17,7 +17,7 @@ from pathlib import Path
 import asyncpg
 
 from common import catalog
-from loadtest.bench import straight
+from loadtest.bench import echo, straight
 from loadtest.bench.contender import Endpoint
 from local.cluster import Plan, metrics_of
 from local.layout import Layout
@@ -77,6 +77,14 @@ async def contenders(dimensions: int, others: str, without: Collection[str]) -> 
             Side("memshard", "routed", Endpoint(address=f"127.0.0.1:{port}"), (*_ALL, "bulk")),
             Side("memshard, by its client", "with_client", Endpoint(address=f"127.0.0.1:{port}"), _ALL, loads=False),
         ]
+        if "echo" not in without:
+            alone = await stack.enter_async_context(echo.serving())
+            behind = await stack.enter_async_context(echo.serving(alone))
+            sections = ("store", "get", "get-hot")
+            sides += [
+                Side("grpc.aio, an echo", "echo", Endpoint(address=alone), sections, loads=False),
+                Side("grpc.aio, an echo behind another", "echo", Endpoint(address=behind), sections, loads=False),
+            ]
         if "chroma" not in without:
             sides.append(await _chroma(stack, others))
         if "mem0" not in without:

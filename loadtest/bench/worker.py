@@ -26,6 +26,7 @@ KINDS = {
     "routed": "loadtest.bench.clustered:Routed",
     "with_client": "loadtest.bench.clustered:WithClient",
     "shard_only": "loadtest.bench.clustered:ShardOnly",
+    "echo": "loadtest.bench.echo:Echo",
     "chroma": "loadtest.bench.others:Chroma",
     "mem0": "loadtest.bench.others:Mem0",
 }
