@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
 
 from loadtest.profile import Operation
@@ -92,6 +93,18 @@ async def test_a_limit_that_does_not_hold_is_exit_code_1(cluster: LocalCluster, 
     code, report = await _load(cluster, str(profile))
     assert code == 1
     assert report["limitsExceeded"][0].startswith("p99 of get:")
+
+
+@pytest.mark.parametrize("client", ["sdk", "stub"])
+async def test_reads_tell_whether_caches_gave_them(cluster: LocalCluster, tmp_path: Path, client: str) -> None:
+    profile = tmp_path / "cached.yaml"
+    profile.write_text(
+        "operations: {get: 1}\nrate: 100\nduration_s: 2\ndata: {users: 2, memories: 2}\nread: session\n"
+        "limits: {errors: 0, cache_hit_ratio: 0.8}\n"
+    )
+    code, report = await _load(cluster, str(profile), "--client", client)
+    assert (code, report["limitsExceeded"]) == (0, [])
+    assert report["cacheHitRatio"] >= 0.8
 
 
 async def test_nobody_there_is_said_in_a_line(tmp_path: Path) -> None:
