@@ -16,6 +16,10 @@ def test_a_profile_that_comes_with_memshard_is_found_by_its_name(file: Path) -> 
 def test_the_agents_are_twenty_who_search_four_times_of_five() -> None:
     agents = load("agents")
     assert agents.concurrency == 20
+    # Latency counts from when a call was due, which only a rate has.
+    assert agents.rate
+    assert (agents.data.users, agents.data.memories, agents.data.dimensions) == (100, 500, 1536)
+    assert agents.limits.levels == "normal"
     assert agents.operations == {Operation.SEARCH: 80, Operation.STORE: 20}
     assert agents.duration_s == 60
 
