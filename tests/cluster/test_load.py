@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from loadtest.bench.cluster import Side, fill_same_table, make_same_table
+from loadtest.bench.contender import Endpoint
 from loadtest.profile import Operation
 from memshard import AsyncMemoryClient
 from tests.support.cluster import LocalCluster, command
+from tests.support.wire import database
 
 _MEMSHARD = Path(sys.executable).parent / "memshard"
 
@@ -116,6 +120,21 @@ async def test_nobody_there_is_said_in_a_line(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+async def test_the_table_like_the_shards_is_filled_like_it(cluster: LocalCluster) -> None:
+    async with AsyncMemoryClient(cluster.address) as client:
+        for number in range(20):
+            await client.store(f"as-full-{number}", "likes tea")
+    dsn = cluster.shard_dsn("shard-0", owner=True)
+    await make_same_table(dsn)
+    table = Endpoint(dsn=dsn, table="copied_memories", column="halfvec")
+    await fill_same_table([Side("COPY into the shard's table", "same_table", table, ("bulk",))])
+    async with database(dsn) as connection:
+        held = await connection.fetchval("SELECT count(*) FROM memories")
+        copied = await connection.fetchval("SELECT count(*) FROM copied_memories")
+        await connection.execute("DROP TABLE copied_memories")
+    assert held == copied > 0
+
+
 async def test_the_benchmark_measures_everybody(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     process = await asyncio.create_subprocess_exec(
@@ -124,7 +143,11 @@ async def test_the_benchmark_measures_everybody(tmp_path: Path) -> None:
     )  # fmt: skip
     output, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
-    sections = json.loads(figures.read_text())["sections"]
+    document = json.loads(figures.read_text())
+    assert re.search(r"PostgreSQL [\d.]+, vector [\d.]+", document["run"]["where"])
+    assert document["run"]["command"] == f"python -m loadtest.bench --quick --json {figures}"
+    assert document["left_out"] == {"Chroma server": "not wanted", "mem0 on pgvector": "not wanted"}
+    sections = document["sections"]
     assert sections.keys() == {"search", "store", "get", "get-hot", "bulk"}
     for section, by_name in sections.items():
         assert "asyncpg, vector" in by_name
