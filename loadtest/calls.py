@@ -8,7 +8,8 @@ import grpc
 
 from loadtest.profile import Operation, Profile
 from loadtest.subjects import Subjects
-from memshard import AsyncMemoryClient, NewMemory, ReadLevel, SearchMode
+from loadtest.tally import Said
+from memshard import AsyncMemoryClient, DegradationLevel, NewMemory, ReadLevel, SearchMode
 from memshard.errors import MemshardError, from_rpc_error
 from memshard.v1 import memory_pb2 as pb
 from memshard.v1 import memory_pb2_grpc
@@ -31,7 +32,7 @@ _STORE_TIMEOUT_S = 60.0
 
 
 class Calls(ABC):
-    """Makes calls. Each raises MemshardError when it fails."""
+    """Makes calls. Each returns the answer, of which `said` knows what it says of itself, or raises MemshardError."""
 
     def __init__(self, profile: Profile, subjects: Subjects) -> None:
         self.profile = profile
@@ -108,10 +109,10 @@ class SdkCalls(Calls):
 
     async def get(self) -> object:
         key = self.subjects.key()
-        return await self._client.get(self.subjects.id_of(key), user_id=self.subjects.user_name(key.user))
+        return await self._client.get_with_report(self.subjects.id_of(key), user_id=self.subjects.user_name(key.user))
 
     async def locate(self) -> object:
-        return await self._client.get(self.subjects.id_of(self.subjects.key()))
+        return await self._client.get_with_report(self.subjects.id_of(self.subjects.key()))
 
     async def update(self) -> object:
         key, embedding = self.subjects.key(), self.subjects.embedding()
@@ -257,6 +258,16 @@ class StubCalls(Calls):
 def connect(kind: ClientKind, address: str, profile: Profile, subjects: Subjects) -> Calls:
     """What makes the calls of one process. Nothing is sent yet."""
     return (SdkCalls if kind == "sdk" else StubCalls)(address, profile, subjects)
+
+
+def said(answer: object) -> Said:
+    """What an answer says of itself, the client's or the generated one: a read has a report, a write a receipt."""
+    report = getattr(answer, "report", None)
+    told = report if report is not None else getattr(answer, "receipt", None)
+    if told is None:
+        return Said()
+    cached = None if report is None else list(report.served_by) == ["cache"]
+    return Said(DegradationLevel(told.degradation_level).name, cached)
 
 
 def _message(memory: NewMemory) -> pb.Memory:

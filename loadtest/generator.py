@@ -19,7 +19,7 @@ from typing import Any
 import uvloop
 
 from loadtest import profile as profiles
-from loadtest.calls import Calls, ClientKind, connect
+from loadtest.calls import Calls, ClientKind, connect, said
 from loadtest.profile import Operation, Profile
 from loadtest.subjects import Key, Subjects
 from loadtest.tally import Tally
@@ -189,7 +189,7 @@ class Run:
         loop = asyncio.get_running_loop()
         make: Callable[[], Awaitable[object]] = self._calls.by_operation[operation]
         try:
-            await make()
+            answer = await make()
         except MemshardError as error:
             self._failed(operation, due, error.code.name, error.reason)
             if self._profile.rate is None:
@@ -197,7 +197,7 @@ class Run:
                 await asyncio.sleep(0.01)
         else:
             if due >= self._measured_from:
-                self.tally.of(operation).succeeded(loop.time() - due)
+                self.tally.of(operation).succeeded(loop.time() - due, said(answer))
         if due >= self._measured_from:
             self._last_end = loop.time()
 

@@ -67,6 +67,12 @@ class Limits(_Model):
     p99_ms: dict[Operation, _Positive] = {}
     """Milliseconds that 99 of 100 successful calls of an operation take at most."""
 
+    cache_hit_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Least share of reads that caches answer."""
+
+    levels: Literal["normal"] | None = None
+    """normal: no answer comes under a degradation level."""
+
 
 class Profile(_Model):
     """One load."""
@@ -125,6 +131,8 @@ class Profile(_Model):
             raise ValueError("concurrency must be at least processes: each of them has one caller or more")
         if unknown := self.limits.p99_ms.keys() - self.operations.keys():
             raise ValueError(f"limits.p99_ms names {', '.join(sorted(unknown))}, which is never asked")
+        if self.limits.cache_hit_ratio is not None and self.read == "strong":
+            raise ValueError("limits.cache_hit_ratio cannot hold with read: strong, which no cache answers")
         return self
 
 

@@ -1,6 +1,6 @@
 """What a load test came to, for people as ghz prints it, and for programs in the shape of ghz's JSON. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -59,6 +59,11 @@ def exceeded(outcome: Outcome) -> list[str]:
         latency = outcome.tally.of(operation).latency
         if (measured_ms := 1000 * latency.percentile(0.99)) > limit_ms:
             found.append(f"p99 of {operation}: {measured_ms:.1f} ms, at most {limit_ms:g} ms")
+    ratio = whole.cache_hit_ratio or 0.0
+    if limits.cache_hit_ratio is not None and ratio < limits.cache_hit_ratio:
+        found.append(f"cache hit ratio of reads: {ratio:.3f}, at least {limits.cache_hit_ratio:g}")
+    if limits.levels is not None and whole.levels:
+        found.append(f"answers under a degradation level: {_counted(whole.levels)}")
     return found
 
 
@@ -101,6 +106,12 @@ def _lines(outcome: Outcome) -> Iterator[str]:
         yield "Error distribution:"
         for name, count in sorted(whole.errors.items()):
             yield f"  [{count}]\t{name}"
+    if (ratio := whole.cache_hit_ratio) is not None:
+        yield ""
+        yield f"Cache hit ratio of reads: {ratio:.3f} ({whole.cached} of {whole.reads})"
+    if whole.levels:
+        yield ""
+        yield f"Answers under a degradation level: {_counted(whole.levels)}"
     yield from _remarks(outcome)
 
 
@@ -154,7 +165,13 @@ def _figures(outcomes: Outcomes, seconds: float) -> dict[str, Any]:
         "histogram": [
             {"mark": mark, "count": count, "frequency": count / latency.count} for mark, count in histogram(latency)
         ],
+        "cacheHitRatio": outcomes.cache_hit_ratio,
+        "degradationLevels": dict(sorted(outcomes.levels.items())),
     }
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} at {name}" for name, count in sorted(counts.items()))
 
 
 def _ns(seconds: float) -> int:

@@ -3,11 +3,24 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from loadtest.histogram import Histogram
 
 OK = "OK"
+_NORMAL = "NORMAL"
+
+
+class Said(NamedTuple):
+    """What an answer says of itself, as far as it does."""
+
+    level: str = ""
+    """The degradation level in force: NORMAL. Empty where there is no place for it."""
+    cached: bool | None = None
+    """Of a read, whether caches alone gave the answer. None: it is no read."""
+
+
+_NOTHING = Said()
 
 
 @dataclass(slots=True)
@@ -19,16 +32,32 @@ class Outcomes:
     """gRPC status codes, OK among them."""
     errors: Counter[str] = field(default_factory=Counter)
     """Failed calls by code and the service's reason for it."""
+    levels: Counter[str] = field(default_factory=Counter)
+    """Answers by the degradation level that they came under; those at NORMAL are not among them."""
+    reads: int = 0
+    """Answers that say who gave them."""
+    cached: int = 0
+    """Those of them that came from caches alone."""
 
     @property
     def count(self) -> int:
         """All calls."""
         return self.codes.total()
 
-    def succeeded(self, seconds: float) -> None:
+    @property
+    def cache_hit_ratio(self) -> float | None:
+        """The share of reads that caches answered; None without any read."""
+        return self.cached / self.reads if self.reads else None
+
+    def succeeded(self, seconds: float, said: Said = _NOTHING) -> None:
         """One more, that long after it was due."""
         self.latency.record(seconds)
         self.codes[OK] += 1
+        if said.level not in ("", _NORMAL):
+            self.levels[said.level] += 1
+        if said.cached is not None:
+            self.reads += 1
+            self.cached += said.cached
 
     def failed(self, code: str, reason: str) -> None:
         """One more that failed."""
@@ -40,14 +69,31 @@ class Outcomes:
         self.latency.merge(other.latency)
         self.codes.update(other.codes)
         self.errors.update(other.errors)
+        self.levels.update(other.levels)
+        self.reads += other.reads
+        self.cached += other.cached
 
     def to_json(self) -> dict[str, Any]:
-        return {"latency": self.latency.to_json(), "codes": dict(self.codes), "errors": dict(self.errors)}
+        return {
+            "latency": self.latency.to_json(),
+            "codes": dict(self.codes),
+            "errors": dict(self.errors),
+            "levels": dict(self.levels),
+            "reads": self.reads,
+            "cached": self.cached,
+        }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Outcomes":
         """What `to_json` gave."""
-        return cls(Histogram.from_json(document["latency"]), Counter(document["codes"]), Counter(document["errors"]))
+        return cls(
+            Histogram.from_json(document["latency"]),
+            Counter(document["codes"]),
+            Counter(document["errors"]),
+            Counter(document["levels"]),
+            document["reads"],
+            document["cached"],
+        )
 
 
 @dataclass(slots=True)

@@ -1,10 +1,15 @@
-"""`python -m loadtest.bench`: memshard and what people use instead, side by side, on this machine and these data."""
+"""`python -m loadtest.bench`: memshard and what people use instead, side by side, on this machine and these data.
+
+Exit status 1: a call failed or was answered under a degradation level, so that it is no measurement; or a ratio was
+measured that is less than it must be. With --quick, whose figures mean nothing, only the former.
+"""
 
 import argparse
 import asyncio
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -16,7 +21,7 @@ from typing import Any
 
 from loadtest.bench import cluster
 from loadtest.bench.cluster import Side
-from loadtest.bench.page import rewrite
+from loadtest.bench.page import Run, measured, rewrite
 from loadtest.bench.results import SECTIONS, Results, of_workers
 from loadtest.bench.worker import KINDS, Start, Task
 from loadtest.bench.workload import Workload
@@ -57,6 +62,9 @@ class Bench:
         await self._load()
         for section in SECTIONS:
             if section in self._options.sections:
+                if section == "bulk":
+                    # Last of all: what the stores before have left is in both tables then.
+                    await cluster.fill_same_table(self._sides)
                 await self._measure(section)
 
     async def _load(self) -> None:
@@ -70,7 +78,7 @@ class Bench:
                 for first in range(0, self._options.workload.users, share)
             ]
             await self._ask(side, tasks)
-        await cluster.vacuum(list(self._sides))
+        await cluster.vacuum(self._sides)
 
     async def _measure(self, section: str) -> None:
         taking_part = [side for side in self._sides if section in side.sections]
@@ -143,12 +151,13 @@ def machine() -> str:
     )
 
 
-def _options(arguments: argparse.Namespace) -> Options:
+def options_of(arguments: argparse.Namespace) -> Options:
+    """What the arguments ask for."""
     quick = arguments.quick
     workload = Workload(users=4, memories=50, dimensions=64) if quick else Workload(100, 500, 1536)
     return Options(
         workload=workload,
-        sections=tuple(arguments.only or SECTIONS),
+        sections=tuple(section for section in SECTIONS if section in (arguments.only or SECTIONS)),
         rounds=arguments.rounds or (1 if quick else 5),
         seconds=arguments.seconds or (0.3 if quick else 4.0),
         callers=16,
@@ -156,9 +165,18 @@ def _options(arguments: argparse.Namespace) -> Options:
     )
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.bench", description=__doc__)
-    parser.add_argument("--only", action="append", choices=SECTIONS, help="a section; may be repeated")
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        action="extend",
+        type=_sections,
+        metavar="SECTION,...",
+        help=f"of {', '.join(SECTIONS)}; may be repeated",
+    )
     parser.add_argument("--quick", action="store_true", help="little data and short rounds: does it run at all?")
     parser.add_argument("--rounds", type=int, help="rounds of each section, of which the median counts")
     parser.add_argument("--seconds", type=float, help="length of a round")
@@ -172,31 +190,53 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-async def _main(arguments: argparse.Namespace) -> int:
-    options = _options(arguments)
+def _sections(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise argparse.ArgumentTypeError(f"no section: {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    return names
+
+
+async def _main(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    options = options_of(arguments)
     without = {*arguments.without, *(("chroma", "mem0") if arguments.quick else ())}
     async with (
         cluster.contenders(options.workload.dimensions, arguments.others_python, without) as sides,
         AsyncExitStack() as stack,
     ):
-        bench = Bench(options, [side for side in sides if side.kind not in without])
+        versions = await cluster.server_versions(sides)
+        bench = Bench(options, sides)
         await bench.run(stack)
     results = bench.results
-    tables = results.tables()
-    print(tables)
+    run = Run(
+        when=f"{datetime.now(UTC):%Y-%m-%d}",
+        where=f"{machine()}; {versions}",
+        command=shlex.join(["python", "-m", "loadtest.bench", *command]),
+        rounds=options.rounds,
+        seconds=options.seconds,
+        bulk_rows=options.bulk_rows,
+    )
+    print(results.tables())
+    for section in options.sections:
+        print(f"\n{section}: {measured(run, section, results)}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(results.to_json(), indent=2) + "\n", encoding="utf-8")
-    faults = results.faults()
+        document = {**results.to_json(), "run": asdict(run)}
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    faults, misses = results.faults(), results.missed()
     if not arguments.no_page and not arguments.quick and not faults:
-        measured = f"{datetime.now(UTC):%Y-%m-%d}, {machine()}."
         for section in options.sections:
-            rewrite(arguments.page, section, results, measured)
+            rewrite(arguments.page, section, results, measured(run, section, results))
     for fault in faults:
         print(f"this is no measurement: {fault}", file=sys.stderr)
-    for miss in results.missed():
+    for miss in misses:
         print(f"missed: {miss}", file=sys.stderr)
-    return 1 if faults else 0
+    return exit_status(faults, misses, quick=arguments.quick)
+
+
+def exit_status(faults: Sequence[str], misses: Sequence[str], *, quick: bool) -> int:
+    """1 when it was no measurement, or what must be reached was not; the figures of a quick run mean nothing."""
+    return 1 if faults or (misses and not quick) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(_main(_parse(None))))
+    sys.exit(asyncio.run(_main(parse(None), sys.argv[1:])))

@@ -9,9 +9,9 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import asyncpg
@@ -28,6 +28,7 @@ _DATABASE = "bench"
 _SAME_TABLE = "copied_memories"
 _MEMSHARD = Path(sys.executable).parent / "memshard"
 _START_TIMEOUT_S = 60.0
+_NOT_WANTED = "not wanted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ _ALL = ("search", "store", "get", "get-hot")
 @asynccontextmanager
 async def contenders(dimensions: int, others: str, without: Collection[str]) -> AsyncIterator[list[Side]]:
     """All of them, running, with empty tables. `others` is the interpreter that Chroma and mem0 are installed for, as
-    far as they are; `without` has the kinds of contenders that are not wanted.
+    far as they are; `without` has the kinds of contenders that are not wanted, and are left out.
     """
     async with AsyncExitStack() as stack:
         plan = await stack.enter_async_context(_embedded(1, dimensions))
@@ -60,7 +61,7 @@ async def contenders(dimensions: int, others: str, without: Collection[str]) -> 
         superuser = server.dsn(SUPERUSER, secrets.postgres, _DATABASE)
         await _make_database(server.dsn(SUPERUSER, secrets.postgres, "postgres"), superuser, dimensions)
         owner = server.owner_dsn(secrets)
-        await _make_same_table(owner)
+        await make_same_table(owner)
         shard = await _shard(plan)
         sides = [
             Side("asyncpg, vector", "straight", _table(superuser, "plain_schema"), (*_ALL, "bulk")),
@@ -85,11 +86,9 @@ async def contenders(dimensions: int, others: str, without: Collection[str]) -> 
                 Side("grpc.aio, an echo", "echo", Endpoint(address=alone), sections, loads=False),
                 Side("grpc.aio, an echo behind another", "echo", Endpoint(address=behind), sections, loads=False),
             ]
-        if "chroma" not in without:
-            sides.append(await _chroma(stack, others))
-        if "mem0" not in without:
-            sides.append(await _mem0(others, server.port, secrets.postgres))
-        yield sides
+        sides.append(await _chroma(stack, others, wanted="chroma" not in without))
+        sides.append(await _mem0(others, server.port, secrets.postgres, wanted="mem0" not in without))
+        yield [replace(side, why_not=_NOT_WANTED) if side.kind in without else side for side in sides]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +146,21 @@ async def _embedded(shards: int, dimensions: int, environment: Mapping[str, str]
         yield Plan(layout, load_record(layout), load_secrets(layout), (port,))
 
 
-async def vacuum(sides: list[Side]) -> None:
+async def fill_same_table(sides: Sequence[Side]) -> None:
+    """Copies what the shard holds into the table like its own: rows cost more where there are many already, and what is
+    loaded into the one is compared with what is loaded into the other."""
+    for side in sides:
+        if side.kind != "same_table":
+            continue
+        connection = await asyncpg.connect(side.endpoint["dsn"])
+        try:
+            await connection.execute(f"INSERT INTO {_SAME_TABLE} SELECT * FROM memories")  # noqa: S608
+        finally:
+            await connection.close()
+    await vacuum(sides)
+
+
+async def vacuum(sides: Sequence[Side]) -> None:
     """As after a night's autovacuum, for all alike."""
     dsns = {side.endpoint["dsn"] for side in sides if "dsn" in side.endpoint}
     for dsn in dsns:
@@ -157,6 +170,19 @@ async def vacuum(sides: list[Side]) -> None:
             await connection.execute("CHECKPOINT") if _DATABASE in dsn else None
         finally:
             await connection.close()
+
+
+async def server_versions(sides: Sequence[Side]) -> str:
+    """What the server says of itself: PostgreSQL's version, and that of the vector extension."""
+    dsn = next(side.endpoint["dsn"] for side in sides if "dsn" in side.endpoint)
+    connection = await asyncpg.connect(dsn)
+    try:
+        server: str = await connection.fetchval("SELECT version()")
+        extension: str = await connection.fetchval("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
+    finally:
+        await connection.close()
+    # "PostgreSQL 18.4 on x86_64-pc-linux-gnu, compiled by ..."
+    return f"{server.partition(' on ')[0]}, vector {extension}"
 
 
 def _table(dsn: str, table: str) -> Endpoint:
@@ -173,7 +199,8 @@ async def _make_database(maintenance: str, dsn: str, dimensions: int) -> None:
     await straight.make_tables(dsn, dimensions)
 
 
-async def _make_same_table(dsn: str) -> None:
+async def make_same_table(dsn: str) -> None:
+    """An empty table like the shard's own, with all of its indexes, beside it."""
     connection = await asyncpg.connect(dsn)
     try:
         await connection.execute(f"DROP TABLE IF EXISTS {_SAME_TABLE}")
@@ -197,8 +224,10 @@ async def _shard(plan: Plan) -> Endpoint:
     )
 
 
-async def _chroma(stack: AsyncExitStack, python: str) -> Side:
+async def _chroma(stack: AsyncExitStack, python: str, *, wanted: bool) -> Side:
     sections = ("search", "store", "get", "bulk")
+    if not wanted:
+        return Side("Chroma server", "chroma", Endpoint(), sections, why_not=_NOT_WANTED)
     if not await _can_import(python, "chromadb"):
         return Side("Chroma server", "chroma", Endpoint(), sections, why_not="chromadb is not installed")
     port = _free_port()
@@ -227,9 +256,11 @@ async def _chroma(stack: AsyncExitStack, python: str) -> Side:
     return Side("Chroma server", "chroma", Endpoint(host="127.0.0.1", port=port), sections, python=python)
 
 
-async def _mem0(python: str, port: int, password: str) -> Side:
+async def _mem0(python: str, port: int, password: str, *, wanted: bool) -> Side:
     sections = ("search", "store", "get", "bulk")
     name = "mem0 on pgvector"
+    if not wanted:
+        return Side(name, "mem0", Endpoint(), sections, why_not=_NOT_WANTED)
     if not await _can_import(python, "mem0.vector_stores.pgvector"):
         return Side(name, "mem0", Endpoint(), sections, why_not="mem0ai is not installed")
     endpoint = Endpoint(host="127.0.0.1", port=port, user=SUPERUSER, password=password, database=_DATABASE)

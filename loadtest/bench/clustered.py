@@ -8,7 +8,7 @@ import grpc
 from common.slots import slot_of
 from loadtest.bench.contender import Endpoint, Row, Watch
 from loadtest.bench.workload import K, Vector
-from memshard import AsyncMemoryClient, Memory
+from memshard import AsyncMemoryClient, Memory, ReadLevel
 from memshard.internal.v1 import shard_pb2, shard_pb2_grpc
 from memshard.v1 import memory_pb2 as pb
 from memshard.v1 import memory_pb2_grpc
@@ -38,19 +38,19 @@ class Routed:
     async def search(self, caller: int, user: str, query: Vector) -> list[str]:
         request = pb.SearchMemoriesRequest(user_id=user, embedding=query.tolist(), limit=K)
         answer = await self._stub.SearchMemories(request, timeout=_TIMEOUT_S)
-        self._watch(answer.report.degradation_level)
+        _seen(self.watch, answer.report.degradation_level)
         return [result.memory.id for result in answer.results]
 
     async def search_all(self, query: Vector) -> list[str]:
         """The same over the memories of all users: every shard is asked, and answers."""
         request = pb.SearchMemoriesRequest(embedding=query.tolist(), limit=K, require_all_shards=True)
         answer = await self._stub.SearchMemories(request, timeout=_TIMEOUT_S)
-        self._watch(answer.report.degradation_level)
+        _seen(self.watch, answer.report.degradation_level)
         return [result.memory.id for result in answer.results]
 
     async def store(self, caller: int, row: Row) -> None:
         answer = await self._stub.StoreMemory(pb.StoreMemoryRequest(memory=_memory(row)), timeout=_TIMEOUT_S)
-        self._watch(answer.receipt.degradation_level)
+        _seen(self.watch, answer.receipt.degradation_level)
 
     async def get(self, caller: int, user: str, memory_id: str) -> Any:
         return await self._get(pb.GetMemoryRequest(id=memory_id, user_id=user))
@@ -67,16 +67,12 @@ class Routed:
                 pb.BatchStoreMemoriesRequest(memories=memories), timeout=_TIMEOUT_S
             )
             assert all(result.id for result in answer.results), "an item of a batch was not stored"
-            self._watch(answer.receipt.degradation_level)
+            _seen(self.watch, answer.receipt.degradation_level)
 
     async def _get(self, request: pb.GetMemoryRequest) -> pb.Memory:
         answer = await self._stub.GetMemory(request, timeout=_TIMEOUT_S)
-        self._watch(answer.report.degradation_level)
+        _seen(self.watch, answer.report.degradation_level)
         return answer.memory
-
-    def _watch(self, level: "pb.DegradationLevel.ValueType") -> None:
-        if level != pb.DEGRADATION_LEVEL_NORMAL:
-            self.watch.levels[pb.DegradationLevel.Name(level)] += 1
 
 
 class WithClient:
@@ -93,18 +89,27 @@ class WithClient:
 
     async def search(self, caller: int, user: str, query: Vector) -> list[str]:
         found = await self._client.search(user_id=user, embedding=query, limit=K)
+        _seen(self.watch, found.report.degradation_level)
         return [result.memory.id for result in found.results]
 
     async def store(self, caller: int, row: Row) -> None:
-        await self._client.store(row.user, row.content, id=row.id, embedding=row.embedding)
+        stored = await self._client.store(row.user, row.content, id=row.id, embedding=row.embedding)
+        _seen(self.watch, stored.receipt.degradation_level)
 
     async def get(self, caller: int, user: str, memory_id: str) -> Memory:
-        return await self._client.get(memory_id, user_id=user)
+        # Past every cache, as the stubs' callers ask.
+        return await self._get(user, memory_id, ReadLevel.STRONG)
 
-    get_again = get
+    async def get_again(self, caller: int, user: str, memory_id: str) -> Memory:
+        return await self._get(user, memory_id, ReadLevel.SESSION)
 
     async def bulk(self, caller: int, rows: Sequence[Row]) -> None:
         raise NotImplementedError
+
+    async def _get(self, user: str, memory_id: str, read: ReadLevel) -> Memory:
+        found = await self._client.get_with_report(memory_id, user_id=user, read=read)
+        _seen(self.watch, found.report.degradation_level)
+        return found.memory
 
 
 class ShardOnly:
@@ -151,6 +156,11 @@ class ShardOnly:
             epoch=self._endpoint["epoch"],
             ranges=[shard_pb2.SlotRange(first=slot, last=slot)],
         )
+
+
+def _seen(watch: Watch, level: int) -> None:
+    if level != pb.DEGRADATION_LEVEL_NORMAL:
+        watch.levels[pb.DegradationLevel.Name(pb.DegradationLevel.ValueType(level))] += 1
 
 
 def _memory(row: Row) -> pb.Memory:

@@ -11,7 +11,7 @@ SECTIONS = ("search", "store", "get", "get-hot", "bulk")
 _TITLES = {
     "search": "search one user",
     "store": "store one",
-    "get": "get by id, each once",
+    "get": "get by id, uncached",
     "get-hot": "get by id, the same few",
     "bulk": "bulk load",
 }

@@ -22,6 +22,7 @@ from memshard.types import (
     Embedding,
     EmbeddingState,
     EraseResult,
+    GetResult,
     Memory,
     MemoryPage,
     MemoryType,
@@ -288,9 +289,9 @@ def erase_result(response: pb.EraseUserResponse) -> EraseResult:
     )
 
 
-def get_result(response: pb.GetMemoryResponse) -> Memory:
+def get_result(response: pb.GetMemoryResponse) -> GetResult:
     """What a fetch answered."""
-    return memory(response.memory)
+    return GetResult(memory=memory(response.memory), report=_report(response.report))
 
 
 def delete_result(response: pb.DeleteMemoryResponse) -> DeleteResult:

@@ -23,6 +23,7 @@ from memshard.types import (
     DeleteResult,
     Embedding,
     EraseResult,
+    GetResult,
     Memory,
     MemoryPage,
     MemoryType,
@@ -184,6 +185,22 @@ class AsyncMemoryClient:
         Raises NotFound; Ambiguous when several users have the id and none is given; Unavailable, never NotFound, when
         a shard that might have it did not answer.
         """
+        request = _wire.get_request(id=id, user_id=user_id, include_embedding=include_embedding)
+        options, sent = self._reading.options(user_id, read, max_staleness_s)
+        request.read.CopyFrom(options)
+        return _wire.memory((await self._read(self._stub.GetMemory, request, sent, timeout_s)).memory)
+
+    async def get_with_report(
+        self,
+        id: str,
+        *,
+        user_id: str | None = None,
+        include_embedding: bool = False,
+        read: ReadLevel | None = None,
+        max_staleness_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> GetResult:
+        """The same as `get`, with who served it and at which degradation level."""
         request = _wire.get_request(id=id, user_id=user_id, include_embedding=include_embedding)
         options, sent = self._reading.options(user_id, read, max_staleness_s)
         request.read.CopyFrom(options)

@@ -203,6 +203,14 @@ class ReadReport:
 
 
 @dataclass(frozen=True, slots=True)
+class GetResult:
+    """A memory, and where the answer came from."""
+
+    memory: Memory
+    report: ReadReport
+
+
+@dataclass(frozen=True, slots=True)
 class StoreResult:
     """The memory as stored, without its embedding."""
 

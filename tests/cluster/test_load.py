@@ -2,17 +2,22 @@
 
 import asyncio
 import json
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
 
+from loadtest.bench.cluster import Side, fill_same_table, make_same_table
+from loadtest.bench.contender import Endpoint
 from loadtest.profile import Operation
 from memshard import AsyncMemoryClient
 from tests.support.cluster import LocalCluster, command
+from tests.support.wire import database
 
 _MEMSHARD = Path(sys.executable).parent / "memshard"
 
@@ -94,6 +99,18 @@ async def test_a_limit_that_does_not_hold_is_exit_code_1(cluster: LocalCluster, 
     assert report["limitsExceeded"][0].startswith("p99 of get:")
 
 
+@pytest.mark.parametrize("client", ["sdk", "stub"])
+async def test_reads_tell_whether_caches_gave_them(cluster: LocalCluster, tmp_path: Path, client: str) -> None:
+    profile = tmp_path / "cached.yaml"
+    profile.write_text(
+        "operations: {get: 1}\nrate: 100\nduration_s: 2\ndata: {users: 2, memories: 2}\nread: session\n"
+        "limits: {errors: 0, cache_hit_ratio: 0.8}\n"
+    )
+    code, report = await _load(cluster, str(profile), "--client", client)
+    assert (code, report["limitsExceeded"]) == (0, [])
+    assert report["cacheHitRatio"] >= 0.8
+
+
 async def test_nobody_there_is_said_in_a_line(tmp_path: Path) -> None:
     profile = tmp_path / "any.yaml"
     profile.write_text("operations: {get: 1}\nconcurrency: 2\nduration_s: 0.5\ntimeout_s: 1\n")
@@ -101,6 +118,21 @@ async def test_nobody_there_is_said_in_a_line(tmp_path: Path) -> None:
     assert code == 1
     assert '"UNAVAILABLE"' in output
     assert "Traceback" not in output
+
+
+async def test_the_table_like_the_shards_is_filled_like_it(cluster: LocalCluster) -> None:
+    async with AsyncMemoryClient(cluster.address) as client:
+        for number in range(20):
+            await client.store(f"as-full-{number}", "likes tea")
+    dsn = cluster.shard_dsn("shard-0", owner=True)
+    await make_same_table(dsn)
+    table = Endpoint(dsn=dsn, table="copied_memories", column="halfvec")
+    await fill_same_table([Side("COPY into the shard's table", "same_table", table, ("bulk",))])
+    async with database(dsn) as connection:
+        held = await connection.fetchval("SELECT count(*) FROM memories")
+        copied = await connection.fetchval("SELECT count(*) FROM copied_memories")
+        await connection.execute("DROP TABLE copied_memories")
+    assert held == copied > 0
 
 
 async def test_the_benchmark_measures_everybody(tmp_path: Path) -> None:
@@ -111,7 +143,11 @@ async def test_the_benchmark_measures_everybody(tmp_path: Path) -> None:
     )  # fmt: skip
     output, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
-    sections = json.loads(figures.read_text())["sections"]
+    document = json.loads(figures.read_text())
+    assert re.search(r"PostgreSQL [\d.]+, vector [\d.]+", document["run"]["where"])
+    assert document["run"]["command"] == f"python -m loadtest.bench --quick --json {figures}"
+    assert document["left_out"] == {"Chroma server": "not wanted", "mem0 on pgvector": "not wanted"}
+    sections = document["sections"]
     assert sections.keys() == {"search", "store", "get", "get-hot", "bulk"}
     for section, by_name in sections.items():
         assert "asyncpg, vector" in by_name

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench.page import rewrite
-from loadtest.bench.results import Results, Round, of_workers
+from loadtest.bench.__main__ import exit_status, options_of, parse
+from loadtest.bench.page import Run, measured, rewrite
+from loadtest.bench.results import SECTIONS, Results, Round, of_workers
 from loadtest.bench.workload import K, Workload, memory_id, user_name
 from loadtest.histogram import Histogram
 
@@ -97,3 +98,33 @@ def test_a_page_keeps_all_but_the_section(tmp_path: Path) -> None:
     assert text.startswith("above\n<!-- search: begin -->\n### search one user")
     assert text.endswith("2026-11-20, a machine.\n<!-- search: end -->\nbelow\n")
     assert "old" not in text
+
+
+def test_a_table_tells_how_it_was_made() -> None:
+    run = Run(
+        when="2026-11-21",
+        where="2 cores; PostgreSQL 18.4, vector 0.8.5",
+        command="python -m loadtest.bench --rounds 3",
+        rounds=3,
+        seconds=2.5,
+        bulk_rows=8000,
+    )
+    begin = "2026-11-21, 2 cores; PostgreSQL 18.4, vector 0.8.5. `python -m loadtest.bench --rounds 3`: "
+    left_out = "without Chroma server (chromadb is not installed)."
+    assert measured(run, "search", _results()) == f"{begin}3 rounds of 2.5 s, {left_out}"
+    assert measured(run, "bulk", _results()) == f"{begin}3 rounds of 8,000 rows, {left_out}"
+    assert measured(run, "bulk", Results()).endswith(", nobody left out.")
+
+
+def test_a_must_that_is_missed_fails_the_command_unless_it_is_quick() -> None:
+    assert exit_status([], [], quick=False) == 0
+    assert exit_status([], ["store ÷ asyncpg, vector: 0.29, must be 0.3"], quick=False) == 1
+    assert exit_status([], ["store ÷ asyncpg, vector: 0.29, must be 0.3"], quick=True) == 0
+    assert exit_status(["get: 1 TimeoutError"], [], quick=True) == 1
+
+
+def test_several_sections_can_be_named_at_once() -> None:
+    assert options_of(parse(["--only", "bulk,get", "--only", "get"])).sections == ("get", "bulk")
+    assert options_of(parse([])).sections == SECTIONS
+    with pytest.raises(SystemExit):
+        parse(["--only", "get,nothing"])

@@ -7,11 +7,13 @@ from itertools import pairwise, takewhile
 
 import pytest
 
-from loadtest.calls import Calls, SdkCalls
+from loadtest.calls import Calls, SdkCalls, said
 from loadtest.generator import Order, Run, due_times, share_of
 from loadtest.profile import Operation, Profile, parse
 from loadtest.subjects import Subjects
-from memshard import Unavailable
+from loadtest.tally import Said
+from memshard import Unavailable, _wire
+from memshard.v1 import memory_pb2 as pb
 
 
 class _Service(SdkCalls):
@@ -23,6 +25,7 @@ class _Service(SdkCalls):
         self.stalled = asyncio.Lock()
         self.made = 0
         self.fails = False
+        self.answer: object = None
 
     async def get(self) -> object:
         self.made += 1
@@ -31,7 +34,7 @@ class _Service(SdkCalls):
         await asyncio.sleep(self.took_s)
         if self.fails:
             raise Unavailable("away", reason="AWAY")
-        return None
+        return self.answer
 
 
 def _profile(**given: object) -> Profile:
@@ -109,6 +112,37 @@ async def test_calls_that_never_end_are_cut_off() -> None:
     await service.stalled.acquire()
     tally = await _run(service).run(asyncio.get_running_loop().time())
     assert tally.cut_off == pytest.approx(4, abs=1)
+
+
+_REPORT = pb.ReadReport(served_by=["cache"], degradation_level=pb.DEGRADATION_LEVEL_REDUCED)
+_MIXED = pb.ReadReport(served_by=["cache", "primary"], degradation_level=pb.DEGRADATION_LEVEL_NORMAL)
+_RECEIPT = pb.WriteReceipt(degradation_level=pb.DEGRADATION_LEVEL_ESSENTIAL)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (pb.GetMemoryResponse(report=_REPORT), Said("REDUCED", True)),
+        (_wire.get_result(pb.GetMemoryResponse(report=_REPORT)), Said("REDUCED", True)),
+        (pb.SearchMemoriesResponse(report=_MIXED), Said("NORMAL", False)),
+        (_wire.search_result(pb.SearchMemoriesResponse(report=_MIXED)), Said("NORMAL", False)),
+        (pb.DeleteMemoryResponse(receipt=_RECEIPT), Said("ESSENTIAL")),
+        (_wire.delete_result(pb.DeleteMemoryResponse(receipt=_RECEIPT)), Said("ESSENTIAL")),
+        (pb.ListMemoryVersionsResponse(), Said()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_an_answer_says_of_itself_is_known_of_both_clients(answer: object, told: Said) -> None:
+    assert said(answer) == told
+
+
+async def test_levels_and_caches_are_counted_of_what_is_measured() -> None:
+    service = _Service(_profile(rate=100, arrivals="even", duration_s=0.2, warm_up_s=0.2))
+    service.answer = pb.GetMemoryResponse(report=_REPORT)
+    outcomes = (await _run(service).run(asyncio.get_running_loop().time())).of("get")
+    assert outcomes.count < service.made
+    assert outcomes.levels == {"REDUCED": outcomes.count}
+    assert (outcomes.reads, outcomes.cached) == (outcomes.count, outcomes.count)
 
 
 def test_a_wanted_memory_is_wanted_by_zipfs_law() -> None:

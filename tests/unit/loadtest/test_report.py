@@ -1,13 +1,14 @@
 """Reports: ghz's shape and words, the histogram's sums, limits that do not hold."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from loadtest import report
 from loadtest.engine import Outcome
 from loadtest.profile import parse
-from loadtest.tally import Tally, merged
+from loadtest.tally import Said, Tally, merged
 
 
 def _outcome(**limits: object) -> Outcome:
@@ -17,7 +18,14 @@ def _outcome(**limits: object) -> Outcome:
     tally.of("store").succeeded(0.5)
     tally.of("store").failed("UNAVAILABLE", "SHARD_UNAVAILABLE")
     profile = parse(
-        {"name": "test", "operations": {"search": 4, "store": 1}, "concurrency": 4, "limits": limits}, "test"
+        {
+            "name": "test",
+            "operations": {"search": 4, "store": 1},
+            "concurrency": 4,
+            "read": "session",
+            "limits": limits,
+        },
+        "test",
     )
     return Outcome(profile, "stub", "localhost:50051", tally, "normal", 1_700_000_000.0)
 
@@ -62,6 +70,32 @@ def test_limits_that_do_not_hold_are_told() -> None:
     assert report.exceeded(_outcome(errors=0.1, p99_ms={"search": 150})) == []
 
 
+def test_caches_and_levels_are_told_and_limited() -> None:
+    outcome = _outcome(cache_hit_ratio=0.8, levels="normal")
+    for number in range(100):
+        outcome.tally.of("get").succeeded(0.001, Said("NORMAL", number < 79))
+    outcome.tally.of("store").succeeded(0.001, Said("REDUCED"))
+    assert report.exceeded(outcome) == [
+        "cache hit ratio of reads: 0.790, at least 0.8",
+        "answers under a degradation level: 1 at REDUCED",
+    ]
+    text, document = report.text(outcome), report.document(outcome)
+    assert "Cache hit ratio of reads: 0.790 (79 of 100)" in text
+    assert "Answers under a degradation level: 1 at REDUCED" in text
+    assert (document["cacheHitRatio"], document["degradationLevels"]) == (0.79, {"REDUCED": 1})
+    assert document["operations"]["get"]["cacheHitRatio"] == 0.79
+    assert document["operations"]["store"]["cacheHitRatio"] is None
+    outcome.tally.of("get").succeeded(0.001, Said("NORMAL", True))
+    outcome.tally.of("store").levels.clear()
+    assert report.exceeded(replace(outcome, profile=_outcome(cache_hit_ratio=0.79, levels="normal").profile)) == []
+
+
+def test_no_read_at_all_is_no_cache_hit() -> None:
+    outcome = _outcome(cache_hit_ratio=0.8)
+    assert report.exceeded(outcome) == ["cache hit ratio of reads: 0.000, at least 0.8"]
+    assert "Cache hit ratio" not in report.text(outcome).split("Limit exceeded")[0]
+
+
 def test_an_empty_run_is_a_report_too() -> None:
     empty = Outcome(_outcome().profile, "sdk", "", Tally(), "cancel", 0.0)
     assert "Count:\t0" in report.text(empty)
@@ -71,7 +105,9 @@ def test_an_empty_run_is_a_report_too() -> None:
 
 def test_processes_add_up_through_json() -> None:
     one = _outcome().tally
+    one.of("search").succeeded(0.1, Said("REDUCED", True))
     both = merged([one, Tally.from_json(one.to_json())])
     assert both.seconds == 2
-    assert both.of("search").count == 200
+    assert both.of("search").count == 202
+    assert (both.all().reads, both.all().cached, both.all().levels) == (2, 2, {"REDUCED": 2})
     assert both.all().codes["UNAVAILABLE"] == 2

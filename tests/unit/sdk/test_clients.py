@@ -19,6 +19,8 @@ from memshard import (
     AsyncMemoryClient,
     Cancelled,
     DeadlineExceeded,
+    DegradationLevel,
+    GetResult,
     MemoryClient,
     MemshardError,
     NewMemory,
@@ -193,6 +195,21 @@ def test_version_that_moved_on_is_a_mismatch() -> None:
         pytest.raises(VersionMismatch, match="is at 3"),
     ):
         client.update("alice", "some-id", content="x", expected_version=2)
+
+
+async def test_a_get_tells_who_served_it_and_at_which_level() -> None:
+    def found(request: pb.GetMemoryRequest, context: grpc.ServicerContext) -> pb.GetMemoryResponse:
+        report = pb.ReadReport(served_by=["cache"], degradation_level=pb.DEGRADATION_LEVEL_REDUCED)
+        return pb.GetMemoryResponse(memory=pb.Memory(id=request.id, user_id=request.user_id), report=report)
+
+    with serving(GetMemory=found) as address, MemoryClient(address) as client:
+        result = client.get_with_report("some-id", user_id="alice")
+        assert isinstance(result, GetResult)
+        assert result.memory == client.get("some-id", user_id="alice")
+        assert result.report.served_by == ("cache",)
+        assert result.report.degradation_level is DegradationLevel.REDUCED
+        async with AsyncMemoryClient(address) as other:
+            assert await other.get_with_report("some-id", user_id="alice") == result
 
 
 def test_unreachable_address_is_unavailable_within_the_deadline(silent_address: str) -> None:
