@@ -29,6 +29,11 @@ _SAME_TABLE = "copied_memories"
 _MEMSHARD = Path(sys.executable).parent / "memshard"
 _START_TIMEOUT_S = 60.0
 _NOT_WANTED = "not wanted"
+# What is generated from others cannot be copied, and is generated again.
+_STORED_COLUMNS = """
+SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM pg_attribute
+WHERE attrelid = 'memories'::regclass AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +159,8 @@ async def fill_same_table(sides: Sequence[Side]) -> None:
             continue
         connection = await asyncpg.connect(side.endpoint["dsn"])
         try:
-            await connection.execute(f"INSERT INTO {_SAME_TABLE} SELECT * FROM memories")  # noqa: S608
+            columns = await connection.fetchval(_STORED_COLUMNS)
+            await connection.execute(f"INSERT INTO {_SAME_TABLE} ({columns}) SELECT {columns} FROM memories")  # noqa: S608
         finally:
             await connection.close()
     await vacuum(sides)
