@@ -20,6 +20,7 @@ from common.limiter import Admission, Limiter, Priority
 from common.limiter_settings import SERVER
 from common.telemetry.instruments import Counter
 from common.telemetry.registry import BREAKER_OPENED, SERVER_CALL_DURATION, SERVER_CALLS, SHED
+from common.topology import server_name
 from common.waiting_room import WaitingRoom
 from common.window import SlidingCount
 
@@ -268,8 +269,7 @@ class Guards:
         """The guard of one server, made when it is first needed."""
         key = shard_id, replica_id
         if key not in self._guards:
-            name = shard_id if replica_id is None else f"{shard_id}/{replica_id}"
-            self._guards[key] = Guard(shard_id, name, self._clock)
+            self._guards[key] = Guard(shard_id, server_name(shard_id, replica_id), self._clock)
         return self._guards[key]
 
     def keep(self, servers: set[tuple[str, str | None]]) -> None:
