@@ -35,6 +35,8 @@ TEXT_REFUSED = "EMBEDDER_REFUSED"
 # Its own policy: one more attempt, as a text that is not embedded now is embedded later. No budget: the breaker keeps a
 # server that is down from hearing twice its load.
 _RETRY = RetrySettings(attempts=2, base_s=0.1, cap_s=0.5, least_attempt_s=0.05, longest_wait_s=1.0)
+# What trickles in is cut off this much later than what is silent, of which httpx says where it was.
+_TRICKLE_S = 0.1
 # Where nobody waits, the limit of each exchange is enough.
 _NO_TIMEOUT_S = 86400.0
 _MAX_DIGITS = 6
@@ -160,10 +162,11 @@ class HttpEmbedder:
         self.model = settings.embedder_model or embedding_model
         self.dimensions = dimensions
         self.breaker = logged("the embedder", EMBEDDER)
+        self._exchange_s = settings.embedder_timeout_s + _TRICKLE_S
         key = settings.embedder_api_key
         self._client = httpx.AsyncClient(
             base_url=(settings.embedder_url or "").rstrip("/") + "/",
-            timeout=settings.embedder_timeout_s,
+            timeout=settings.embedder_timeout_s,  # Of each read, which a byte now and then keeps for ever.
             headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
         )
 
@@ -219,7 +222,8 @@ class HttpEmbedder:
 
     async def _post(self, texts: Sequence[str]) -> Vectors:
         try:
-            answer = await self._client.post("embeddings", json={"model": self.model, "input": list(texts)})
+            async with asyncio.timeout(self._exchange_s):
+                answer = await self._client.post("embeddings", json={"model": self.model, "input": list(texts)})
             answer.raise_for_status()
             data = sorted(answer.json()["data"], key=lambda item: item["index"])
             if [item["index"] for item in data] != list(range(len(texts))):
@@ -234,6 +238,8 @@ class HttpEmbedder:
                 reason=TEXT_REFUSED if refused else None,
                 retry_after_s=_retry_after_s(error.response),
             ) from error
+        except TimeoutError as error:
+            raise _unavailable("it took too long") from error
         except httpx.HTTPError as error:
             raise _unavailable(type(error).__name__) from error
         except (ValueError, KeyError, TypeError, OverflowError) as error:

@@ -1,5 +1,6 @@
 """Embedders: the model in the process, and the client of a server, which is a real one on this machine."""
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from common.config import RouterSettings
 from common.embedder import Embedder, EmbedderMismatchError, HttpEmbedder, LocalEmbedder
 from common.errors import Unavailable
 from common.local_model import LOCAL_DIMENSIONS, local_model_name
+from tests.support.embedding_server import DIMENSIONS, EmbeddingServer
 
 _KEY = "hunter2"
 _DIMENSIONS = 3
@@ -237,6 +239,19 @@ async def test_server_that_hangs_is_unavailable_after_the_timeout() -> None:
                 await _embed(url, ["a"], embedder_timeout_s=0.1)
         finally:
             released.set()
+
+
+async def test_a_server_that_answers_a_byte_at_a_time_is_unavailable_after_the_timeout() -> None:
+    with EmbeddingServer() as server:
+        server.drip_s = 0.02  # Each byte in good time, and the answer in ten seconds.
+        settings = _settings(embedder="http", embedder_url=server.url, embedder_timeout_s=0.1)
+        model = HttpEmbedder(settings, "words", DIMENSIONS)
+        async with asyncio.timeout(5):
+            failed = await asyncio.gather(*(model.embed(["a"]) for _ in range(5)), return_exceptions=True)
+        await model.close()
+    assert [getattr(error, "reason", error) for error in failed] == ["EMBEDDER_UNAVAILABLE"] * 5
+    # Two attempts each.
+    assert model.breaker.state is State.OPEN
 
 
 async def test_a_failure_that_passes_is_not_seen() -> None:
