@@ -242,7 +242,7 @@ class HttpEmbedder:
             raise _unavailable("it took too long") from error
         except httpx.HTTPError as error:
             raise _unavailable(type(error).__name__) from error
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise _unavailable("its answer has another shape than OpenAI's") from error
         if vectors.shape != (len(texts), self.dimensions):
             raise _unavailable(f"it gave an array {vectors.shape}, not ({len(texts)}, {self.dimensions})")

@@ -108,19 +108,27 @@ class EmbeddingQueue:
     async def run(self) -> None:
         """Works until cancelled; while the embedder or the database is away, it tries again with backoff."""
         backoff_s, longest_s = _BACKOFF_S
+        put_off = False
         while True:
             try:
+                if put_off:
+                    await self._look()
                 while self._embedder is not None and await self.embed_batch(self._embedder):
                     backoff_s = _BACKOFF_S[0]
                 if self._embedder is not None:
                     await self._prove(self._embedder)
-            except (MemshardError, TimeoutError, asyncpg.PostgresError) as error:
-                _log.warning("embedding put off", error=type(error).__name__, retry_s=backoff_s)
+            except Exception as error:
+                # Also by a bug: the service, which would end with its queue, serves all the same.
+                if isinstance(error, MemshardError | TimeoutError | asyncpg.PostgresError):
+                    _log.warning("embedding put off", error=type(error).__name__, retry_s=backoff_s)
+                else:
+                    _log.error("embedding failed by a bug", **logs.describe_bug(error), retry_s=backoff_s)
                 # Not cut short by what is stored meanwhile, or each store would be another attempt.
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, longest_s)
-                await self._look()
+                put_off = True
                 continue
+            put_off = False
             self._wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._interval_s):
@@ -138,8 +146,8 @@ class EmbeddingQueue:
             return 0
         try:
             vectors = await self._embed(embedder, [row["content"] for row in rows])
-        except Unavailable as error:
-            if error.reason != BREAKER_OPEN and await self._look():
+        except Exception as error:  # A text may as well meet a bug, and would keep all others back for ever.
+            if getattr(error, "reason", "") != BREAKER_OPEN and await self._look():
                 if len(rows) == 1:
                     self._leave_aside(rows, FAILED_ASIDE_S)
                     _go_on(place, rows)

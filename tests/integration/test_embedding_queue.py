@@ -34,6 +34,7 @@ SELECT 7, $1, gen_random_uuid(), '', '', '', 1, 0.5, $2, '{}', '',
 FROM generate_series(1, $3) AS n
 """
 _WAITING = "SELECT count(*) FROM memories WHERE user_id = $1 AND content = $2 AND embedding IS NULL"
+REFUSED = Unavailable("not this text", reason=TEXT_REFUSED)
 
 
 class Picky:
@@ -41,15 +42,15 @@ class Picky:
 
     model, dimensions, breaker = "words", DIMENSIONS, None
 
-    def __init__(self, reason: str = TEXT_REFUSED) -> None:
-        self.reason = reason
+    def __init__(self, error: Exception) -> None:
+        self.error = error
         self.well = False
         self.exchanges: list[int] = []
 
     async def embed(self, texts: Sequence[str], timeout_s: float | None = None) -> Vectors:
         self.exchanges.append(len(texts))
         if not self.well and "bad" in texts:
-            raise Unavailable("not this text", reason=self.reason)
+            raise self.error
         return np.ones((len(texts), DIMENSIONS), dtype=np.float32)
 
     async def probe(self, timeout_s: float) -> None:
@@ -62,9 +63,9 @@ class Picky:
 class Waiting:
     """A queue on a clock of the test's own, and the texts of one user in it."""
 
-    def __init__(self, pool: Pool, known: identity.Identity, user: str, reason: str) -> None:
+    def __init__(self, pool: Pool, known: identity.Identity, user: str, error: Exception) -> None:
         self.clock = Clock()
-        self.embedder = Picky(reason)
+        self.embedder = Picky(error)
         self._pool = pool
         self._user = user
         self._queue = EmbeddingQueue(Database(pool), known, self.embedder, interval_s=1, clock=self.clock)
@@ -84,7 +85,7 @@ class Waiting:
             try:
                 if not await self._queue.embed_batch(self.embedder):
                     return len(self.embedder.exchanges) - before
-            except Unavailable:
+            except type(self.embedder.error):
                 continue  # After a while, which is none here.
         raise AssertionError("the queue turns without a pause")
 
@@ -97,7 +98,7 @@ async def cluster() -> AsyncIterator[LocalCluster]:
 
 
 @asynccontextmanager
-async def waiting_in(cluster: LocalCluster, user: str, reason: str = TEXT_REFUSED) -> AsyncIterator[Waiting]:
+async def waiting_in(cluster: LocalCluster, user: str, error: Exception = REFUSED) -> AsyncIterator[Waiting]:
     async with asyncpg.create_pool(
         cluster.shard_dsn("shard-0"),
         min_size=1,
@@ -110,17 +111,19 @@ async def waiting_in(cluster: LocalCluster, user: str, reason: str = TEXT_REFUSE
         async with pool.acquire() as connection:
             known = await identity.read(connection)
         assert known is not None
-        yield Waiting(pool, known, user, reason)
+        yield Waiting(pool, known, user, error)
 
 
-@pytest.mark.parametrize("reason", [TEXT_REFUSED, "EMBEDDER_UNAVAILABLE"])
+@pytest.mark.parametrize(
+    "error", [REFUSED, Unavailable("it chokes", reason="EMBEDDER_UNAVAILABLE"), ValueError("a bug")], ids=repr
+)
 async def test_more_texts_that_cannot_be_embedded_than_are_remembered_keep_no_other_waiting(
-    cluster: LocalCluster, user: str, monkeypatch: pytest.MonkeyPatch, reason: str
+    cluster: LocalCluster, user: str, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    if reason != TEXT_REFUSED:  # Each is found out alone.
+    if error is not REFUSED:  # Each is found out alone.
         monkeypatch.setattr(embedding_queue, "MOST_ASIDE", 100)
     bad = embedding_queue.MOST_ASIDE + 3 * BATCH
-    async with waiting_in(cluster, user, reason) as waiting:
+    async with waiting_in(cluster, user, error) as waiting:
         await waiting.store("bad", bad, ago_s=3600)
         await waiting.store("good", 100)
         await waiting.look()

@@ -189,6 +189,7 @@ _ONE = [1.0, 2.0, 3.0]
         pytest.param((200, b"<html>"), id="not JSON"),
         pytest.param((200, b"\xff\xfe"), id="not text"),
         pytest.param((200, b""), id="nothing"),
+        pytest.param((200, b"[" * 100_000), id="nested beyond measure"),
         pytest.param((200, b"[]"), id="a list"),
         pytest.param((200, b"null"), id="null"),
         pytest.param((200, b'{"data": null}'), id="no data"),
