@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from common.breaker import CircuitBreaker, speaks_of_callee
+from common.breaker import CircuitBreaker, State, speaks_of_callee
 from common.breaker_log import logged
 from common.breaker_settings import EMBEDDER
 from common.config import EmbedderSettings
@@ -69,7 +69,8 @@ class Embedder(Protocol):
         ...
 
     async def probe(self, timeout_s: float) -> None:
-        """Embeds one word, whatever the breaker says, and tells it when that went well. Raises Unavailable."""
+        """Embeds one word, whatever the breaker says, and tells it when that went well: enough of them close it, where
+        nobody calls. Raises Unavailable."""
         ...
 
     async def close(self) -> None:
@@ -177,12 +178,16 @@ class HttpEmbedder:
         return np.concatenate([nothing, *[await self._batch(batch, until) for batch in batches]])
 
     async def probe(self, timeout_s: float) -> None:
+        began = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._post([_PROBE])
         except TimeoutError as error:
             raise _unavailable("it took too long") from error
         self.breaker.probe_succeeded()
+        # Callers' texts say more than a word, as where a server chokes on them: who is at it decides.
+        if self.breaker.state is State.HALF_OPEN and not self.breaker.is_tried:
+            self.breaker.admit().success(time.monotonic() - began)
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -249,13 +249,21 @@ class Guard:
         return any(breaker.state is not State.CLOSED for breaker in self.breakers.values())
 
     def heard(self) -> None:
-        """The server has answered a health check, out of its database: calls may try it again, a few each second."""
+        """The server has answered a health check, out of its database: calls may try it again, a few each second.
+
+        Enough of these close the breakers of reads, where nobody is trying them and nobody lately failed: they would be
+        half-open for as long as nobody reads. That it can be read does not say that it can be written to.
+        """
         now = self._read_at = self._clock()
         if now - self._heard_at < SHARD.first_probe_s:
             return  # What hangs though health checks are answered is not to be given more and more calls.
         self._heard_at = now
         for breaker in self.breakers.values():
             breaker.probe_succeeded()
+        for kind in (Kind.RETRIEVE, Kind.SEARCH):
+            breaker = self.breakers[kind]
+            if breaker.state is State.HALF_OPEN and not breaker.is_tried and not self.fails(kind):
+                breaker.admit().success(0.0)
 
 
 class Guards:

@@ -25,6 +25,8 @@ class EmbeddingServer:
         """A word that makes it answer 400, as models do to texts beyond their length."""
         self.fails_at = ""
         """A word that makes it answer 500, as servers do whose model chokes on a text."""
+        self.hangs_at = ""
+        """A word that it thinks about until it is closed, while it answers others."""
         self.drip_s = 0.0
         """Seconds between one byte of an answer and the next."""
         self.closing = threading.Event()
@@ -65,6 +67,8 @@ def _handler(server: EmbeddingServer) -> type[BaseHTTPRequestHandler]:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.texts.extend(request["input"])
             server.at_work.wait()
+            if server.hangs_at and any(server.hangs_at in text for text in request["input"]):
+                server.closing.wait()
             if server.down:
                 self.send_error(503)
                 return

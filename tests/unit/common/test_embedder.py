@@ -3,8 +3,8 @@
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -20,6 +20,7 @@ from common.embedder import Embedder, EmbedderMismatchError, HttpEmbedder, Local
 from common.errors import Unavailable
 from common.local_model import LOCAL_DIMENSIONS, local_model_name
 from tests.support.embedding_server import DIMENSIONS, EmbeddingServer
+from tests.support.eventually import eventually
 
 _KEY = "hunter2"
 _DIMENSIONS = 3
@@ -281,6 +282,43 @@ async def test_a_server_that_keeps_failing_is_left_alone() -> None:
     assert model.breaker.state is State.OPEN
     # Two attempts each, until ten have failed in a row.
     assert len(headers) == 10
+
+
+@asynccontextmanager
+async def _given_up(server: EmbeddingServer) -> AsyncIterator[HttpEmbedder]:
+    """A client that has found the server down, which is up again."""
+    model = HttpEmbedder(_settings(embedder="http", embedder_url=server.url), "words", DIMENSIONS)
+    server.down = True
+    await asyncio.gather(*(model.embed(["a"]) for _ in range(10)), return_exceptions=True)
+    assert model.breaker.state is State.OPEN
+    server.down = False
+    yield model
+    await model.close()
+
+
+async def test_looks_that_go_well_close_the_breaker_though_nobody_embeds() -> None:
+    with EmbeddingServer() as server:
+        async with _given_up(server) as model:
+            states = []
+            for _ in range(model.breaker.settings.probes):
+                await model.probe(5)
+                states.append(model.breaker.state)
+    assert states == [State.HALF_OPEN, State.HALF_OPEN, State.CLOSED]
+
+
+async def test_looks_close_no_breaker_of_a_server_that_hangs_at_a_text() -> None:
+    with EmbeddingServer() as server:
+        async with _given_up(server) as model:
+            server.hangs_at = "poison"
+            await model.probe(5)
+            embedding = asyncio.create_task(model.embed(["poison"], 1.0))
+            await eventually(lambda: "poison" in server.texts)
+            for _ in range(5):
+                await model.probe(5)
+                assert model.breaker.state is State.HALF_OPEN
+            with pytest.raises(Unavailable, match="too long"):
+                await embedding
+            assert model.breaker.state is State.OPEN
 
 
 async def test_who_cannot_wait_hears_that_it_takes_too_long() -> None:
