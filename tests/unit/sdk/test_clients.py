@@ -19,6 +19,7 @@ from memshard import (
     AsyncMemoryClient,
     Cancelled,
     DeadlineExceeded,
+    DegradationLevel,
     MemoryClient,
     MemshardError,
     NewMemory,
@@ -266,6 +267,27 @@ def _versions(request: pb.ListMemoryVersionsRequest, context: grpc.ServicerConte
         versions=[pb.Memory(id=request.id, user_id=request.user_id, version=n) for n in range(first, last, -1)],
         next_page_token=str(last) if last else "",
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "level"),
+    [
+        ("essential", DegradationLevel.ESSENTIAL),
+        ("of a later service", DegradationLevel.UNSPECIFIED),
+        ("", DegradationLevel.UNSPECIFIED),
+    ],
+)
+async def test_versions_say_at_which_level_they_were_listed(said: str, level: DegradationLevel) -> None:
+    def answer(request: pb.ListMemoryVersionsRequest, context: grpc.ServicerContext) -> pb.ListMemoryVersionsResponse:
+        if said:
+            context.set_trailing_metadata((("memshard-degradation-level", said),))
+        return _versions(request, context)
+
+    with serving(ListMemoryVersions=answer) as address:
+        with MemoryClient(address) as client:
+            assert client.list_versions("alice", "i").degradation_level is level
+        async with AsyncMemoryClient(address) as aclient:
+            assert (await aclient.list_versions("alice", "i")).degradation_level is level
 
 
 async def test_iteration_goes_through_all_versions() -> None:
