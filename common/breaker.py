@@ -98,6 +98,7 @@ class CircuitBreaker:
         self._calls = SlidingCount(slice_s, _SLICES, clock)
         self._failures = SlidingCount(slice_s, _SLICES, clock)
         self._in_a_row = 0
+        self._unreported = 0
         self._changed_at = 0.0
         self._reopened = 0
         # Half-open: probes come in rounds of `probes`; a round whose probes hang makes way for the next.
@@ -132,7 +133,13 @@ class CircuitBreaker:
                 self._next_round()
             self._probing += 1
             self._probed_at = self._clock()
+        self._unreported += 1
         return Permit(self, self._generation, self._round)
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether a call is under way that was admitted in this state: it will say more than any look."""
+        return self._unreported > 0
 
     def probe_succeeded(self) -> None:
         """A health check got its answer: calls may probe now, also when earlier probes still hang."""
@@ -144,6 +151,7 @@ class CircuitBreaker:
     def _reported(self, generation: int, round_: int, failed: bool | None) -> None:
         if generation != self._generation:
             return
+        self._unreported -= 1
         if self._state is State.HALF_OPEN:
             self._probe_reported(round_, failed)
         elif failed is not None:
@@ -179,7 +187,7 @@ class CircuitBreaker:
         self._changed_at = self._clock()
         self._calls.clear()
         self._failures.clear()
-        self._in_a_row = self._proved = 0
+        self._in_a_row = self._proved = self._unreported = 0
         self._next_round()
         if self._on_change:
             self._on_change(before, state)

@@ -177,7 +177,7 @@ class EmbedderSettings(ServiceSettings):
     """Bearer token for the `http` embedder."""
 
     embedder_timeout_s: Seconds = 5.0
-    """Seconds to wait for the `http` embedder."""
+    """Seconds that one exchange with the `http` embedder may take."""
 
     @model_validator(mode="after")
     def _embedder_relations(self) -> Self:

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from common.breaker import CircuitBreaker, speaks_of_callee
+from common.breaker import CircuitBreaker, State, speaks_of_callee
 from common.breaker_log import logged
 from common.breaker_settings import EMBEDDER
 from common.config import EmbedderSettings
@@ -35,6 +35,8 @@ TEXT_REFUSED = "EMBEDDER_REFUSED"
 # Its own policy: one more attempt, as a text that is not embedded now is embedded later. No budget: the breaker keeps a
 # server that is down from hearing twice its load.
 _RETRY = RetrySettings(attempts=2, base_s=0.1, cap_s=0.5, least_attempt_s=0.05, longest_wait_s=1.0)
+# What trickles in is cut off this much later than what is silent, of which httpx says where it was.
+_TRICKLE_S = 0.1
 # Where nobody waits, the limit of each exchange is enough.
 _NO_TIMEOUT_S = 86400.0
 _MAX_DIGITS = 6
@@ -67,7 +69,8 @@ class Embedder(Protocol):
         ...
 
     async def probe(self, timeout_s: float) -> None:
-        """Embeds one word, whatever the breaker says, and tells it when that went well. Raises Unavailable."""
+        """Embeds one word, whatever the breaker says, and tells it when that went well: enough of them close it, where
+        nobody calls. Raises Unavailable."""
         ...
 
     async def close(self) -> None:
@@ -160,10 +163,11 @@ class HttpEmbedder:
         self.model = settings.embedder_model or embedding_model
         self.dimensions = dimensions
         self.breaker = logged("the embedder", EMBEDDER)
+        self._exchange_s = settings.embedder_timeout_s + _TRICKLE_S
         key = settings.embedder_api_key
         self._client = httpx.AsyncClient(
             base_url=(settings.embedder_url or "").rstrip("/") + "/",
-            timeout=settings.embedder_timeout_s,
+            timeout=settings.embedder_timeout_s,  # Of each read, which a byte now and then keeps for ever.
             headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
         )
 
@@ -174,12 +178,16 @@ class HttpEmbedder:
         return np.concatenate([nothing, *[await self._batch(batch, until) for batch in batches]])
 
     async def probe(self, timeout_s: float) -> None:
+        began = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._post([_PROBE])
         except TimeoutError as error:
             raise _unavailable("it took too long") from error
         self.breaker.probe_succeeded()
+        # Callers' texts say more than a word, as where a server chokes on them: who is at it decides.
+        if self.breaker.state is State.HALF_OPEN and not self.breaker.is_tried:
+            self.breaker.admit().success(time.monotonic() - began)
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -219,7 +227,8 @@ class HttpEmbedder:
 
     async def _post(self, texts: Sequence[str]) -> Vectors:
         try:
-            answer = await self._client.post("embeddings", json={"model": self.model, "input": list(texts)})
+            async with asyncio.timeout(self._exchange_s):
+                answer = await self._client.post("embeddings", json={"model": self.model, "input": list(texts)})
             answer.raise_for_status()
             data = sorted(answer.json()["data"], key=lambda item: item["index"])
             if [item["index"] for item in data] != list(range(len(texts))):
@@ -234,9 +243,11 @@ class HttpEmbedder:
                 reason=TEXT_REFUSED if refused else None,
                 retry_after_s=_retry_after_s(error.response),
             ) from error
+        except TimeoutError as error:
+            raise _unavailable("it took too long") from error
         except httpx.HTTPError as error:
             raise _unavailable(type(error).__name__) from error
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise _unavailable("its answer has another shape than OpenAI's") from error
         if vectors.shape != (len(texts), self.dimensions):
             raise _unavailable(f"it gave an array {vectors.shape}, not ({len(texts)}, {self.dimensions})")

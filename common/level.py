@@ -109,7 +109,7 @@ class LevelSettings:
     |---------------------|---------|-----------|------------------------------------------------------------------|
     | error rate          | 5 %     | 10 %      | yes                                                              |
     | p99 latency         | 200 ms  | 500 ms    | yes                                                              |
-    | breakers not closed | 25 %    | 50 %      | yes                                                              |
+    | open breakers       | 25 %    | 50 %      | yes                                                              |
     | pool in use         | 95 %    |           | yes                                                              |
     | CPU                 | 75 %    | 90 %      | no: reduced with latency (200 ms) or shedding over its limit,    |
     |                     |         |           | essential with both; a busy machine that keeps up is no fault    |

@@ -37,6 +37,11 @@ class Replica:
     address: str
 
 
+def server_name(shard_id: str, replica_id: str | None = None) -> str:
+    """What operators know a server by: a replica's own id is one of its shard's alone. None: the primary."""
+    return shard_id if replica_id is None else f"{shard_id}/{replica_id}"
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One shard: where its service listens (`host:port`), its share of the slots beside the others', its replicas."""

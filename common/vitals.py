@@ -21,7 +21,7 @@ class Vitals:
     """Share of requests that were refused because there were too many."""
 
     open_breakers: float = 0.0
-    """Share of breakers that are not closed."""
+    """Share of breakers that are open. One that is half-open may be tried."""
 
     pool_use: float = 0.0
     """Share of the connections there may be that are in use."""

@@ -22,7 +22,7 @@ from common.errors import (
 )
 from common.level import Level
 from common.machine import Busy
-from common.topology import Replica, Shard, ShardStatus
+from common.topology import Replica, Shard, ShardStatus, server_name
 from memshard.internal.v1.shard_pb2 import DescribeResponse
 from router.findings import Condition, Finding, Scale
 from router.guard import Kind
@@ -146,7 +146,7 @@ class Checks:
     def _replica(self, shard: Shard, replica: Replica) -> Check:
         return Check(
             "replica",
-            replica.replica_id,
+            server_name(shard.shard_id, replica.replica_id),
             partial(self._lag, shard, replica),
             _REPLICA_EVERY_S,
             _HELPER_CUT_OFF_S,
@@ -193,13 +193,14 @@ class Checks:
 
     async def _lag(self, shard: Shard, replica: Replica) -> Sequence[Finding]:
         """What is known of the replica, which is looked at four times a second in any case."""
+        name = server_name(shard.shard_id, replica.replica_id)
         standing = self.replicas.serving(shard).get(replica.replica_id)
         if standing is None and not self.replicas.has_looked_at(shard, replica):
-            return [_unknown("replica", replica.replica_id, "has not been looked at yet")]
+            return [_unknown("replica", name, "has not been looked at yet")]
         if standing is None:
-            return [Finding("replica", replica.replica_id, Condition.DEGRADED, message="does not serve")]
+            return [Finding("replica", name, Condition.DEGRADED, message="does not serve")]
         lag_ms = float(standing.lag_ms)
-        return [Finding("replica", replica.replica_id, LAG.condition(lag_ms), lag_ms, _MS)]
+        return [Finding("replica", name, LAG.condition(lag_ms), lag_ms, _MS)]
 
     async def _round(self, shard: Shard) -> Sequence[Finding]:
         topology = self.watch.topology

@@ -40,6 +40,9 @@ class Embedding:
     ) -> list[Vector | InvalidArgument]:
         """The embedding of each memory's content, LATER for all while the embedder is away, or why there is none.
 
+        LATER too for what the embedder refuses: whether it is the text or the server that is to be mended, only people
+        can tell, and the text is safe meanwhile. A shard goes on trying (`shard/embedding_queue.py`).
+
         `fields` is where the request has each memory. Half of the time that is left is the embedder's; the text must be
         stored in the other half. Raises InvalidArgument when there is no embedder.
         """

@@ -19,7 +19,8 @@ class Condition(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """How one thing is. `subject` is a shard or a replica; empty for what the cluster has one of."""
+    """How one thing is. `subject` is a shard or a replica (`common.topology.server_name`); empty for what the cluster
+    has one of."""
 
     name: str
     subject: str

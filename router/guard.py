@@ -20,6 +20,7 @@ from common.limiter import Admission, Limiter, Priority
 from common.limiter_settings import SERVER
 from common.telemetry.instruments import Counter
 from common.telemetry.registry import BREAKER_OPENED, SERVER_CALL_DURATION, SERVER_CALLS, SHED
+from common.topology import server_name
 from common.waiting_room import WaitingRoom
 from common.window import SlidingCount
 
@@ -248,13 +249,21 @@ class Guard:
         return any(breaker.state is not State.CLOSED for breaker in self.breakers.values())
 
     def heard(self) -> None:
-        """The server has answered a health check, out of its database: calls may try it again, a few each second."""
+        """The server has answered a health check, out of its database: calls may try it again, a few each second.
+
+        Enough of these close the breakers of reads, where nobody is trying them and nobody lately failed: they would be
+        half-open for as long as nobody reads. That it can be read does not say that it can be written to.
+        """
         now = self._read_at = self._clock()
         if now - self._heard_at < SHARD.first_probe_s:
             return  # What hangs though health checks are answered is not to be given more and more calls.
         self._heard_at = now
         for breaker in self.breakers.values():
             breaker.probe_succeeded()
+        for kind in (Kind.RETRIEVE, Kind.SEARCH):
+            breaker = self.breakers[kind]
+            if breaker.state is State.HALF_OPEN and not breaker.is_tried and not self.fails(kind):
+                breaker.admit().success(0.0)
 
 
 class Guards:
@@ -268,8 +277,7 @@ class Guards:
         """The guard of one server, made when it is first needed."""
         key = shard_id, replica_id
         if key not in self._guards:
-            name = shard_id if replica_id is None else f"{shard_id}/{replica_id}"
-            self._guards[key] = Guard(shard_id, name, self._clock)
+            self._guards[key] = Guard(shard_id, server_name(shard_id, replica_id), self._clock)
         return self._guards[key]
 
     def keep(self, servers: set[tuple[str, str | None]]) -> None:

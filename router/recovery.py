@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from common import logs
 from common.errors import MemshardError
-from common.topology import Topology
+from common.topology import Topology, server_name
 from router.findings import Condition, Finding, Report
 from router.remembered import Remembered
 from router.shards import Shards
@@ -173,5 +173,7 @@ class Recovery:
     def _addresses(self) -> dict[str, str]:
         shards = self._topology().shards
         return {shard.shard_id: shard.address for shard in shards} | {
-            replica.replica_id: replica.address for shard in shards for replica in shard.replicas
+            server_name(shard.shard_id, replica.replica_id): replica.address
+            for shard in shards
+            for replica in shard.replicas
         }

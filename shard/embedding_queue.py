@@ -3,13 +3,20 @@
 The queue is the memories without an embedding themselves, so it lasts as long as they do, and moves with them: those in
 slots that are not this shard's are another's to embed. A memory that was changed or deleted meanwhile keeps what it
 has: the embedding is written only to the version it was made of.
+
+A text that the model cannot embed stays in the queue: another model may, or the same server once it is mended. So what
+is new goes first, and what was met before is gone through again in rounds. As many of such texts as can be remembered
+are left aside for minutes; where there are more, their round pauses. However many there are, neither does a text that
+can be embedded wait for them, nor is the embedder asked for them all the time.
 """
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -25,23 +32,32 @@ from shard.rows import to_vector
 
 _log = logs.get_logger("embedding queue")
 
+_Clock: TypeAlias = Callable[[], float]
+_Key: TypeAlias = tuple[str, UUID, int]  # user_id, id, version: others may have the same id.
+
 _BATCH = 64
 # How long a text is left aside that failed alone: others may go through while it does not, and it may when they do.
-_ASIDE_S = 60.0
+FAILED_ASIDE_S = 60.0
+# The same for one that the model cannot embed, which only another model changes, or another limit of its length.
+REFUSED_ASIDE_S = 600.0
+# Those that are left aside at once; they are named in each statement.
+MOST_ASIDE = 1000
+# How long the round pauses at texts that failed and that there is no room to remember: at worst 127 exchanges, when a
+# whole batch is taken apart, in ten seconds.
+PAUSE_S = 10.0
 _PROBE_TIMEOUT_S = 5.0
 # What it is asked for to see whether it answers.
 _WORD = "health"
-# Texts that the model cannot embed, remembered so as not to begin with them every time.
-_MAX_HOPELESS = 1000
 _STATEMENT_TIMEOUT_S = 30.0
 _BACKOFF_S = (0.5, 8.0)
 
-# Oldest first. A text that the model cannot embed would come back every time: it is passed over by id.
+# Oldest first, from a place on: what could not be embedded is behind it, and nobody has to wait for it.
 _NEXT = """
 SELECT slot, user_id, id, version, create_time, content FROM memories JOIN owned_slots USING (slot)
 WHERE state = 'own' AND embedding IS NULL AND deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())
-    AND (id, version) NOT IN (SELECT * FROM unnest($2::uuid[], $3::bigint[]))
-ORDER BY create_time LIMIT $1
+    AND (create_time, id, user_id) > ($2, $3, $4)
+    AND (user_id, id, version) NOT IN (SELECT * FROM unnest($5::text[], $6::uuid[], $7::bigint[]))
+ORDER BY create_time, id, user_id LIMIT $1
 """
 _EMBED = """
 WITH own AS MATERIALIZED (SELECT slot FROM owned_slots WHERE slot = $1 AND state = 'own' FOR SHARE)
@@ -50,18 +66,39 @@ WHERE memories.slot = own.slot AND user_id = $2 AND id = $3 AND version = $4 AND
     AND deleted_at IS NULL
 """
 
+_BEGINNING = (datetime(1970, 1, 1, tzinfo=UTC), UUID(int=0), "")
+
+
+@dataclass(slots=True)
+class _Place:
+    """How far the queue was gone through: create_time, id and user_id of the last that was dealt with."""
+
+    after: tuple[datetime, UUID, str] = _BEGINNING
+
 
 class EmbeddingQueue:
     """Embeds what waits, in the background, if there is an embedder. `wake` tells it that something new does."""
 
-    def __init__(self, database: Database, identity: Identity, embedder: Embedder | None, *, interval_s: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        identity: Identity,
+        embedder: Embedder | None,
+        *,
+        interval_s: float,
+        clock: _Clock = time.monotonic,
+    ) -> None:
         self._database = database
         self._identity = identity
         self._embedder = embedder
         self._interval_s = interval_s
         self._wake = asyncio.Event()
-        self._hopeless: deque[tuple[UUID, int]] = deque(maxlen=_MAX_HOPELESS)
-        self._aside: dict[tuple[UUID, int], float] = {}
+        self._clock = clock
+        # What is passed over, and until when.
+        self._aside: dict[_Key, float] = {}
+        # What is behind the newest place was met before, or came in with an earlier time: the round finds it.
+        self._newest, self._round = _Place(), _Place()
+        self._round_pauses_until = 0.0
         self._size = _BATCH
 
     def wake(self) -> None:
@@ -71,55 +108,82 @@ class EmbeddingQueue:
     async def run(self) -> None:
         """Works until cancelled; while the embedder or the database is away, it tries again with backoff."""
         backoff_s, longest_s = _BACKOFF_S
+        put_off = False
         while True:
             try:
+                if put_off:
+                    await self._look()
                 while self._embedder is not None and await self.embed_batch(self._embedder):
                     backoff_s = _BACKOFF_S[0]
                 if self._embedder is not None:
                     await self._prove(self._embedder)
-            except (MemshardError, TimeoutError, asyncpg.PostgresError) as error:
-                _log.warning("embedding put off", error=type(error).__name__, retry_s=backoff_s)
+            except Exception as error:
+                # Also by a bug: the service, which would end with its queue, serves all the same.
+                if isinstance(error, MemshardError | TimeoutError | asyncpg.PostgresError):
+                    _log.warning("embedding put off", error=type(error).__name__, retry_s=backoff_s)
+                else:
+                    _log.error("embedding failed by a bug", **logs.describe_bug(error), retry_s=backoff_s)
                 # Not cut short by what is stored meanwhile, or each store would be another attempt.
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, longest_s)
-                await self._look()
+                put_off = True
                 continue
+            put_off = False
             self._wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._interval_s):
                     await self._wake.wait()
 
     async def embed_batch(self, embedder: Embedder) -> int:
-        """Embeds the oldest that wait, and returns how many those were. Raises Unavailable.
+        """Embeds the next that wait, and returns how many those were; 0: nothing is to be done now. Raises Unavailable.
 
         What an embedder fails at that embeds a word all the same is one of the texts, or that they are too many: the
         next attempt is of half as many, and one that failed alone is left aside for a while, so that it keeps no others
         back.
         """
-        now = time.monotonic()
-        self._aside = {key: until for key, until in self._aside.items() if until > now}
-        passed_over = [*self._hopeless, *self._aside]
-        deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
-        async with deadline.bound(), self._database.reading(deadline) as connection:
-            rows = await connection.fetch(
-                _NEXT,
-                self._size,
-                [memory_id for memory_id, _ in passed_over],
-                [version for _, version in passed_over],
-            )
+        rows, place = await self._next()
         if not rows:
             return 0
         try:
             vectors = await self._embed(embedder, [row["content"] for row in rows])
-        except Unavailable as error:
-            if error.reason != BREAKER_OPEN and await self._look():
-                if len(rows) == 1 and len(self._aside) < _MAX_HOPELESS:
-                    self._aside[rows[0]["id"], rows[0]["version"]] = time.monotonic() + _ASIDE_S
+        except Exception as error:  # A text may as well meet a bug, and would keep all others back for ever.
+            if getattr(error, "reason", "") != BREAKER_OPEN and await self._look():
+                if len(rows) == 1:
+                    self._leave_aside(rows, FAILED_ASIDE_S)
+                    _go_on(place, rows)
                 self._size = max(1, len(rows) // 2)
             raise
-        await self._write(rows, vectors)
+        refused = await self._write(rows, vectors)
+        self._leave_aside(refused, REFUSED_ASIDE_S)
+        _go_on(place, rows)
         self._size = min(_BATCH, self._size * 2)
         return len(rows)
+
+    async def _next(self) -> tuple[list[asyncpg.Record], _Place]:
+        """The next batch, and which place it begins at: the newest or, where nothing is new, that of the round."""
+        now = self._clock()
+        self._aside = {key: until for key, until in self._aside.items() if until > now}
+        if (rows := await self._waiting(self._newest)) or now < self._round_pauses_until:
+            return rows, self._newest
+        rows = await self._waiting(self._round)
+        if not rows:
+            self._round.after = _BEGINNING  # For the next look, which comes after a pause.
+        return rows, self._round
+
+    async def _waiting(self, place: _Place) -> list[asyncpg.Record]:
+        users, ids, versions = [[key[part] for key in self._aside] for part in range(3)]
+        deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
+        async with deadline.bound(), self._database.reading(deadline) as connection:
+            return await connection.fetch(_NEXT, self._size, *place.after, users, ids, versions)
+
+    def _leave_aside(self, rows: Sequence[asyncpg.Record], seconds: float) -> None:
+        now = self._clock()
+        for row in rows:
+            if len(self._aside) >= MOST_ASIDE:
+                # They will be met again in the next round: not at once, whatever wakes it.
+                self._round_pauses_until = now + PAUSE_S
+                return
+            self._aside[row["user_id"], row["id"], row["version"]] = now + seconds
 
     async def _look(self) -> bool:
         """Whether the embedder answers. If so it is asked again at once, rather than when its breaker would try."""
@@ -155,12 +219,14 @@ class EmbeddingQueue:
         self,
         rows: Sequence[asyncpg.Record],
         vectors: "Sequence[Vectors | None]",
-    ) -> None:
+    ) -> list[asyncpg.Record]:
+        """Those that have no embedding."""
+        refused = []
         deadline = Deadline.after(_STATEMENT_TIMEOUT_S)
         async with deadline.bound(), self._database.reading(deadline) as connection:
             for row, vector in zip(rows, vectors, strict=True):
                 if vector is None:
-                    self._hopeless.append((row["id"], row["version"]))
+                    refused.append(row)
                     continue
                 await connection.execute(
                     _EMBED,
@@ -172,4 +238,11 @@ class EmbeddingQueue:
                     self._identity.embedding_model,
                     row["create_time"],
                 )
-        _log.info("embedded", memories=len(rows))
+        _log.info("embedded", memories=len(rows) - len(refused), refused=len(refused))
+        return refused
+
+
+def _go_on(place: _Place, rows: Sequence[asyncpg.Record]) -> None:
+    """These are dealt with, whether or not they have an embedding now."""
+    last = rows[-1]
+    place.after = (last["create_time"], last["id"], last["user_id"])

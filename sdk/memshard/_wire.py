@@ -48,6 +48,8 @@ Trailers: TypeAlias = "Iterable[tuple[str, str | bytes]] | None"
 
 # The items of a store that were stored before and have been deleted since: their numbers, with commas.
 _DELETED_TRAILER: Final = "memshard-deleted"
+# The level at which versions were listed, in words, as their answer has no report.
+_LEVEL_TRAILER: Final = "memshard-degradation-level"
 
 _UPDATABLE: Final = (
     "content",
@@ -273,11 +275,21 @@ def update_result(response: pb.UpdateMemoryResponse) -> UpdateResult:
     return UpdateResult(memory=memory(response.memory), receipt=_receipt(response.receipt))
 
 
-def versions_result(response: pb.ListMemoryVersionsResponse) -> VersionPage:
+def versions_result(response: pb.ListMemoryVersionsResponse, trailers: Trailers = None) -> VersionPage:
     """What a listing of versions answered."""
     return VersionPage(
-        versions=tuple(memory(message) for message in response.versions), next_page_token=response.next_page_token
+        versions=tuple(memory(message) for message in response.versions),
+        next_page_token=response.next_page_token,
+        degradation_level=_level(trailers),
     )
+
+
+def _level(trailers: Trailers) -> DegradationLevel:
+    """The level that came behind an answer; UNSPECIFIED where none did that is known here."""
+    for key, value in trailers or ():
+        if key == _LEVEL_TRAILER:
+            return DegradationLevel.__members__.get(str(value).upper(), DegradationLevel.UNSPECIFIED)
+    return DegradationLevel.UNSPECIFIED
 
 
 def erase_result(response: pb.EraseUserResponse) -> EraseResult:

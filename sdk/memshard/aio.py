@@ -343,7 +343,7 @@ class AsyncMemoryClient:
     ) -> VersionPage:
         """One page of the kept versions of a memory, newest first; `next_page_token` of the last page is empty."""
         request = _wire.versions_request(user_id=user_id, id=id, page_size=page_size, page_token=page_token)
-        return _wire.versions_result(await self._call(self._stub.ListMemoryVersions, request, timeout_s))
+        return _wire.versions_result(*await self._answer(self._stub.ListMemoryVersions, request, timeout_s))
 
     async def iter_versions(
         self, user_id: str, id: str, *, page_size: int = 100, timeout_s: float | None = None

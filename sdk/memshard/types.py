@@ -287,6 +287,7 @@ class VersionPage:
 
     versions: tuple[Memory, ...]
     next_page_token: str
+    degradation_level: DegradationLevel = DegradationLevel.UNSPECIFIED
 
 
 @dataclass(frozen=True, slots=True)

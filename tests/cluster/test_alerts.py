@@ -27,16 +27,17 @@ async def test_a_replica_that_is_stopped_is_told_of_and_so_is_its_return() -> No
         # What is stopped stays so until the test has seen it.
         async with faulty_cluster(shards=1, replicas=1, options=["--hung-after", "0"], settings=settings) as faulty:
             (replica,) = faulty.replicas("shard-0")
-            assert told(receiver, replica) == []
+            subject = f"shard-0/{replica}"
+            assert told(receiver, subject) == []
             pid = faulty.cluster.kill(replica, signal.SIGSTOP)
             try:
                 await eventually(
-                    lambda: told(receiver, replica) == [("firing", "replica")], within_s=AFTER_S + _LOOKS_S
+                    lambda: told(receiver, subject) == [("firing", "replica")], within_s=AFTER_S + _LOOKS_S
                 )
             finally:
                 os.kill(pid, signal.SIGCONT)
             ends = [("firing", "replica"), ("resolved", "replica")]
-            await eventually(lambda: told(receiver, replica) == ends, within_s=QUIET_S + _LOOKS_S)
-            (first, *_) = (body for body in receiver.bodies if body["subject"] == replica)
+            await eventually(lambda: told(receiver, subject) == ends, within_s=QUIET_S + _LOOKS_S)
+            (first, *_) = (body for body in receiver.bodies if body["subject"] == subject)
             assert first["router"] == faulty.address
             assert first["why"] == "does not serve"

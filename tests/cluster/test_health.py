@@ -23,7 +23,7 @@ SERVICE = "memshard.admin.v1.ClusterService"
 CHECKS = {
     *((name, shard) for name in ("database", "disk", "pool", "synthetic") for shard in ("shard-0", "shard-1")),
     *((name, of) for name in ("errors", "latency", "breakers", "level") for of in ("", "shard-0", "shard-1")),
-    *(("replica", f"{shard}-replica-1") for shard in ("shard-0", "shard-1")),
+    *(("replica", f"{shard}/{shard}-replica-1") for shard in ("shard-0", "shard-1")),
     *((name, "") for name in ("redis", "catalog", "embedder")),
 }
 
@@ -105,7 +105,7 @@ async def test_a_catalog_that_hangs_is_cut_off_and_is_itself_what_is_found(clust
 async def test_a_replica_that_hangs_is_found(cluster: LocalCluster) -> None:
     with stopped(cluster, "shard-1-replica-1"):
         await eventually(lambda: overall(cluster, "degraded"), within_s=30)
-        assert (await findings(cluster))["replica", "shard-1-replica-1"]["message"] == "does not serve"
+        assert (await findings(cluster))["replica", "shard-1/shard-1-replica-1"]["message"] == "does not serve"
 
 
 @pytest.mark.timeout(240)

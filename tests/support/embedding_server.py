@@ -25,6 +25,11 @@ class EmbeddingServer:
         """A word that makes it answer 400, as models do to texts beyond their length."""
         self.fails_at = ""
         """A word that makes it answer 500, as servers do whose model chokes on a text."""
+        self.hangs_at = ""
+        """A word that it thinks about until it is closed, while it answers others."""
+        self.drip_s = 0.0
+        """Seconds between one byte of an answer and the next."""
+        self.closing = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05})
 
@@ -36,6 +41,7 @@ class EmbeddingServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.at_work.set()
+        self.closing.set()
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
@@ -61,6 +67,8 @@ def _handler(server: EmbeddingServer) -> type[BaseHTTPRequestHandler]:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.texts.extend(request["input"])
             server.at_work.wait()
+            if server.hangs_at and any(server.hangs_at in text for text in request["input"]):
+                server.closing.wait()
             if server.down:
                 self.send_error(503)
                 return
@@ -76,7 +84,13 @@ def _handler(server: EmbeddingServer) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             with suppress(ConnectionError):  # Of who has not waited for it.
-                self.wfile.write(body)
+                if not server.drip_s:
+                    self.wfile.write(body)
+                    return
+                for byte in body:
+                    self.wfile.write(bytes((byte,)))
+                    if server.closing.wait(server.drip_s):
+                        return
 
         def log_message(self, format: str, *args: Any) -> None:
             """Not in the tests' output."""

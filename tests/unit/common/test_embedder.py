@@ -1,9 +1,10 @@
 """Embedders: the model in the process, and the client of a server, which is a real one on this machine."""
 
+import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -18,6 +19,8 @@ from common.config import RouterSettings
 from common.embedder import Embedder, EmbedderMismatchError, HttpEmbedder, LocalEmbedder
 from common.errors import Unavailable
 from common.local_model import LOCAL_DIMENSIONS, local_model_name
+from tests.support.embedding_server import DIMENSIONS, EmbeddingServer
+from tests.support.eventually import eventually
 
 _KEY = "hunter2"
 _DIMENSIONS = 3
@@ -187,6 +190,7 @@ _ONE = [1.0, 2.0, 3.0]
         pytest.param((200, b"<html>"), id="not JSON"),
         pytest.param((200, b"\xff\xfe"), id="not text"),
         pytest.param((200, b""), id="nothing"),
+        pytest.param((200, b"[" * 100_000), id="nested beyond measure"),
         pytest.param((200, b"[]"), id="a list"),
         pytest.param((200, b"null"), id="null"),
         pytest.param((200, b'{"data": null}'), id="no data"),
@@ -239,6 +243,19 @@ async def test_server_that_hangs_is_unavailable_after_the_timeout() -> None:
             released.set()
 
 
+async def test_a_server_that_answers_a_byte_at_a_time_is_unavailable_after_the_timeout() -> None:
+    with EmbeddingServer() as server:
+        server.drip_s = 0.02  # Each byte in good time, and the answer in ten seconds.
+        settings = _settings(embedder="http", embedder_url=server.url, embedder_timeout_s=0.1)
+        model = HttpEmbedder(settings, "words", DIMENSIONS)
+        async with asyncio.timeout(5):
+            failed = await asyncio.gather(*(model.embed(["a"]) for _ in range(5)), return_exceptions=True)
+        await model.close()
+    assert [getattr(error, "reason", error) for error in failed] == ["EMBEDDER_UNAVAILABLE"] * 5
+    # Two attempts each.
+    assert model.breaker.state is State.OPEN
+
+
 async def test_a_failure_that_passes_is_not_seen() -> None:
     answers = [(503, b""), _given([_ONE])]
     with _server(lambda _: answers.pop(0)) as url:
@@ -265,6 +282,43 @@ async def test_a_server_that_keeps_failing_is_left_alone() -> None:
     assert model.breaker.state is State.OPEN
     # Two attempts each, until ten have failed in a row.
     assert len(headers) == 10
+
+
+@asynccontextmanager
+async def _given_up(server: EmbeddingServer) -> AsyncIterator[HttpEmbedder]:
+    """A client that has found the server down, which is up again."""
+    model = HttpEmbedder(_settings(embedder="http", embedder_url=server.url), "words", DIMENSIONS)
+    server.down = True
+    await asyncio.gather(*(model.embed(["a"]) for _ in range(10)), return_exceptions=True)
+    assert model.breaker.state is State.OPEN
+    server.down = False
+    yield model
+    await model.close()
+
+
+async def test_looks_that_go_well_close_the_breaker_though_nobody_embeds() -> None:
+    with EmbeddingServer() as server:
+        async with _given_up(server) as model:
+            states = []
+            for _ in range(model.breaker.settings.probes):
+                await model.probe(5)
+                states.append(model.breaker.state)
+    assert states == [State.HALF_OPEN, State.HALF_OPEN, State.CLOSED]
+
+
+async def test_looks_close_no_breaker_of_a_server_that_hangs_at_a_text() -> None:
+    with EmbeddingServer() as server:
+        async with _given_up(server) as model:
+            server.hangs_at = "poison"
+            await model.probe(5)
+            embedding = asyncio.create_task(model.embed(["poison"], 1.0))
+            await eventually(lambda: "poison" in server.texts)
+            for _ in range(5):
+                await model.probe(5)
+                assert model.breaker.state is State.HALF_OPEN
+            with pytest.raises(Unavailable, match="too long"):
+                await embedding
+            assert model.breaker.state is State.OPEN
 
 
 async def test_who_cannot_wait_hears_that_it_takes_too_long() -> None:

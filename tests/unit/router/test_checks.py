@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
@@ -15,14 +16,15 @@ from common.errors import DeadlineExceeded, MemshardError, OutcomeUnknown
 from common.topology import CLUSTER, ShardStatus, Topology
 from memshard.internal.v1.shard_pb2 import DescribeResponse
 from router.checks import Checks
-from router.findings import Condition, Finding
+from router.findings import Condition, Finding, Report
 from router.location import LocationCache
 from router.monitor import Monitor
-from router.recovery import Kind, remedies
+from router.recovery import Kind, Recovery, remedies
+from router.remembered import Remembered
 from router.replicas import Replicas
 from router.topology_watch import TopologyWatch
 from tests.support.eventually import eventually
-from tests.unit.router.scripted import CLUSTER_ID, Router, router, servers
+from tests.unit.router.scripted import CLUSTER_ID, Router, Server, router, servers, shard
 
 _CLUSTER = Cluster(CLUSTER_ID, "", 3, Precision.HALF, PlacementStrategy.USER_BASED, "english", bytes(32))
 _SETTINGS = RouterSettings(catalog_dsn="postgresql://unused")  # type: ignore[arg-type]
@@ -84,6 +86,41 @@ async def test_a_replica_that_is_away_from_the_beginning_is_found_to_be() -> Non
         replica.freeze()
         async with _looks(reader) as replicas:
             await eventually(lambda: _found(reader, replicas, Condition.DEGRADED))
+
+
+async def test_replicas_of_one_name_are_two() -> None:
+    """A replica's name is one of its shard's; what is found of one shard's, and tried, is not about the other's."""
+    async with (
+        servers(0) as (primary, _),
+        router(primary) as reader,
+        Server("reads") as well,
+        Server("reads", "shard-1") as ill,
+    ):
+        ill.serving = False
+        others = replace(shard(primary, [ill]), shard_id="shard-1")
+        topology = replace(reader.topology, shards=(shard(primary, [well]), others))
+        replicas = Replicas(reader.shards, topology, _SETTINGS)
+        looking = asyncio.create_task(replicas.run())
+        checks = _checks(reader, topology, replicas)
+
+        async def found() -> list[Finding] | None:
+            now = await _found_by(checks, "replica")
+            said = {finding.subject: finding.condition for finding in now}
+            expected = {"shard-0/reads": Condition.HEALTHY, "shard-1/reads": Condition.DEGRADED}
+            return now if said == expected else None
+
+        try:
+            findings = await eventually(found)
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+        before = {server: reader.shards.channel(server.address) for server in (well, ill)}
+        assert findings is not None
+        nothing = cast("Remembered", None)  # Of which nothing is to be forgotten.
+        attempts = await Recovery(reader.shards, nothing, lambda: topology).recover(Report.of(findings))
+        assert {attempt.action.subject for attempt in attempts} == {"shard-1/reads"}
+        assert reader.shards.channel(well.address) is before[well]
+        assert reader.shards.channel(ill.address) is not before[ill]
 
 
 @pytest.mark.parametrize("stopped", [False, True])

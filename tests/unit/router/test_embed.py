@@ -10,9 +10,10 @@ from common.breaker import BREAKER_OPEN, CircuitBreaker, State
 from common.breaker_settings import EMBEDDER
 from common.config import RouterSettings
 from common.deadline import Deadline
-from common.embedder import HttpEmbedder
+from common.embedder import TEXT_REFUSED, HttpEmbedder
 from common.errors import Unavailable
-from router.embed import Embedding
+from memshard.v1 import memory_pb2 as pb
+from router.embed import LATER, Embedding
 from tests.support.clock import Clock
 from tests.support.embedding_server import DIMENSIONS, EmbeddingServer
 
@@ -42,6 +43,19 @@ async def test_an_embedder_that_hangs_is_cut_off_by_callers_with_two_seconds() -
             with pytest.raises(Unavailable) as refused:
                 await embedding.of_query("green tea", Deadline.after(_TIMEOUT_S))
             assert refused.value.reason == BREAKER_OPEN
+
+
+async def test_a_text_that_the_embedder_refuses_is_kept_like_one_that_it_is_away_for() -> None:
+    with EmbeddingServer() as server:
+        async with embedder_of(server) as embedder:
+            server.refused = "indigestible"
+            embedding = Embedding(embedder)
+            memory = pb.Memory(user_id="a", content="an indigestible text")
+            assert await embedding.of_memory(memory, Deadline.after(_TIMEOUT_S)) == LATER
+            with pytest.raises(Unavailable) as refused:  # Which has searches go by words.
+                await embedding.of_query("an indigestible text", Deadline.after(_TIMEOUT_S))
+            assert refused.value.reason == TEXT_REFUSED
+            assert embedder.breaker.state is State.CLOSED
 
 
 @pytest.mark.parametrize(("timeout_s", "state"), [(_TIMEOUT_S / 2 - 0.02, State.OPEN), (0.2, State.CLOSED)])

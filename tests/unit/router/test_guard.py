@@ -76,6 +76,41 @@ def test_who_tries_a_breaker_that_is_half_open_counts() -> None:
     assert watched.state() is State.OPEN
 
 
+def heard_for(watched: Watched, seconds: int) -> None:
+    """The server answers a look at its health each second."""
+    for _ in range(seconds):
+        watched.clock.pass_(1)
+        watched.guard.heard()
+
+
+def test_reads_that_nobody_asks_for_are_tried_by_looks_at_the_servers_health_and_writes_are_not() -> None:
+    watched = Watched()
+    for kind in Kind:
+        for _ in range(5):
+            error = Unavailable("gone")
+            with suppress(Unavailable), watched.guard.passing(kind, kind.value, Priority.INTERACTIVE, 1):
+                raise error
+    heard_for(watched, 19)
+    # What answers looks may hang in calls: the last of those decides for a while.
+    assert {breaker.state for breaker in watched.guard.breakers.values()} == {State.HALF_OPEN}
+    heard_for(watched, 4)
+    states = {kind: breaker.state for kind, breaker in watched.guard.breakers.items()}
+    assert states == {Kind.STORE: State.HALF_OPEN, Kind.RETRIEVE: State.CLOSED, Kind.SEARCH: State.CLOSED}
+
+
+def test_a_call_under_way_says_more_than_looks() -> None:
+    watched = Watched()
+    for _ in range(5):
+        watched.timed_out(1)
+    heard_for(watched, 1)
+    error = DeadlineExceeded("it took too long")
+    with suppress(DeadlineExceeded), watched.guard.passing(Kind.SEARCH, "Search", Priority.INTERACTIVE, 1):
+        heard_for(watched, 60)
+        assert watched.state() is State.HALF_OPEN
+        raise error
+    assert watched.state() is State.OPEN
+
+
 def test_timeouts_count_again_after_a_while() -> None:
     watched = Watched()
     for _ in range(4):

@@ -22,16 +22,20 @@ def test_a_shard_that_does_not_answer_gets_new_connections_on_both_sides_once() 
 
 def test_a_replica_and_redis_are_helped_though_they_only_cost_comfort() -> None:
     assert tried(
-        Finding("replica", "shard-0-replica-1", Condition.DEGRADED, message="does not serve"),
+        Finding("replica", "shard-0/shard-0-replica-1", Condition.DEGRADED, message="does not serve"),
         Finding("redis", "", Condition.DEGRADED, message="REDIS_UNAVAILABLE"),
-    ) == [("reconnect", "shard-0-replica-1"), ("recycle_pool", "shard-0-replica-1"), ("flush_cache", "")]
+    ) == [
+        ("reconnect", "shard-0/shard-0-replica-1"),
+        ("recycle_pool", "shard-0/shard-0-replica-1"),
+        ("flush_cache", ""),
+    ]
 
 
 def test_what_is_well_or_slow_or_full_or_wanted_so_is_left_alone() -> None:
     for finding in (
         Finding("database", "shard-0", Condition.HEALTHY, 1.0),
         Finding("database", "shard-0", Condition.UNKNOWN),
-        Finding("replica", "shard-0-replica-1", Condition.DEGRADED, 20_000.0, "ms"),
+        Finding("replica", "shard-0/shard-0-replica-1", Condition.DEGRADED, 20_000.0, "ms"),
         Finding("disk", "shard-0", Condition.UNHEALTHY, 0.01, "share"),
         Finding("pool", "shard-0", Condition.DEGRADED, 1.0, "share"),
         Finding("synthetic", "shard-0", Condition.DEGRADED, message="takes no writes, as it was set"),

@@ -285,6 +285,27 @@ def _versions(request: pb.ListMemoryVersionsRequest, context: grpc.ServicerConte
     )
 
 
+@pytest.mark.parametrize(
+    ("said", "level"),
+    [
+        ("essential", DegradationLevel.ESSENTIAL),
+        ("of a later service", DegradationLevel.UNSPECIFIED),
+        ("", DegradationLevel.UNSPECIFIED),
+    ],
+)
+async def test_versions_say_at_which_level_they_were_listed(said: str, level: DegradationLevel) -> None:
+    def answer(request: pb.ListMemoryVersionsRequest, context: grpc.ServicerContext) -> pb.ListMemoryVersionsResponse:
+        if said:
+            context.set_trailing_metadata((("memshard-degradation-level", said),))
+        return _versions(request, context)
+
+    with serving(ListMemoryVersions=answer) as address:
+        with MemoryClient(address) as client:
+            assert client.list_versions("alice", "i").degradation_level is level
+        async with AsyncMemoryClient(address) as aclient:
+            assert (await aclient.list_versions("alice", "i")).degradation_level is level
+
+
 async def test_iteration_goes_through_all_versions() -> None:
     with serving(ListMemoryVersions=_versions) as address:
         with MemoryClient(address) as client:
