@@ -54,10 +54,11 @@ async def search(
         filter=request.filter if request.HasField("filter") else None,
     )
     slot = parts.placement.user_slot(user_id) if user_id else None
-    question.index_suffices = bool(user_id) and _index_suffices(parts, slot)
     memo = None if slot is None or query.fallback else _Memo.of(parts, question, window, consistency, slot)
     if memo is not None and (kept := memo.find()) is not None:
         return kept
+    # Not before it is known by what name results are remembered: exact ones are as good at every level.
+    question.index_suffices = bool(user_id) and _index_suffices(parts, slot)
     if slot is not None:
         answered = await parts.dispatch.read(slot, SEARCH, question, consistency, deadline)
         answers, origin = [answered.answer], answered.origin
@@ -82,7 +83,8 @@ async def search(
     else:
         # One shard's answer is in order already, and copied as a whole.
         response.results.MergeFrom(answers[0].results)
-    if memo is not None:
+    if memo is not None and not question.index_suffices:
+        # What an index finds may be less than what is found at another level.
         memo.remember(response, answers[0], origin)
     response.report.CopyFrom(report(parts.levels, origin, fallback=query.fallback))
     return response
@@ -135,9 +137,6 @@ class _Memo:
         (shard_id,) = origin.shard_ids
         if not answer.HasField("stamp") or answer.unembedded:
             # What has no embedding yet gets one without anybody being told, and is found then.
-            return
-        if self.parts.levels.effects(shard_id).index_instead_of_exact:
-            # It may be less than what is found at another level.
             return
         stamp = Stamp.of_answer(shard_id, answer.stamp, self.asked_at)
         self.parts.searches.remember(self.key, KeptResults(self.slot, response.SerializeToString(), stamp), response)
