@@ -51,6 +51,7 @@ from router.search_cache import SearchCache
 from router.service import MemoryServicer
 from router.shards import Shards
 from router.single_flight import SingleFlight
+from router.stamps import Timelines
 from router.telling import Telling
 from router.tokens import Tokens
 from router.topology_watch import TopologyWatch
@@ -69,9 +70,9 @@ async def main(settings: RouterSettings) -> None:
             raise lifecycle.StartError(str(error)) from error
         if embeds is not None:
             stack.push_async_callback(embeds.close)
-        invalidations, remembered = _caches(settings, cluster, stack)
-        locations = remembered.locations
         shards = Shards(settings)
+        invalidations, remembered = _caches(settings, cluster, shards.timelines, stack)
+        locations = remembered.locations
         stack.push_async_callback(shards.close)
         replicas, levels = Replicas(shards, topology, settings), shards.levels
 
@@ -107,7 +108,7 @@ async def main(settings: RouterSettings) -> None:
                 remembered=remembered,
                 invalidations=invalidations,
                 levels=levels,
-                tokens=Tokens(cluster.token_key, levels.of, lambda: watch.topology.epoch),
+                tokens=Tokens(cluster.token_key, levels.of, lambda: watch.topology.epoch, shards.timelines),
                 watch=watch,
             )
         )
@@ -183,17 +184,19 @@ async def main(settings: RouterSettings) -> None:
         )
 
 
-def _caches(settings: RouterSettings, cluster: Cluster, stack: AsyncExitStack) -> tuple[Invalidations, Remembered]:
+def _caches(
+    settings: RouterSettings, cluster: Cluster, timelines: Timelines, stack: AsyncExitStack
+) -> tuple[Invalidations, Remembered]:
     """What the router remembers, and what it hears and tells of that; closed with `stack`."""
     invalidations = Invalidations(settings, cluster.cluster_id)
     stack.push_async_callback(invalidations.close)
     link = RedisCache(settings)
     stack.push_async_callback(link.close)
     locations = LocationCache(settings, cluster.cluster_id, invalidations.alive, link)
-    memories = MemoryCache(settings, invalidations.alive)
+    memories = MemoryCache(settings, invalidations.alive, timelines=timelines)
     envelopes = Envelopes(cluster.token_key)
     shared = MemoryRedis(settings, link, envelopes, cluster.cluster_id, memories)
-    searches = SearchCache(settings, invalidations.alive)
+    searches = SearchCache(settings, invalidations.alive, timelines=timelines)
     return invalidations, Remembered(locations, memories, shared, searches, invalidations, envelopes)
 
 
