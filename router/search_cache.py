@@ -98,6 +98,10 @@ class SearchCache:
         tracing.current().set("memshard.cache.hit", hit)
         return kept if hit else None
 
+    def forgotten_at(self, user: str) -> float:
+        """When this router was last made to forget this user's searches, or those of another of the same group."""
+        return self._forgettings.last(user)
+
     def remember(self, key: SearchKey, kept: KeptResults, response: pb.SearchMemoriesResponse) -> None:
         """Keeps the results of a search as a server has just answered it; not if the user wrote meanwhile."""
         self._timelines.observe(kept.stamp.shard_id, kept.stamp.position.timeline)
