@@ -13,7 +13,9 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from common.config import RouterSettings
+from common.slots import SLOT_COUNT
 from common.telemetry.registry import REGISTRY
+from common.topology import Shard, SlotRange, Topology
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router.consistency import EVENTUAL, Position
@@ -357,6 +359,28 @@ async def test_what_this_router_was_told_to_forget_is_not_written(
         one.first.drop([question.memory_id])
         await _written(one, redis)
         assert await one.has(question) is None
+
+
+async def test_who_begins_to_listen_uses_nothing_that_was_left_before(
+    own_redis: OwnRedis, redis: Redis, question: Question
+) -> None:
+    """Redis may have been put back since to what it had before an erasure."""
+    topology = Topology(CLUSTER, 1, (Shard("shard-0", "a:1"),), (SlotRange(0, SLOT_COUNT - 1, "shard-0"),))
+    async with router(own_redis.url) as one, router(own_redis.url) as other:
+
+        async def has(content: str) -> bool:
+            found = await other.shared.find(
+                question, lambda kept: other.first.may_answer(kept, question, EVENTUAL, topology)
+            )
+            return found is not None and found[1].content == content
+
+        one.keep(question, 100)
+        await eventually(lambda: has("tea"))
+        other.first.clear()
+        assert not await has("tea")
+        assert await one.has(question) == ("tea", 100)
+        one.keep(question, 101, "coffee")
+        await eventually(lambda: has("coffee"))
 
 
 async def test_a_dead_redis_is_nothing_found_and_nobody_waits(own_redis: OwnRedis, question: Question) -> None:
