@@ -52,6 +52,7 @@ from router.search_cache import SearchCache
 from router.service import MemoryServicer
 from router.shards import Shards
 from router.single_flight import SingleFlight
+from router.stamps import Timelines
 from router.telling import Telling
 from router.tokens import Tokens
 from router.topology_watch import TopologyWatch
@@ -70,10 +71,10 @@ async def main(settings: RouterSettings) -> None:
             raise lifecycle.StartError(str(error)) from error
         if embeds is not None:
             stack.push_async_callback(embeds.close)
-        is_remote = embeds is not None and embeds.breaker is not None
-        invalidations, remembered = _caches(settings, cluster, stack, with_embeddings=is_remote)
-        locations = remembered.locations
         shards = Shards(settings)
+        is_remote = embeds is not None and embeds.breaker is not None
+        invalidations, remembered = _caches(settings, cluster, shards.timelines, stack, with_embeddings=is_remote)
+        locations = remembered.locations
         stack.push_async_callback(shards.close)
         replicas, levels = Replicas(shards, topology, settings), shards.levels
 
@@ -109,7 +110,7 @@ async def main(settings: RouterSettings) -> None:
                 remembered=remembered,
                 invalidations=invalidations,
                 levels=levels,
-                tokens=Tokens(cluster.token_key, levels.of, lambda: watch.topology.epoch),
+                tokens=Tokens(cluster.token_key, levels.of, lambda: watch.topology.epoch, shards.timelines),
                 watch=watch,
             )
         )
@@ -186,7 +187,12 @@ async def main(settings: RouterSettings) -> None:
 
 
 def _caches(
-    settings: RouterSettings, cluster: Cluster, stack: AsyncExitStack, *, with_embeddings: bool
+    settings: RouterSettings,
+    cluster: Cluster,
+    timelines: Timelines,
+    stack: AsyncExitStack,
+    *,
+    with_embeddings: bool,
 ) -> tuple[Invalidations, Remembered]:
     """What the router remembers, and what it hears and tells of that; closed with `stack`."""
     invalidations = Invalidations(settings, cluster.cluster_id)
@@ -194,10 +200,10 @@ def _caches(
     link = RedisCache(settings)
     stack.push_async_callback(link.close)
     locations = LocationCache(settings, cluster.cluster_id, invalidations.alive, link)
-    memories = MemoryCache(settings, invalidations.alive)
+    memories = MemoryCache(settings, invalidations.alive, timelines=timelines)
     envelopes = Envelopes(cluster.token_key)
     shared = MemoryRedis(settings, link, envelopes, cluster.cluster_id, memories)
-    searches = SearchCache(settings, invalidations.alive)
+    searches = SearchCache(settings, invalidations.alive, timelines=timelines)
     embeddings = None
     if with_embeddings:
         embeddings = EmbeddingCache(

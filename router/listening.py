@@ -19,6 +19,7 @@ from redis.asyncio.client import PubSub
 from common import logs
 from common.cancellation import raise_if_cancelled
 from router.location import era_key
+from router.redis_cache import NOW_MS
 from router.remembered import Hears
 
 _log = logs.get_logger("listening")
@@ -38,13 +39,9 @@ _CONFIRMATIONS_TTL_S = 60
 # Keys of a cluster that is no more.
 _KEPT_S = 7 * 86400
 
-_NOW_MS = """
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-"""
 # A lease by Redis' clock; since when there are leases; and the era. A Redis that is new, or has lost what it had,
 # begins an era that nobody knows yet.
-_RENEW = f"""{_NOW_MS}
+_RENEW = f"""{NOW_MS}
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1])
 redis.call('SET', KEYS[2], now, 'NX')
@@ -53,7 +50,7 @@ for number = 1, 3 do redis.call('EXPIRE', KEYS[number], ARGV[4]) end
 return redis.call('GET', KEYS[3])
 """
 # Who has a lease; and whether there can be others, whose leases Redis has lost.
-_HOLDERS = f"""{_NOW_MS}
+_HOLDERS = f"""{NOW_MS}
 local since = redis.call('GET', KEYS[2])
 local all = since and now - since > tonumber(ARGV[1])
 return {{all and 1 or 0, redis.call('ZRANGEBYSCORE', KEYS[1], now, '+inf')}}

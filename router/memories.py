@@ -47,18 +47,23 @@ class Kept:
 class MemoryCache:
     """Memories that were read lately. An id has one place, whoever's it is: of two users with one id the later has it.
 
-    `believes` says whether this router has heard all that others told it to forget.
+    `believes` says whether this router has heard all that others told it to forget; `timelines` are those of all that
+    hears of any.
     """
 
     def __init__(
-        self, settings: RouterSettings, believes: Callable[[], bool], clock: Callable[[], float] = time.monotonic
+        self,
+        settings: RouterSettings,
+        believes: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+        timelines: Timelines | None = None,
     ) -> None:
         self._believes = believes
         self._clock = clock
         self._ttl_s = settings.memory_cache_ttl_s
         self._cache: BoundedCache[tuple[str, bool], Kept] = BoundedCache(settings.memory_cache_bytes, clock)
         self._forgettings = Forgettings(clock)
-        self._timelines = Timelines()
+        self._timelines = timelines or Timelines()
         self.layer = CacheLayer("memories")
 
     @property
@@ -91,6 +96,7 @@ class MemoryCache:
 
     def may_answer(self, kept: Kept, question: Question, consistency: Consistency, topology: Topology) -> bool:
         """Whether what another layer has is fresh enough, and not of before something that made this router forget."""
+        self._timelines.observe(kept.stamp.shard_id, kept.stamp.position.timeline)
         return self.may_keep(question.memory_id, kept.stamp) and self._answers(kept, question, consistency, topology)
 
     def may_keep(self, memory_id: str, stamp: Stamp) -> bool:
@@ -102,7 +108,7 @@ class MemoryCache:
 
         Not when it was to be forgotten after its server had everything, nor when what is remembered is of a later one.
         """
-        self._timelines.observe(kept.stamp)
+        self._timelines.observe(kept.stamp.shard_id, kept.stamp.position.timeline)
         if not self.may_keep(question.memory_id, kept.stamp):
             return
         key = (question.memory_id, question.include_embedding)

@@ -4,12 +4,18 @@ An entry is as fresh as it says itself, as in a router's memory (`router.stamps`
 it says for how long it was written, and Redis what is left of that. Whatever else is found under its name is nothing
 (`router.envelope`), and whatever Redis does fails no call (`router.redis_cache`).
 
+Between the moment at which an entry's age is worked out and that at which Redis writes it, it may lie in some buffer
+while Redis stands still. So Redis is told what its own clock said when the entry was sent, and takes what has passed
+since off the time for which it is written. What was under way for long is dropped: the marker of a change that was made
+meanwhile may be gone.
+
 Writing is put off, and shared by what comes meanwhile: nobody waits for it. What was changed has a *marker* in place of
 its entry for a minute, so that what somebody read before the change is not written there after it. What was erased is
 kept away by the era, as with locations (`router.location`).
 """
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +36,7 @@ from router.cache_layer import CacheLayer
 from router.consistency import Position
 from router.envelope import HIGHEST, MARKER, Envelopes, header
 from router.memories import Kept, MemoryCache, Question, keeps_for_s
-from router.redis_cache import SILENCE, RedisCache
+from router.redis_cache import NOW_MS, SILENCE, RedisCache
 from router.stamps import Stamp
 
 # Longer than any read is under way that began before the change.
@@ -46,13 +52,20 @@ _MOST_DROPPED_AT_ONCE = 500
 # Seconds that what waits is given to become more.
 _GATHER_S = 0.002
 
-# KEYS 1 is the era; of each other key, ARGV has what is to be there and for how many milliseconds. An entry of another
-# era is dropped. What is there stays if it is of a later place in the same shard's log; a marker stays before entries
-# of other shards, whose places say nothing of its own.
-_WRITE = """
-local current = redis.call('GET', KEYS[1]) == ARGV[1]
+# Milliseconds that an entry may be under way to Redis, by its clock, which may have been set meanwhile.
+_MOST_LATE_MS = 1_000
+# Seconds for which Redis' clock is known once it was read: both run alike for as long.
+_CLOCK_KNOWN_S = 1.0
+
+# KEYS 1 is the era, ARGV 1 what it was, and ARGV 2 the time when this was sent; of each other key, ARGV has what is to
+# be there and for how many milliseconds. An entry of another era is dropped, as is one that comes late. What is there
+# stays if it is of a later place in the same shard's log; a marker stays before entries of other shards, whose places
+# say nothing of its own.
+_WRITE = f"""{NOW_MS}
+local late = now - ARGV[2]
+local current = redis.call('GET', KEYS[1]) == ARGV[1] and math.abs(late) <= {_MOST_LATE_MS}
 for number = 2, #KEYS do
-    local new, ttl = ARGV[2 * number - 2], ARGV[2 * number - 1]
+    local new, ttl = ARGV[2 * number - 1], tonumber(ARGV[2 * number])
     local marks = string.sub(new, 1, 1) == 'X'
     local old = redis.pcall('GET', KEYS[number])
     local stays = false
@@ -64,9 +77,10 @@ for number = 2, #KEYS do
             stays = string.sub(there, 1, 1) == 'X' and not marks
         end
     end
-    if (marks or current) and not stays then redis.call('SET', KEYS[number], new, 'PX', ttl) end
+    if not marks then ttl = ttl - math.max(0, late) end
+    if (marks or current) and not stays and ttl > 0 then redis.call('SET', KEYS[number], new, 'PX', ttl) end
 end
-return 1
+return now
 """
 
 
@@ -92,6 +106,28 @@ class _Reply:
     left_ms: object
 
 
+class _RedisClock:
+    """What time it is by Redis' clock: that or a little earlier, and never later.
+
+    It said what it was before that was heard here, and since then as much time has passed there as here.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._said_ms = 0
+        self._heard_at = -math.inf
+
+    def hear(self, said_ms: int) -> None:
+        """It has just said what it is."""
+        self._said_ms, self._heard_at = said_ms, self._now()
+
+    @property
+    def now_ms(self) -> int | None:
+        """None when it was not heard lately."""
+        since_s = self._now() - self._heard_at
+        return self._said_ms + int(since_s * 1000) if since_s < _CLOCK_KNOWN_S else None
+
+
 class MemoryRedis:
     """Memories in Redis. No method raises for what Redis does, but `drop`."""
 
@@ -106,6 +142,7 @@ class MemoryRedis:
         self._era_key = f"memshard:era:{cluster_id}"
         self._ttl_s = settings.memory_redis_ttl_s
         self._first = first
+        self._clock = _RedisClock(first.now)
         self._era = b""
         self._looks = Gathering("look into Redis together", self._look_alone, self._look_together)
         self._write = redis.redis.register_script(_WRITE) if redis.redis is not None else None
@@ -189,6 +226,8 @@ class MemoryRedis:
             self._waiting_bytes -= _size_of(what)
 
     async def _write_some(self) -> None:
+        # Before the ages of entries are worked out.
+        sent_ms = await self._redis_now_ms()
         keys, arguments, size_bytes = [self._era_key], [], 0
         era: bytes | None = None
         for name in list(islice(self._waiting, _MOST_AT_ONCE)):
@@ -208,7 +247,22 @@ class MemoryRedis:
         write = self._write
         if write is not None and arguments:
             script: Callable[..., Awaitable[object]] = write
-            await self._redis.ask(lambda _: script(keys=keys, args=[era or b"", *arguments]))
+            reply = await self._redis.ask(lambda _: script(keys=keys, args=[era or b"", sent_ms, *arguments]))
+            if isinstance(reply, int):
+                self._clock.hear(reply)
+
+    async def _redis_now_ms(self) -> int:
+        """What Redis' clock says, or said a moment ago; 0 when it does not answer: then entries are dropped."""
+
+        async def look(redis: Redis) -> object:
+            seconds, microseconds = await redis.time()
+            return seconds * 1000 + microseconds // 1000
+
+        if self._clock.now_ms is None:
+            said = await self._redis.ask(look)
+            if isinstance(said, int):
+                self._clock.hear(said)
+        return self._clock.now_ms or 0
 
     def _made(self, name: str, waiting: "_Entry | _Marker") -> tuple[bytes, int]:
         """What is to be under a name, and for how many milliseconds; 0: nothing."""
@@ -259,14 +313,15 @@ class MemoryRedis:
         async def look(redis: Redis) -> object:
             async with redis.pipeline(transaction=False) as pipeline:
                 for name in names:
-                    pipeline.get(name)
+                    # In this order: what is written in between is taken for older than it is, and not the other way.
                     pipeline.pttl(name)
+                    pipeline.get(name)
                 return await pipeline.execute(raise_on_error=False)
 
         replies: Any = await self._redis.ask(look)
         if not isinstance(replies, list) or len(replies) != 2 * len(names):
             return [_Reply(SILENCE, 0)] * len(names)
-        return [_Reply(replies[2 * n], replies[2 * n + 1]) for n in range(len(names))]
+        return [_Reply(replies[2 * n + 1], replies[2 * n]) for n in range(len(names))]
 
     def _name(self, question: Question) -> str:
         user_id, memory_id, include_embedding = question

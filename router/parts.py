@@ -39,7 +39,7 @@ class Parts:
     memories_redis: MemoryRedis
     searches: SearchCache
     flights: SingleFlight[Hashable, Any]
-    """Gets that are under way."""
+    """Gets, and searches of one user, that are under way."""
     remembered: Remembered
     invalidations: Invalidations
     levels: Levels

@@ -59,6 +59,8 @@ class Probes:
         self._silent.pop(shard.shard_id, None)
         if said is not None and said.shard_id == shard.shard_id:
             self._shards.guards.of(shard.shard_id).heard()
+            if said.cluster_id == self._watch.topology.cluster_id:
+                self._shards.timelines.observe(said.shard_id, said.position.timeline)
 
     def _heard_nothing(self, shard: Shard) -> None:
         silent = self._silent[shard.shard_id] = self._silent.get(shard.shard_id, 0) + 1

@@ -22,6 +22,12 @@ _MAX_CONNECTIONS = 64
 # Seconds. A turn of the event loop that takes longer is one with a lot to do; usual ones take a tenth of it.
 _LATE_S = 0.01
 
+# For scripts: `now`, by Redis' clock.
+NOW_MS = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+
 SILENCE = object()
 """Instead of a reply."""
 

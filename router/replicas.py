@@ -152,6 +152,9 @@ class Replicas:
             return None
         said = await self._shards.describe(watched.replica.address, watched.replica.replica_id, timeout_s=self._poll_s)
         known = (said.cluster_id, said.shard_id) == (self._cluster_id, watched.shard.shard_id)
+        if known:
+            # One that has been promoted says so here before the topology does.
+            self._shards.timelines.observe(said.shard_id, said.position.timeline)
         # One that takes writes has been promoted: the shard's own service answers for that server now.
         return said if known and not said.writable else None
 

@@ -52,17 +52,21 @@ class KeptResults:
 
 
 class SearchCache:
-    """Results of searches that were made lately. `believes` as in `MemoryCache`."""
+    """Results of searches that were made lately. `believes` and `timelines` as in `MemoryCache`."""
 
     def __init__(
-        self, settings: RouterSettings, believes: Callable[[], bool], clock: Callable[[], float] = time.monotonic
+        self,
+        settings: RouterSettings,
+        believes: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+        timelines: Timelines | None = None,
     ) -> None:
         self._believes = believes
         self._clock = clock
         self._ttl_s = settings.memory_cache_ttl_s
         self._cache: BoundedCache[SearchKey, KeptResults] = BoundedCache(settings.search_cache_bytes, clock)
         self._forgettings = Forgettings(clock)
-        self._timelines = Timelines()
+        self._timelines = timelines or Timelines()
         self.layer = CacheLayer("searches")
 
     @property
@@ -94,9 +98,13 @@ class SearchCache:
         tracing.current().set("memshard.cache.hit", hit)
         return kept if hit else None
 
+    def forgotten_at(self, user: str) -> float:
+        """When this router was last made to forget this user's searches, or those of another of the same group."""
+        return self._forgettings.last(user)
+
     def remember(self, key: SearchKey, kept: KeptResults, response: pb.SearchMemoriesResponse) -> None:
         """Keeps the results of a search as a server has just answered it; not if the user wrote meanwhile."""
-        self._timelines.observe(kept.stamp)
+        self._timelines.observe(kept.stamp.shard_id, kept.stamp.position.timeline)
         if not self.is_on or self._forgettings.since(key.user, kept.stamp.fresh_at):
             return
         known = self._cache.get(key)

@@ -1,7 +1,7 @@
 """Searching: by meaning or by words, one user or all, on one shard or many."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.deadline import Deadline
 from common.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable, Unimplemented
@@ -54,38 +54,103 @@ async def search(
         filter=request.filter if request.HasField("filter") else None,
     )
     slot = parts.placement.user_slot(user_id) if user_id else None
+    shared = None
+    if slot is not None and not query.fallback and not consistency.strong:
+        shared = _Shared.of(parts, question, window, consistency, slot)
+        if (kept := shared.kept()) is not None:
+            return kept
+    # Not before it is known by what name results are remembered: exact ones are as good at every level.
     question.index_suffices = bool(user_id) and _index_suffices(parts, slot)
-    memo = None if slot is None or query.fallback else _Memo.of(parts, question, window, consistency, slot)
-    if memo is not None and (kept := memo.find()) is not None:
-        return kept
-    if slot is not None:
-        answered = await parts.dispatch.read(slot, SEARCH, question, consistency, deadline)
-        answers, origin = [answered.answer], answered.origin
+    if shared is not None:
+        found = await shared.look_together(deadline)
+    elif slot is not None:
+        found = await _ask(parts, slot, question, window, consistency, deadline)
     else:
-        gathered = await parts.fanout.ask_all(SEARCH, question, deadline, consistency)
-        if request.require_all_shards:
-            gathered.require_all()
-        gathered.require_any()
-        answers = [answer for _, answer in gathered.answers]
-        origin = gathered.origin
-    if query.fallback and user_id and not any(answer.results for answer in answers):
+        found = await _ask_all(parts, request, question, window, consistency, deadline)
+    if query.fallback and user_id and found.is_nothing:
         recent = await _most_recent(parts, question, window, consistency, deadline)
         if recent is not None:
             return recent
-    if unembedded := sum(answer.unembedded for answer in answers):
-        add_trailer(UNEMBEDDED_TRAILER, str(unembedded))
-    response = pb.SearchMemoriesResponse(score_kind=pb.SCORE_KIND_TEXT_RANK if query.words else pb.SCORE_KIND_COSINE)
-    if len(answers) > 1:
-        response.results.extend(merge([answer.results for answer in answers], window))
-    elif window.offset:
-        response.results.extend(answers[0].results[window.offset :])
-    else:
-        # One shard's answer is in order already, and copied as a whole.
-        response.results.MergeFrom(answers[0].results)
-    if memo is not None:
-        memo.remember(response, answers[0], origin)
-    response.report.CopyFrom(report(parts.levels, origin, fallback=query.fallback))
-    return response
+    if found.unembedded:
+        add_trailer(UNEMBEDDED_TRAILER, str(found.unembedded))
+    found.response.report.CopyFrom(report(parts.levels, found.origin, fallback=query.fallback))
+    return found.response
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What shards found for a search."""
+
+    response: pb.SearchMemoriesResponse
+    """Without a report, which is up to who has asked."""
+    origin: Origin
+    is_nothing: bool
+    """Not in the window only, but anywhere."""
+    unembedded: int
+    """How many of the memories in question could not be found by meaning."""
+    stamp: Stamp | None = None
+
+    @classmethod
+    def of(
+        cls,
+        question: shard_pb2.SearchRequest,
+        answers: Sequence[shard_pb2.SearchResponse],
+        window: validate.Window,
+        origin: Origin,
+        stamp: Stamp | None = None,
+    ) -> "_Found":
+        """What the window has of all that shards answered."""
+        response = pb.SearchMemoriesResponse(
+            score_kind=pb.SCORE_KIND_TEXT_RANK if question.words else pb.SCORE_KIND_COSINE
+        )
+        if len(answers) > 1:
+            response.results.extend(merge([answer.results for answer in answers], window))
+        elif window.offset:
+            response.results.extend(answers[0].results[window.offset :])
+        else:
+            # One shard's answer is in order already, and copied as a whole.
+            response.results.MergeFrom(answers[0].results)
+        is_nothing = not any(answer.results for answer in answers)
+        return cls(response, origin, is_nothing, sum(answer.unembedded for answer in answers), stamp)
+
+    def copied(self) -> "_Found":
+        """The same for somebody else."""
+        response = pb.SearchMemoriesResponse()
+        response.CopyFrom(self.response)
+        return replace(self, response=response)
+
+
+async def _ask(
+    parts: Parts,
+    slot: int,
+    question: shard_pb2.SearchRequest,
+    window: validate.Window,
+    consistency: Consistency,
+    deadline: Deadline,
+) -> _Found:
+    """What the one shard finds that has all memories in question."""
+    asked_at = parts.searches.now()
+    answered = await parts.dispatch.read(slot, SEARCH, question, consistency, deadline)
+    answer, stamp = answered.answer, None
+    if answer.HasField("stamp"):
+        stamp = Stamp.of_answer(answered.shard.shard_id, answer.stamp, asked_at)
+    return _Found.of(question, [answer], window, answered.origin, stamp)
+
+
+async def _ask_all(
+    parts: Parts,
+    request: pb.SearchMemoriesRequest,
+    question: shard_pb2.SearchRequest,
+    window: validate.Window,
+    consistency: Consistency,
+    deadline: Deadline,
+) -> _Found:
+    """What all shards find together."""
+    gathered = await parts.fanout.ask_all(SEARCH, question, deadline, consistency)
+    if request.require_all_shards:
+        gathered.require_all()
+    gathered.require_any()
+    return _Found.of(question, [answer for _, answer in gathered.answers], window, gathered.origin)
 
 
 def _index_suffices(parts: Parts, slot: int | None) -> bool:
@@ -95,14 +160,16 @@ def _index_suffices(parts: Parts, slot: int | None) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Memo:
-    """What is remembered of a search of one user on one shard, or is to be."""
+class _Shared:
+    """A search of one user on one shard, whose results are for all who ask the same and as fresh: those who ask at the
+    same time have them of one look, and those who come later of what is remembered."""
 
     parts: Parts
     key: SearchKey
-    slot: int
+    question: shard_pb2.SearchRequest
+    window: validate.Window
     consistency: Consistency
-    asked_at: float
+    slot: int
 
     @classmethod
     def of(
@@ -112,15 +179,13 @@ class _Memo:
         window: validate.Window,
         consistency: Consistency,
         slot: int,
-    ) -> "_Memo | None":
-        """None when nothing is remembered. Has the shard say how fresh its answer is."""
-        if consistency.strong or not parts.searches.is_on:
-            return None
+    ) -> "_Shared":
+        """`question` as it is asked at any level. If results are remembered, the shard is to say how fresh they are."""
         key = SearchKey.of(parts.remembered.user(question.user_id), question, window.offset)
-        question.stamped = True
-        return cls(parts, key, slot, consistency, parts.searches.now())
+        question.stamped = parts.searches.is_on
+        return cls(parts, key, question, window, consistency, slot)
 
-    def find(self) -> pb.SearchMemoriesResponse | None:
+    def kept(self) -> pb.SearchMemoriesResponse | None:
         """The answer, if one is remembered that is fresh enough."""
         kept = self.parts.searches.find(self.key, self.consistency, self.parts.watch.topology)
         if kept is None:
@@ -130,17 +195,32 @@ class _Memo:
         response.report.CopyFrom(report(self.parts.levels, Origin.of_cache(kept.stamp.shard_id)))
         return response
 
-    def remember(self, response: pb.SearchMemoriesResponse, answer: shard_pb2.SearchResponse, origin: Origin) -> None:
-        """Keeps an answer that has no report yet."""
-        (shard_id,) = origin.shard_ids
-        if not answer.HasField("stamp") or answer.unembedded:
-            # What has no embedding yet gets one without anybody being told, and is found then.
-            return
-        if self.parts.levels.effects(shard_id).index_instead_of_exact:
-            # It may be less than what is found at another level.
-            return
-        stamp = Stamp.of_answer(shard_id, answer.stamp, self.asked_at)
-        self.parts.searches.remember(self.key, KeptResults(self.slot, response.SerializeToString(), stamp), response)
+    async def look_together(self, deadline: Deadline) -> _Found:
+        """What the shard finds, in the same look for all who ask the same, if the user's searches have not been
+        forgotten since it began."""
+        searches = self.parts.searches
+        key = self.key, self.question.index_suffices, self.consistency.key, searches.forgotten_at(self.key.user)
+        found: _Found
+        found, is_own = await self.parts.flights.run(key, deadline, lambda: self._look(deadline))
+        # Also of who waited for another's look, whose span does not know it.
+        self.parts.levels.tell_trace(found.origin.shard_ids)
+        if is_own:
+            return found
+        if self.consistency.max_staleness_ms:
+            # It was fresh enough for who came first. This one came later.
+            cutovers = self.parts.watch.topology.cutovers
+            if found.stamp is None or not found.stamp.satisfies(self.consistency, cutovers, searches.now()):
+                return await self._look(deadline)
+        return found.copied()
+
+    async def _look(self, deadline: Deadline) -> _Found:
+        found = await _ask(self.parts, self.slot, self.question, self.window, self.consistency, deadline)
+        # What has no embedding yet gets one without anybody being told, and is found then. And what an index finds may
+        # be less than what is found at another level.
+        if found.stamp is not None and not found.unembedded and not self.question.index_suffices:
+            kept = KeptResults(self.slot, found.response.SerializeToString(), found.stamp)
+            self.parts.searches.remember(self.key, kept, found.response)
+        return found
 
 
 async def _most_recent(

@@ -22,6 +22,7 @@ from common.topology import Replica, Shard, ShardStatus, Topology
 from memshard.internal.v1 import shard_pb2, shard_pb2_grpc
 from router.guard import Guard, Guards, Kind
 from router.levels import Levels
+from router.stamps import Timelines
 
 # Largest answer taken: 1,000 results of 64 KiB content, 32 KiB metadata and an embedding.
 _MAX_ANSWER_BYTES = 128 * 1024 * 1024
@@ -101,6 +102,8 @@ class Shards:
     def __init__(self, settings: RouterSettings) -> None:
         self.guards = Guards()
         self.levels = Levels(self.guards)
+        self.timelines = Timelines()
+        """How far each shard has come, for whatever remembers what it said before."""
         self._margin_s = settings.shard_deadline_margin_s
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()

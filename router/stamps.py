@@ -41,18 +41,19 @@ class Stamp:
 
 
 class Timelines:
-    """The newest timeline of each shard that a stamp was of.
+    """The newest timeline of each shard that a router has heard of: one for all that it remembers.
 
-    What is of an older one may have been lost with a primary that acknowledged it alone.
+    What is of an older one may have been lost with a primary that acknowledged it alone. So it is told whatever says a
+    timeline: answers, commits, tokens, and what servers say of themselves when they are looked at.
     """
 
     def __init__(self) -> None:
         self._newest: dict[str, int] = {}
 
-    def observe(self, stamp: Stamp) -> None:
+    def observe(self, shard_id: str, timeline: int) -> None:
         """A shard has come this far."""
-        if stamp.position.timeline > self._newest.get(stamp.shard_id, 0):
-            self._newest[stamp.shard_id] = stamp.position.timeline
+        if timeline > self._newest.get(shard_id, 0):
+            self._newest[shard_id] = timeline
 
     def holds(self, stamp: Stamp, slot: int, topology: Topology) -> bool:
         """Whether what has this stamp is of the shard that has the slot now, and of its newest timeline.

@@ -16,6 +16,7 @@ from common.tokens import BadTokenError, TokenSealer
 from memshard.internal.v1 import shard_pb2, tokens_pb2
 from memshard.v1 import memory_pb2 as pb
 from router.consistency import Position, latest
+from router.stamps import Timelines
 
 _CONSISTENCY = "consistency"
 _PAGE = "page"
@@ -51,16 +52,20 @@ class Tokens:
         key: bytes,
         level_of: Callable[[Iterable[str]], Level] = lambda _: Level.NORMAL,
         epoch: Callable[[], int] = lambda: 0,
+        timelines: Timelines | None = None,
     ) -> None:
-        """`level_of` gives the degradation level of what shards did together, `epoch` that of the topology now."""
+        """`level_of` gives the degradation level of what shards did together, `epoch` that of the topology now;
+        `timelines` hear of every commit and every token."""
         self._sealer = TokenSealer(key)
         self._level_of = level_of
         self._epoch = epoch
+        self._timelines = timelines or Timelines()
 
     def receipt(self, *commits: tuple[str, shard_pb2.Commit]) -> pb.WriteReceipt:
         """The receipt of a write to one or several shards: (shard id, commit) of each."""
         positions: dict[str, Position] = {}
         for shard_id, commit in commits:
+            self._timelines.observe(shard_id, commit.timeline)
             positions[shard_id] = latest(positions, shard_id, Position(commit.timeline, commit.lsn))
         return pb.WriteReceipt(
             consistency_token=self._token(Said(positions, self._epoch())),
@@ -84,6 +89,7 @@ class Tokens:
             said = self._open(token)
             epoch = max(epoch, said.epoch)
             for shard_id, position in said.positions.items():
+                self._timelines.observe(shard_id, position.timeline)
                 positions[shard_id] = latest(positions, shard_id, position)
         return Said(positions, epoch)
 

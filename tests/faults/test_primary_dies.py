@@ -13,11 +13,14 @@ import pytest
 
 from local import leftovers
 from memshard import Durability
+from memshard.v1 import memory_pb2 as pb
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.load import Load
+from tests.support.wire import memory_service, store_request
 
 SHARD = "shard-0"
+EVENTUAL = pb.ReadOptions(level=pb.READ_LEVEL_EVENTUAL)
 MAX_RTO_S = 5.0
 # Reads that need no primary never stop. A router waits a moment for one that is gone; the rest is the machine.
 MAX_WITHOUT_READS_S = 2.0
@@ -126,6 +129,33 @@ async def test_a_planned_failover_is_seen_by_no_caller() -> None:
             await eventually(lambda mark=mark: load.total() > mark + 50)  # type: ignore[misc]
             print(f"{load.writes.longest_gap_s(began, time.monotonic()):.2f} s without writes")
         assert [f"{type(error).__name__}: {error}" for error in load.failures] == []
+
+
+async def test_nothing_of_before_a_failover_is_answered_from_memory_after_it() -> None:
+    """Though nobody has read or written anything since that would tell the router."""
+    async with (
+        LocalCluster(shards=1, replicas=1, embedder="none", dimensions=3) as cluster,
+        memory_service(cluster.address) as api,
+    ):
+        stored = await api.StoreMemory(store_request("alice", "green tea", embedding=[1, 0, 0]))
+
+        async def got_from_memory() -> bool:
+            get = pb.GetMemoryRequest(id=stored.memory.id, user_id="alice", read=EVENTUAL)
+            return list((await api.GetMemory(get)).report.served_by) == ["cache"]
+
+        async def found_in_memory() -> bool:
+            search = pb.SearchMemoriesRequest(user_id="alice", embedding=[1, 0, 0], read=EVENTUAL)
+            return list((await api.SearchMemories(search)).report.served_by) == ["cache"]
+
+        async def asked_again() -> bool:
+            return not await got_from_memory()
+
+        await eventually(lambda: durability(cluster, "QUORUM"), within_s=30)
+        await eventually(got_from_memory, within_s=30)
+        await eventually(found_in_memory, within_s=30)
+        await cluster.run("failover", SHARD)
+        await eventually(asked_again, within_s=5)
+        assert not await found_in_memory()
 
 
 async def test_when_the_last_standby_is_gone_writes_go_on_as_local_and_quorum_comes_back() -> None:

@@ -13,7 +13,9 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from common.config import RouterSettings
+from common.slots import SLOT_COUNT
 from common.telemetry.registry import REGISTRY
+from common.topology import Shard, SlotRange, Topology
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
 from router.consistency import EVENTUAL, Position
@@ -291,6 +293,44 @@ async def test_a_marker_that_comes_late_leaves_what_is_of_a_later_state(
         assert await one.has(question) == ("coffee", 200)
 
 
+@pytest.mark.parametrize("late_ms", [0, 50, 600])
+async def test_what_lay_in_a_buffer_while_redis_stood_still_is_as_old_as_it_is(
+    own_redis: OwnRedis, redis: Redis, question: Question, late_ms: int
+) -> None:
+    async with router(own_redis.url) as one:
+        if late_ms:
+            await redis.client_pause(late_ms, all=False)
+        one.keep(question, 100)
+        read_at = one.first.now()
+        await eventually(lambda: _has(one, question, ("tea", 100)))
+        found = await one.find(question)
+        assert found is not None
+        # Redis counts whole milliseconds.
+        assert found[0].stamp.fresh_at <= read_at + 0.002
+
+
+async def test_what_was_under_way_for_long_is_not_written_but_for_markers(
+    own_redis: OwnRedis, redis: Redis, question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = question._replace(memory_id=str(uuid.uuid4()))
+    async with router(own_redis.url) as one:
+        one.keep(changed, 100)
+        await eventually(lambda: _has(one, changed, ("tea", 100)))
+
+        async def long_ago() -> int:
+            return int((time.time() - 1.5) * 1000)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(one.shared, "_redis_now_ms", long_ago)
+            one.keep(question, 100)
+            one.shared.mark_soon(changed.user_id, changed.memory_id, "shard-0", Position(1, 150))
+            await eventually(lambda: _has(one, changed, None))
+        await _written(one, redis)
+        assert await one.has(question) is None
+        one.keep(question, 100)
+        await eventually(lambda: _has(one, question, ("tea", 100)))
+
+
 async def test_what_began_before_an_erasure_is_not_written_after_it(
     own_redis: OwnRedis, redis: Redis, question: Question
 ) -> None:
@@ -319,6 +359,28 @@ async def test_what_this_router_was_told_to_forget_is_not_written(
         one.first.drop([question.memory_id])
         await _written(one, redis)
         assert await one.has(question) is None
+
+
+async def test_who_begins_to_listen_uses_nothing_that_was_left_before(
+    own_redis: OwnRedis, redis: Redis, question: Question
+) -> None:
+    """Redis may have been put back since to what it had before an erasure."""
+    topology = Topology(CLUSTER, 1, (Shard("shard-0", "a:1"),), (SlotRange(0, SLOT_COUNT - 1, "shard-0"),))
+    async with router(own_redis.url) as one, router(own_redis.url) as other:
+
+        async def has(content: str) -> bool:
+            found = await other.shared.find(
+                question, lambda kept: other.first.may_answer(kept, question, EVENTUAL, topology)
+            )
+            return found is not None and found[1].content == content
+
+        one.keep(question, 100)
+        await eventually(lambda: has("tea"))
+        other.first.clear()
+        assert not await has("tea")
+        assert await one.has(question) == ("tea", 100)
+        one.keep(question, 101, "coffee")
+        await eventually(lambda: has("coffee"))
 
 
 async def test_a_dead_redis_is_nothing_found_and_nobody_waits(own_redis: OwnRedis, question: Question) -> None:

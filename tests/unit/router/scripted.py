@@ -55,6 +55,9 @@ class Server:
         self.delay_s = 0.0
         self.stored: list[bytes] = []
         self.asked: list[shard_pb2.Route] = []
+        self.unembedded = 0
+        """How many memories a search cannot find yet."""
+        self.searched: list[shard_pb2.SearchRequest] = []
         self.answered = 0
         self.in_flight = 0
         self.looks = 0
@@ -156,6 +159,27 @@ class Server:
             embedding_state=pb.EMBEDDING_STATE_READY,
         )
         answer = shard_pb2.GetResponse(found=[shard_pb2.FoundMemory(memory=memory)])
+        if request.stamped:
+            timeline, lsn = self.position
+            answer.stamp.CopyFrom(shard_pb2.ReadStamp(timeline=timeline, lsn=lsn, age_ms=self.lag_ms))
+        return answer
+
+    async def Search(  # noqa: N802
+        self, request: shard_pb2.SearchRequest, deadline: Deadline
+    ) -> shard_pb2.SearchResponse:
+        self.searched.append(request)
+        self.in_flight += 1
+        try:
+            await self._thawed.wait()
+            self._fail()
+            await self._be_fresh(request.route)
+        finally:
+            self.in_flight -= 1
+        self.answered += 1
+        memory = pb.Memory(user_id=request.user_id, content=self.name, embedding_state=pb.EMBEDDING_STATE_READY)
+        answer = shard_pb2.SearchResponse(
+            results=[pb.ScoredMemory(memory=memory, score=0.5)], unembedded=self.unembedded
+        )
         if request.stamped:
             timeline, lsn = self.position
             answer.stamp.CopyFrom(shard_pb2.ReadStamp(timeline=timeline, lsn=lsn, age_ms=self.lag_ms))
