@@ -13,7 +13,7 @@ from dataclasses import replace
 from common import catalog_moves, logs, postgres
 from common.config import MoverSettings
 from common.moves import UNFENCED, WAY_BACK_CLOSED, Move, Step
-from common.postgres import CONNECT_ERRORS, Connection, DatabaseUnreachableError
+from common.postgres import CONNECT_ERRORS, NOTICE_LOSS, Connection, DatabaseUnreachableError
 from shard.moving import cutover, side
 from shard.moving.moving import MoveError, Moving, Tell, Turn
 from shard.moving.ownership import OwnershipError
@@ -107,7 +107,7 @@ class Driver:
     _at = Move(0, 0, 0, "", "", Step.PLANNED)
 
     async def _run_connected(self, *, hold: bool, bring_back: bool, unfence: bool) -> Move:
-        async with leased(self._settings, self._move_id) as (connection, found):
+        async with leased(self._settings, self._move_id, from_hung=unfence) as (connection, found):
             move = found
             if bring_back and move.step.is_before_cutover:
                 rolling_back = replace(move, step=Step.ROLLING_BACK, error="rolled back by request")
@@ -194,7 +194,8 @@ class Driver:
         return Moving(connection, self._settings, move, source, target, self._tell, self._turn, self._pace)
 
     def _side(self, move: Move, shard_id: str) -> AbstractAsyncContextManager[Side]:
-        return side.opened(shard_id, self._settings.shard_dsn(shard_id), move.move_id)
+        settings = self._settings
+        return side.opened(shard_id, settings.shard_dsn(shard_id), move.move_id, hung_after_s=settings.hung_after_s)
 
     async def _unfence(self, moving: Moving) -> Move:
         """What `_unfence_alone` leaves: the other side, and what is decided."""
@@ -234,17 +235,23 @@ class Driver:
 
 
 @asynccontextmanager
-async def leased(settings: MoverSettings, move_id: int) -> AsyncIterator[tuple[Connection, Move]]:
-    """A connection to the catalog that has the lease of a move, and the move.
+async def leased(
+    settings: MoverSettings, move_id: int, *, from_hung: bool = False
+) -> AsyncIterator[tuple[Connection, Move]]:
+    """A connection to the catalog that has the lease of a move, and the move. With `from_hung` it is taken from a mover
+    that has fenced the slots and does nothing any more: its session is ended, and with it the right to change anything.
 
     Raises LeasedError, DatabaseUnreachableError, CatalogError.
     """
-    connection = await postgres.connect(settings.catalog_dsn.get_secret_value(), what="the catalog")
+    dsn = settings.catalog_dsn.get_secret_value()
+    connection = await postgres.connect(dsn, what="the catalog", settings=NOTICE_LOSS)
     try:
-        deadline = time.monotonic() + _LEASE_TIMEOUT_S
+        deadline = time.monotonic() + _LEASE_TIMEOUT_S + (settings.hung_after_s if from_hung else 0)
         while not await catalog_moves.take_lease(connection, move_id):
             if time.monotonic() >= deadline:
                 raise LeasedError(f"another mover drives move {move_id}")
+            if from_hung and (await catalog_moves.read_move(connection, move_id)).fenced_at is not None:
+                await catalog_moves.end_hung(connection, move_id, settings.hung_after_s)
             await asyncio.sleep(_POLL_S)
         yield connection, await catalog_moves.read_move(connection, move_id)
     finally:

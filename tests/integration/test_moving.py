@@ -18,14 +18,18 @@ import pytest_asyncio
 from common import catalog_moves, catalog_shards
 from common.catalog import CatalogError, EpochConflictError, raise_epoch
 from common.catalog_moves import MoveConflictError
+from common.config import MoverSettings
 from common.moves import Step
-from common.postgres import Connection
+from common.postgres import NOTICE_LOSS, Connection
 from common.probe_user import PREFIX as PROBE
 from common.topology import Cutover, Shard, ShardStatus
+from local import mover
 from memshard import AsyncMemoryClient
 from shard import identity, purge
 from shard.database import Database
 from shard.large_users import indexes
+from shard.moving import side
+from shard.moving.driver import leased
 from shard.moving.tables import MARKS, MOVED, STAYING
 from tests.support.cluster import LocalCluster, command
 from tests.support.eventually import eventually
@@ -677,6 +681,25 @@ async def settled(slots: Slots) -> bool:
     """Whether the last move leaves nobody without a shard that takes writes, and says so."""
     move = (await slots.moves())[-1]
     return move.fenced_at is None and not move.may_be_fenced
+
+
+async def test_servers_find_out_soon_that_the_machine_of_a_mover_is_lost(slots: Slots) -> None:
+    """Until then the move is nobody else's."""
+    async with database(slots.cluster.catalog_dsn(owner=True)) as catalog:
+        move_id = await catalog.fetchval(_STALE_MOVE, 0, 0, "shard-0", "shard-1", Step.ROLLED_BACK.value)
+    settings = MoverSettings.model_validate(mover.settings(slots.cluster.plan()))
+    async with (
+        leased(settings, move_id) as (lease, _),
+        side.opened("shard-0", settings.shard_dsn("shard-0"), move_id) as shard,
+    ):
+        connections: tuple[Connection, ...] = (lease, shard.connection)
+        for connection in connections:
+            idle, interval, count, timeout = [
+                int(await connection.fetchval("SELECT setting FROM pg_settings WHERE name = $1", name))
+                for name in NOTICE_LOSS
+            ]
+            assert 0 < idle + interval * count <= 15
+            assert 0 < timeout <= 15_000
 
 
 async def test_a_fence_is_looked_after_for_as_long_as_no_shard_says_that_it_takes_writes(slots: Slots) -> None:
