@@ -142,21 +142,21 @@ async def _brought_over(moving: Moving, stream: Stream) -> Position:
     )
     moving.fenced_at = time.monotonic()
     moving.laps.clear()
-    mark = time.time_ns()
-    moving.fenced_at = await ownership.fence(
+    fenced = await ownership.fence(
         giver,
         move.first,
         move.last,
         timeout_s=moving.settings.fence_timeout_s / 2,
         move_id=move.move_id,
         way=stream.way,
-        mark=mark,
+        mark=time.time_ns(),
     )
+    moving.fenced_at = fenced.since
     moving.lap("fenced")
     # Meanwhile the taker gets the last rows.
     changed = await comparison.changes.take()
     moving.lap("read")
-    await stream.arrived(mark, moving.settings.fence_timeout_s)
+    await stream.arrived(fenced.mark, moving.settings.fence_timeout_s)
     moving.lap("arrived")
     different = await comparison.verifier.some(merged(comparison.suspects, changed))
     moving.lap("compared")

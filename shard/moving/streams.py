@@ -61,9 +61,12 @@ WHERE slot_name ~ ('^pg_[0-9]+_sync_[0-9]+_' || $1 || '$')
 _SUBSCRIPTIONS = """
 SELECT coalesce(array_agg(pg_subscription.oid), '{}') FROM pg_subscription
 """
+# Each mark is higher than those before it, whatever the clock says of the machine that the mover is on now: otherwise
+# one that has long arrived would stand for one that has not.
 _SET_MARK = f"""
-INSERT INTO {MARKS} (slot, move_id, way, mark) VALUES ($1, $2, $3, $4)
-ON CONFLICT (slot, move_id, way) DO UPDATE SET mark = excluded.mark
+INSERT INTO {MARKS} AS known (slot, move_id, way, mark) VALUES ($1, $2, $3, $4)
+ON CONFLICT (slot, move_id, way) DO UPDATE SET mark = greatest(excluded.mark, known.mark + 1)
+RETURNING mark
 """  # noqa: S608  # A constant, here as below.
 _GET_MARK = f"SELECT mark FROM {MARKS} WHERE slot = $1 AND move_id = $2 AND way = $3"  # noqa: S608
 _TABLE_STATES = """
@@ -143,8 +146,9 @@ class Stream:
 
     async def mark(self) -> int:
         """Writes a mark among the rows; whoever has it has all that was committed before it."""
-        mark = time.time_ns()
-        await self.publisher.connection.execute(_SET_MARK, self.first, self.move_id, self.way, mark)
+        mark: int = await self.publisher.connection.fetchval(
+            _SET_MARK, self.first, self.move_id, self.way, time.time_ns()
+        )
         return mark
 
     async def arrived(self, mark: int, timeout_s: float) -> None:

@@ -28,8 +28,9 @@ from memshard import AsyncMemoryClient
 from shard import identity, purge
 from shard.database import Database
 from shard.large_users import indexes
-from shard.moving import side
+from shard.moving import ownership, side
 from shard.moving.driver import leased
+from shard.moving.streams import Stream
 from shard.moving.tables import MARKS, MOVED, STAYING
 from tests.support.cluster import LocalCluster, command
 from tests.support.eventually import eventually
@@ -681,6 +682,27 @@ async def settled(slots: Slots) -> bool:
     """Whether the last move leaves nobody without a shard that takes writes, and says so."""
     move = (await slots.moves())[-1]
     return move.fenced_at is None and not move.may_be_fenced
+
+
+async def test_a_mark_is_higher_than_the_one_before_whatever_the_clock_says(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Movers on two machines, the second of which is behind: a mark of the first has arrived long ago."""
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    dsns = [slots.cluster.shard_dsn(shard_id, owner=True) for shard_id in ("shard-0", "shard-1")]
+    move_id = 4711
+    async with side.opened("shard-0", dsns[0], move_id) as giver, side.opened("shard-1", dsns[1], move_id) as taker:
+        stream = Stream(giver, taker, move_id, "forward", first, first)
+        try:
+            mark = await stream.mark()
+            monkeypatch.setattr(time, "time_ns", lambda: 1)
+            again = await stream.mark()
+            fenced = await ownership.fence(giver, first, first, timeout_s=5, move_id=move_id, way=stream.way, mark=1)
+            assert mark < again < fenced.mark
+        finally:
+            monkeypatch.undo()
+            await ownership.unfence(giver, first, first)
+            await giver.connection.execute(f"DELETE FROM {MARKS} WHERE move_id = $1", move_id)
 
 
 async def test_servers_find_out_soon_that_the_machine_of_a_mover_is_lost(slots: Slots) -> None:
