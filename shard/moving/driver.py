@@ -1,7 +1,7 @@
 """Driving one move from whatever step the catalog records, with its lease, until it is over or may wait.
 
-What goes away meanwhile, the catalog or a shard's primary, is looked for again; a failover of either side begins the
-move anew when nothing is decided yet, and closes the way back when it is.
+What goes away meanwhile, the catalog or a shard's primary, is looked for again; a failover of either side, or the loss
+of a replication slot, begins the move anew when nothing is decided yet, and closes the way back when it is.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from common import catalog_moves, logs, postgres
 from common.config import MoverSettings
-from common.moves import UNFENCED, WAY_BACK_CLOSED, Move, Step
+from common.moves import UNFENCED, Move, Step
 from common.postgres import CONNECT_ERRORS, NOTICE_LOSS, Connection, DatabaseUnreachableError
 from shard.moving import cutover, side
 from shard.moving.moving import MoveError, Moving, Tell, Turn
@@ -20,7 +20,7 @@ from shard.moving.ownership import OwnershipError
 from shard.moving.pacing import Pace
 from shard.moving.side import Side, SideError
 from shard.moving.steps import STEPS
-from shard.moving.streams import StreamError
+from shard.moving.streams import SlotLostError, StreamError
 from shard.moving.unfence import close, let_write, record, unfence
 
 _log = logs.get_logger("move")
@@ -66,7 +66,7 @@ class Driver:
         Raises MoveError, StreamError, OwnershipError: it is left to be resumed, and says why in the catalog. And
         LeasedError.
         """
-        tried_since, seen = time.monotonic(), (Step.DONE, 0)
+        tried_since, seen = time.monotonic(), Step.DONE
         while True:
             try:
                 try:
@@ -76,7 +76,7 @@ class Driver:
             except catalog_moves.MoveConflictError as error:
                 # A change whose answer was lost: what the catalog says now is true.
                 failure: Exception = error
-            except _LOST as error:
+            except (SlotLostError, *_LOST) as error:
                 failure = error
             except (MoveError, StreamError, OwnershipError) as error:
                 await self._note(str(error))
@@ -85,8 +85,9 @@ class Driver:
                 # What is left to be done can wait until both sides are there.
                 return self._at
             now = time.monotonic()
-            if (self._at.step, self._at.version) != seen:
-                tried_since, seen = now, (self._at.step, self._at.version)
+            # Not by its version, which each attempt raises that gets as far as to record something.
+            if self._at.step is not seen:
+                tried_since, seen = now, self._at.step
             if self._stop.is_set() or now - tried_since >= _PATIENCE_S:
                 await self._note(str(failure))
                 raise MoveError(f"move {self._move_id} can be resumed: {failure}") from failure
@@ -94,15 +95,15 @@ class Driver:
             await asyncio.sleep(_BACKOFF_S)
 
     async def look(self) -> None:
-        """Records of a move that waits for the end of its rollback window that a failover has closed it, if one has.
-        What cannot be found out now is left to the next look.
+        """Records of a move that waits for the end of its rollback window that it is closed, if something has seen to
+        that. What cannot be found out now is left to the next look.
         """
         with suppress(LeasedError, catalog_moves.MoveConflictError, *_LOST):
             async with leased(self._settings, self._move_id) as (connection, move):
                 if move.step is not Step.ACTIVE:
                     return
                 async with self._side(move, move.source) as source, self._side(move, move.target) as target:
-                    await cutover.note_failover(self._moving(connection, move, source, target))
+                    await cutover.note_way_back(self._moving(connection, move, source, target))
 
     _at = Move(0, 0, 0, "", "", Step.PLANNED)
 
@@ -122,10 +123,11 @@ class Driver:
             ):
                 moving = self._moving(connection, move, source, target)
                 moving.told()
-                await cutover.note_failover(moving)
+                await cutover.note_way_back(moving)
                 if bring_back:
                     await self._turn_round(moving)
-                await self._begin_anew_after_failover(moving)
+                await self._begin_anew(moving)
+                self._at = moving.move
                 if unfence:
                     return await self._unfence(moving)
                 for stream in (moving.forward, moving.reverse):
@@ -212,17 +214,24 @@ class Driver:
         """Has a move go back that has gone over. Raises MoveError when it is too late."""
         step = moving.move.step
         if step is Step.ACTIVE:
-            if not cutover.is_reversible(moving):
-                raise MoveError(WAY_BACK_CLOSED)
+            if why := await cutover.way_back_closed_by(moving):
+                raise MoveError(why)
             await moving.advance(Step.RETURNING)
         elif step in (Step.CLEANING, Step.DONE):
             raise MoveError("the way back is closed: the source's rows are being removed")
 
-    async def _begin_anew_after_failover(self, moving: Moving) -> None:
+    async def _begin_anew(self, moving: Moving) -> None:
+        """Has a move begin again that nothing is decided of, and that can come to nothing as it is."""
         move = moving.move
-        if not move.step.is_before_cutover or move.step is Step.PLANNED or cutover.is_reversible(moving):
+        if not move.step.is_before_cutover or move.step is Step.PLANNED:
             return
-        await moving.advance(Step.PLANNED, attempts=move.attempts + 1, error="begun again after a failover")
+        if cutover.has_failed_over(moving):
+            why = "begun again after a failover"
+        elif lost := [stream.name for stream in (moving.forward, moving.reverse) if await stream.is_cut()]:
+            why = f"begun again, as the replication slot {lost[0]} was gone or invalidated"
+        else:
+            return
+        await moving.advance(Step.PLANNED, attempts=move.attempts + 1, error=why)
 
     async def _note(self, why: str) -> None:
         """Says in the catalog why the move stopped, if that can be said."""

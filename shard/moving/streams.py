@@ -17,9 +17,15 @@ from shard.moving.tables import MARKS, MOVED
 _DROP_TIMEOUT_S = 15.0
 _POLL_S = 0.05
 _MARK_POLL_S = 0.004
+# How often somebody who waits for what comes by a slot looks whether it still can.
+_SLOT_CHECK_S = 1.0
 
 _HAS_PUBLICATION = "SELECT EXISTS (SELECT FROM pg_publication WHERE pubname = $1)"
 _HAS_SLOT = "SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1)"
+# One that was invalidated, as when it kept more log than a server may keep for it, stays, and nobody can take from it.
+_HAS_WHOLE_SLOT = """
+SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1 AND wal_status IS DISTINCT FROM 'lost')
+"""
 _HAS_SUBSCRIPTION = """
 SELECT EXISTS (
     SELECT FROM pg_subscription JOIN pg_database ON pg_database.oid = subdbid
@@ -82,6 +88,10 @@ class StreamError(Exception):
     """Replication does not do what it should; the message says where to look."""
 
 
+class SlotLostError(StreamError):
+    """A replication slot is gone, or was invalidated: what was to come by it never will."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """What flows from `publisher` to `subscriber`. `way` is `forward` or `reverse`."""
@@ -106,6 +116,21 @@ class Stream:
     async def make_slot(self) -> None:
         """Makes the slot, if it is not there. Waits for every transaction that is open on the publisher."""
         await make_slot(self.publisher, self.name)
+
+    async def has_slot(self) -> bool:
+        """Whether there is the slot, and everything that is to come by it."""
+        return await _has_slot(self.publisher, self.name)
+
+    async def require_slot(self) -> None:
+        """Raises SlotLostError unless there is."""
+        if not await self.has_slot():
+            raise SlotLostError(
+                f"the replication slot {self.name} on {self.publisher.shard_id} is gone or was invalidated"
+            )
+
+    async def is_cut(self) -> bool:
+        """Whether somebody is there to take, and nothing to take from."""
+        return await self.is_subscribed() and not await self.has_slot()
 
     async def subscribe(self, *, enabled: bool, copy: bool) -> None:
         """Makes the subscription, if it is not there; with `copy` it begins with all rows that there are."""
@@ -152,9 +177,14 @@ class Stream:
         return mark
 
     async def arrived(self, mark: int, timeout_s: float) -> None:
-        """Returns once the subscriber has the mark. Raises TimeoutError."""
+        """Returns once the subscriber has the mark. Raises TimeoutError, SlotLostError."""
+        looked = time.monotonic()
         async with asyncio.timeout(timeout_s):
-            while await self._seen() < mark:  # noqa: ASYNC110  # Nothing tells us; we have to ask.
+            # Nothing tells us; we have to ask.
+            while await self._seen() < mark:
+                if time.monotonic() - looked >= _SLOT_CHECK_S:
+                    await self.require_slot()
+                    looked = time.monotonic()
                 await asyncio.sleep(_MARK_POLL_S)
 
     async def caught_up(self, timeout_s: float) -> float:
@@ -177,8 +207,9 @@ class Stream:
 
 
 async def make_slot(publisher: Side, name: str) -> None:
-    """Makes a logical replication slot, if it is not there."""
-    if not await publisher.connection.fetchval(_HAS_SLOT, name):
+    """Makes a logical replication slot, if it is not there. One that was invalidated is replaced."""
+    if not await _has_slot(publisher, name):
+        await drop_slot(publisher, name)
         await publisher.connection.execute(_CREATE_SLOT, name)
 
 
@@ -191,6 +222,11 @@ async def drop_slot(publisher: Side, name: str) -> None:
         if time.monotonic() >= deadline:
             raise StreamError(f"the replication slot {name} on {publisher.shard_id} is in use and cannot be dropped")
         await asyncio.sleep(_POLL_S)
+
+
+async def _has_slot(publisher: Side, name: str) -> bool:
+    found: bool = await publisher.connection.fetchval(_HAS_WHOLE_SLOT, name)
+    return found
 
 
 async def _made(side: Side, statement: str, *values: Any) -> None:
