@@ -119,11 +119,13 @@ async def _close_way_back(moving: Moving, why: str) -> None:
 async def _handed_over(moving: Moving, stream: Stream, step: Step, *, or_else: Step) -> None:
     """From the publisher of a stream to its subscriber, which is `step`; what takes too long is given up: `or_else`."""
     await _made_ready(moving, stream)
+    deadline = time.monotonic() + moving.settings.fence_timeout_s
     try:
         async with asyncio.timeout(moving.settings.fence_timeout_s):
             position = await _brought_over(moving, stream)
-            await moving.hand_over(step, stream.publisher, stream.subscriber, position)
-            moving.lap("recorded")
+        # By itself: once it is asked for, no deadline may cut it short.
+        await moving.hand_over(step, stream.publisher, stream.subscriber, position, deadline)
+        moving.lap("recorded")
     except MoveConflictError:
         raise
     except _FAILURES as error:

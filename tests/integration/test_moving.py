@@ -744,6 +744,23 @@ async def test_a_move_that_loses_a_slot_before_it_has_gone_over_begins_anew(slot
     assert await slots.left_over() == []
 
 
+async def test_a_hand_over_that_is_being_recorded_is_not_cut_short_by_the_deadline_of_its_fence(slots: Slots) -> None:
+    """A commit that is cancelled while it waits for a standby is seen by everybody, and gone with the server."""
+    deadline_s = 3.0
+    asked, _, _ = await to_be_moved(slots)
+    hasty = Slots(slots.cluster, {**slots.settings, "fence_timeout_s": deadline_s})
+    async with slots.step_held(Step.FENCED) as held, hasty.mover(*asked) as running:
+        await running.until(Step.FENCED)
+        await held.is_waited_for(deadline_s + 0.5)
+        await held.release()
+        events = [event async for event in running.events()]
+    assert events[-1]["event"] == "done", events[-1]
+    steps = [event["step"] for event in events if event["event"] == "move" and event["step"] != Step.FENCED]
+    assert steps[0] == Step.CUT_OVER
+    assert (await slots.moves())[-1].attempts == 1
+    assert await slots.left_over() == []
+
+
 async def test_a_mark_is_higher_than_the_one_before_whatever_the_clock_says(
     slots: Slots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
