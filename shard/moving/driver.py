@@ -78,6 +78,11 @@ class Driver:
                 failure: Exception = error
             except (SlotLostError, *_LOST) as error:
                 failure = error
+            except LeasedError as error:
+                # Of one that was ours a moment ago, a session of ours has not ended yet, or somebody ends a fence.
+                if not self._at.move_id:
+                    raise
+                failure = error
             except (MoveError, StreamError, OwnershipError) as error:
                 await self._note(str(error))
                 raise
@@ -90,6 +95,8 @@ class Driver:
                 tried_since, seen = now, self._at.step
             if self._stop.is_set() or now - tried_since >= _PATIENCE_S:
                 await self._note(str(failure))
+                if isinstance(failure, LeasedError):
+                    raise failure
                 raise MoveError(f"move {self._move_id} can be resumed: {failure}") from failure
             _log.warning("a move is interrupted", move_id=self._move_id, error=type(failure).__name__)
             await asyncio.sleep(_BACKOFF_S)
