@@ -73,6 +73,17 @@ SELECT EXISTS (
         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 )
 """
+_IS_SILENT = "SELECT changed_at < now() - make_interval(secs => $2) FROM moves WHERE move_id = $1"
+# In the catalog and in shards alike. Not of who is at work there: a commit that waits for standbys must not be cut
+# short, or it would be seen, and gone with the server. Who waits to send what the client does not take does nothing.
+_END_HUNG = """
+SELECT count(pg_terminate_backend(pid, $4)) FROM pg_locks JOIN pg_stat_activity AS holder USING (pid)
+WHERE locktype = 'advisory' AND granted AND classid = $1 AND objid = $2 AND objsubid = 2
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND (state <> 'active' OR holder.wait_event = 'ClientWrite')
+    AND state_change < now() - make_interval(secs => $3)
+"""
+_END_TIMEOUT_MS = 5000
 # What a hand-over needs is one statement, as each round trip is a part of the time in which nobody may write.
 _READ_STANDING = """
 SELECT epoch, (SELECT address FROM shards WHERE shard_id = $2) AS address,
@@ -305,6 +316,22 @@ async def is_leased(connection: Connection, move_id: int) -> bool:
     """Whether somebody drives a move."""
     leased: bool = await connection.fetchval(_IS_LEASED, LEASE_CLASS, move_id)
     return leased
+
+
+async def is_unattended(connection: Connection, move: Move, hung_after_s: float) -> bool:
+    """Whether nobody sees to it that a move's fence ends: nobody drives it, or who does hangs, and so has recorded
+    nothing for as long since it was made.
+    """
+    if not await is_leased(connection, move.move_id):
+        return True
+    return move.fenced_at is not None and bool(await connection.fetchval(_IS_SILENT, move.move_id, hung_after_s))
+
+
+async def end_hung(connection: Connection, move_id: int, hung_after_s: float) -> None:
+    """Ends the session that has a move's lock in this database, the catalog's or a shard's, if it is of our own role
+    and has done nothing for so long. To be asked for by who has the right to the lock.
+    """
+    await connection.execute(_END_HUNG, LEASE_CLASS, move_id, hung_after_s, _END_TIMEOUT_MS)
 
 
 async def read_pins(connection: Connection) -> dict[int, str]:

@@ -429,6 +429,10 @@ class ReplicaSettings(ServiceSettings):
         return self
 
 
+# A mover at work has ended its fence, or given it up, long before.
+_HUNG_AFTER_FENCES = 3
+
+
 class MoverSettings(ProcessSettings):
     """The mover's settings: environment prefix `MEMSHARD_MOVER_`. It moves slots between shards, and ends."""
 
@@ -476,6 +480,11 @@ class MoverSettings(ProcessSettings):
         if template is not None and "{shard_id}" not in template.get_secret_value():
             raise ValueError("shard_dsn_template must say {shard_id} somewhere")
         return self
+
+    @property
+    def hung_after_s(self) -> float:
+        """Seconds after which a mover that has done nothing about a fence of its own is taken for one that hangs."""
+        return _HUNG_AFTER_FENCES * self.fence_timeout_s
 
     def shard_dsn(self, shard_id: str) -> str:
         """URL of a shard's database. Raises ConfigError when none is known."""

@@ -63,6 +63,9 @@ UNFENCED = "the mover died while it fenced"
 """The error of a move whose fence was taken away. One that returns is still to return then."""
 WAY_BACK_CLOSED = "a failover has closed the way back; move the slots there anew"
 """The error of a move that has gone over and cannot be brought back any more. It stays with the move."""
+WAY_BACK_LOST = "the way back is closed, its replication slot is gone or was invalidated; move the slots there anew"
+"""The same, when what was written since has not been kept for the source."""
+WAYS_BACK_CLOSED = (WAY_BACK_CLOSED, WAY_BACK_LOST)
 
 
 @dataclass(frozen=True, slots=True)

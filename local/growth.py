@@ -1,8 +1,10 @@
 """Shards that come to a cluster that runs, and shards that leave it.
 
 A shard is in the cluster's record once it has a database and the catalog knows it: whatever an attempt that was cut off
-before has left is thrown away by the next. One that leaves is out of the record first: what is left of it in the
-catalog, without slots, harms nobody, and goes when it is removed again.
+before has left is thrown away by the next. One that leaves is draining first, so that nobody plans slots for it any
+more, and then out of the record, or the next start would wait for a shard that the catalog does not know: what is left
+of it in the catalog by then, without slots and with none to come, harms nobody. To remove it again does the rest,
+wherever an attempt was cut off.
 """
 
 import asyncio
@@ -14,7 +16,7 @@ from dataclasses import replace
 from common import catalog, catalog_shards
 from common.catalog import EpochConflictError
 from common.sync_set import SyncSet
-from common.topology import Replica, Shard
+from common.topology import Replica, Shard, ShardStatus
 from local import bootstrap, ports
 from local.appointment import Appointer, RefusedError
 from local.cluster import Plan, Programs, port_names
@@ -95,14 +97,23 @@ class Growth:
             plan = self._plan
             self._require_complete()
             known = plan.record.shard_ids()
-            names = [*plan.record.server_names(shard_id), shard_id, *plan.record.replica_names(shard_id)]
             if shard_id in known and len(known) == 1:
                 raise RefusedError("it is the only shard")
-            await self._require_empty(shard_id)
+            registered = await self._is_registered(shard_id)
+            if not registered and shard_id not in known and shard_id not in self._shards:
+                raise RefusedError(f"there is no shard {shard_id!r}, only {', '.join(known)}")
+            names = [*plan.record.server_names(shard_id), shard_id, *plan.record.replica_names(shard_id)]
+            if registered:
+                await self._require_empty(shard_id)
+                await self._let_drain(shard_id)
+                # Again, now that nothing can come to it any more.
+                await self._require_empty(shard_id)
             if shard_id in known:
-                plan.record = plan.record.without_shard(shard_id)
-                plan.record.save(plan.layout)
-            await self._deregister(shard_id)
+                record = plan.record.without_shard(shard_id)
+                record.save(plan.layout)
+                plan.record = record
+            if registered:
+                await self._deregister(shard_id)
             yield shard_id, f"the catalog knows {shard_id} no more"
             await self._supervisor.remove(shard_id, names)
             servers = self._shards.pop(shard_id, None)
@@ -137,6 +148,20 @@ class Growth:
             await self._retry(lambda epoch: catalog_shards.add_shard(connection, epoch, shard))
             await catalog.create_sync_set(connection, shard.shard_id, SyncSet(primary, frozenset()))
 
+    async def _is_registered(self, shard_id: str) -> bool:
+        """Whether the catalog knows it."""
+        plan = self._plan
+        async with as_owner(plan.catalog_server(), plan.secrets, _CATALOG_TIMEOUT_S) as connection:
+            topology = await catalog.read_topology(connection)
+        return shard_id in {shard.shard_id for shard in topology.shards}
+
+    async def _let_drain(self, shard_id: str) -> None:
+        plan = self._plan
+        async with as_owner(plan.catalog_server(), plan.secrets, _CATALOG_TIMEOUT_S) as connection:
+            await self._retry(
+                lambda epoch: catalog_shards.set_status(connection, epoch, shard_id, ShardStatus.DRAINING)
+            )
+
     async def _deregister(self, shard_id: str) -> None:
         plan = self._plan
         async with as_owner(plan.catalog_server(), plan.secrets, _CATALOG_TIMEOUT_S) as connection:
@@ -151,8 +176,6 @@ class Growth:
         plan = self._plan
         async with as_owner(plan.catalog_server(), plan.secrets, _CATALOG_TIMEOUT_S) as connection:
             topology = await catalog.read_topology(connection)
-            if shard_id not in {shard.shard_id for shard in topology.shards}:
-                raise RefusedError(f"there is no shard {shard_id!r}, only {', '.join(plan.record.shard_ids())}")
             if slots := topology.slot_count(shard_id):
                 raise RefusedError(
                     f"{shard_id} has {slots} slots; `memshard shards drain {shard_id}` moves them off it"

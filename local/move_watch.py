@@ -1,9 +1,9 @@
-"""Looking after fences: slots that a mover has fenced, and left so because it was killed, take writes again."""
+"""Looking after fences: slots that a mover has fenced, and left so since it was killed or hangs, take writes again."""
 
 import asyncio
 import logging
 
-from common.catalog_moves import is_leased, read_moves
+from common.catalog_moves import is_unattended, read_moves
 from local import mover
 from local.cluster import Plan
 from local.errors import LocalClusterError
@@ -13,6 +13,8 @@ _INTERVAL_S = 2.0
 _CATALOG_TIMEOUT_S = 2.0
 # Between two attempts that lead to nothing, as when a shard's primary is away.
 _RETRY_S = 5.0
+# As the mover's settings have it by default, which are those of its process here.
+_HUNG_AFTER_S = 15.0
 
 
 class MoveWatch:
@@ -36,11 +38,11 @@ class MoveWatch:
                 await asyncio.sleep(_RETRY_S)
 
     async def _is_abandoned(self) -> bool:
-        """Whether a move is at a point at which nobody may write, and nobody drives it."""
+        """Whether a move is at a point at which nobody may write, and nobody drives it who does something about it."""
         plan = self._plan
         async with as_owner(plan.catalog_server(), plan.secrets, _CATALOG_TIMEOUT_S) as connection:
             moves = [move for move in await read_moves(connection) if move.may_be_fenced]
             for move in moves:
-                if not await is_leased(connection, move.move_id):
+                if await is_unattended(connection, move, _HUNG_AFTER_S):
                     return True
         return False

@@ -8,7 +8,7 @@
 | drain --shard ID | moves all slots off a shard, which gets none from now on |
 | resume [--move N] [--rollback-window S] | brings the moves that are open to their end |
 | rollback --move N | brings the slots of a move back to where they were |
-| recover [--every SECONDS] | ends the fences that a mover left behind that was killed; again and again |
+| recover [--every SECONDS] | ends the fences that a mover left behind that was killed or hangs; again and again |
 | list | says which moves there were |
 | add --shard ID --address HOST:PORT [--replica ID=HOST:PORT …] [--weight N] | registers a shard without slots |
 | remove --shard ID | takes a shard without slots out of the catalog |
@@ -71,7 +71,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     commands.add_parser("plan", help="say which moves rebalance would make")
     commands.add_parser("rebalance", help="move slots until each shard has its share")
     commands.add_parser("list", help="say which moves there were")
-    recover = commands.add_parser("recover", help="end the fences of movers that were killed")
+    recover = commands.add_parser("recover", help="end the fences of movers that were killed or hang")
     recover.add_argument(
         "--every", type=_interval, metavar="SECONDS", help="look again and again, until told to end; default: once"
     )

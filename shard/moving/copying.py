@@ -68,6 +68,7 @@ async def copy(moving: Moving) -> None:
             moving.told(rows=copied, total=sum(total.values()), rate=round(copied / elapsed_s))
         if done:
             break
+        await forward.require_slot()
         if await forward.errors() >= _MAX_ERRORS:
             raise StreamError(f"the copy fails again and again; the log of {moving.target.shard_id}'s server says why")
         await asyncio.sleep(_POLL_S)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from common import catalog, catalog_moves, logs
 from common.catalog import CatalogError
 from common.catalog_moves import MoveConflictError
-from common.moves import UNFENCED, WAY_BACK_CLOSED, Step
+from common.moves import UNFENCED, WAY_BACK_CLOSED, WAY_BACK_LOST, WAYS_BACK_CLOSED, Step
 from common.postgres import CONNECT_ERRORS
 from shard.moving import ownership
 from shard.moving.copying import compared, settle
@@ -35,7 +35,6 @@ _CALM_S = 0.1
 _CALM_TIMEOUT_S = 3.0
 _CALM_POLL_S = 0.05
 
-_CLOSED = {"error": WAY_BACK_CLOSED, "rollback_window_s": 0.0}
 _FAILURES = (FenceError, StreamError, SideError, MoveError, CatalogError, *CONNECT_ERRORS)
 
 
@@ -49,6 +48,8 @@ async def fence(moving: Moving) -> None:
         # The process that fenced is gone. Its fence may be old.
         await moving.advance(Step.VERIFYING, attempts=moving.move.attempts + 1, error=UNFENCED)
         return
+    # Without it there would be no way back from the moment that the slots go over.
+    await moving.reverse.require_slot()
     await _handed_over(moving, moving.forward, Step.CUT_OVER, or_else=Step.VERIFYING)
 
 
@@ -57,28 +58,36 @@ async def activate(moving: Moving) -> None:
     pause_s = await _told_shards(moving, moving.source, moving.target)
     await moving.changes(moving.forward).remove()
     await moving.forward.remove()
-    is_open = is_reversible(moving)
-    if is_open:
+    why = await way_back_closed_by(moving)
+    if not why:
         await moving.reverse.enable()
     moving.comparison = moving.fenced_at = None
-    await moving.advance(Step.ACTIVE, fenced_at=None, **({} if is_open else _CLOSED))
+    await (_close_way_back(moving, why) if why else moving.advance(Step.ACTIVE, fenced_at=None))
     if pause_s:
         moving.told(pause_ms=round(pause_s * 1000, 1))
 
 
-def is_reversible(moving: Moving) -> bool:
-    """Whether what is written to the target still goes back to the source. A failover of either ends that: the slot, or
-    what the subscriber had taken without waiting for its standbys, may be lost with the old primary.
+def has_failed_over(moving: Moving) -> bool:
+    """Whether either side has failed over since the move began: a slot, or what a subscriber had taken without waiting
+    for its standbys, may be lost with the old primary.
     """
     move = moving.move
-    return (move.source_timeline, move.target_timeline) == (moving.source.timeline, moving.target.timeline)
+    return (move.source_timeline, move.target_timeline) != (moving.source.timeline, moving.target.timeline)
 
 
-async def note_failover(moving: Moving) -> None:
-    """Records of a move that could still be brought back that it cannot, when a failover has seen to that."""
+async def way_back_closed_by(moving: Moving) -> str:
+    """Why what is written to the target does not go back to the source any more; empty while it does."""
+    if has_failed_over(moving):
+        return WAY_BACK_CLOSED
+    return "" if await moving.reverse.has_slot() else WAY_BACK_LOST
+
+
+async def note_way_back(moving: Moving) -> None:
+    """Records of a move that could still be brought back that it cannot, when something has seen to that."""
     move = moving.move
-    if move.step is Step.ACTIVE and move.error != WAY_BACK_CLOSED and not is_reversible(moving):
-        await moving.advance(Step.ACTIVE, **_CLOSED)
+    is_open = move.step is Step.ACTIVE and move.error not in WAYS_BACK_CLOSED
+    if is_open and (why := await way_back_closed_by(moving)):
+        await _close_way_back(moving, why)
 
 
 async def bring_back(moving: Moving) -> None:
@@ -87,9 +96,9 @@ async def bring_back(moving: Moving) -> None:
     # Whatever an earlier attempt has fenced. A compare-and-set first: nobody else is at it.
     await moving.advance(Step.RETURNING)
     await unfence(moving, reverse)
-    if not is_reversible(moving):
-        await moving.advance(Step.ACTIVE, **_CLOSED)
-        raise MoveError(WAY_BACK_CLOSED)
+    if why := await way_back_closed_by(moving):
+        await _close_way_back(moving, why)
+        raise MoveError(why)
     await compared(moving, reverse)
     await _handed_over(moving, reverse, Step.RETURNED, or_else=Step.RETURNING)
 
@@ -103,14 +112,20 @@ async def settle_return(moving: Moving) -> None:
         moving.told(pause_ms=round(pause_s * 1000, 1))
 
 
+async def _close_way_back(moving: Moving, why: str) -> None:
+    await moving.advance(Step.ACTIVE, fenced_at=None, error=why, rollback_window_s=0.0)
+
+
 async def _handed_over(moving: Moving, stream: Stream, step: Step, *, or_else: Step) -> None:
     """From the publisher of a stream to its subscriber, which is `step`; what takes too long is given up: `or_else`."""
     await _made_ready(moving, stream)
+    deadline = time.monotonic() + moving.settings.fence_timeout_s
     try:
         async with asyncio.timeout(moving.settings.fence_timeout_s):
             position = await _brought_over(moving, stream)
-            await moving.hand_over(step, stream.publisher, stream.subscriber, position)
-            moving.lap("recorded")
+        # By itself: once it is asked for, no deadline may cut it short.
+        await moving.hand_over(step, stream.publisher, stream.subscriber, position, deadline)
+        moving.lap("recorded")
     except MoveConflictError:
         raise
     except _FAILURES as error:
@@ -121,6 +136,7 @@ async def _handed_over(moving: Moving, stream: Stream, step: Step, *, or_else: S
 async def _made_ready(moving: Moving, stream: Stream) -> None:
     """Waits for this move's turn and for a calm moment, and does before the fence what can be done before it."""
     assert moving.comparison is not None
+    await stream.require_slot()
     await moving.turn.take()
     await moving.rehearse(stream.publisher, stream.subscriber)
     deadline = time.monotonic() + _CALM_TIMEOUT_S
@@ -142,21 +158,21 @@ async def _brought_over(moving: Moving, stream: Stream) -> Position:
     )
     moving.fenced_at = time.monotonic()
     moving.laps.clear()
-    mark = time.time_ns()
-    moving.fenced_at = await ownership.fence(
+    fenced = await ownership.fence(
         giver,
         move.first,
         move.last,
         timeout_s=moving.settings.fence_timeout_s / 2,
         move_id=move.move_id,
         way=stream.way,
-        mark=mark,
+        mark=time.time_ns(),
     )
+    moving.fenced_at = fenced.since
     moving.lap("fenced")
     # Meanwhile the taker gets the last rows.
     changed = await comparison.changes.take()
     moving.lap("read")
-    await stream.arrived(mark, moving.settings.fence_timeout_s)
+    await stream.arrived(fenced.mark, moving.settings.fence_timeout_s)
     moving.lap("arrived")
     different = await comparison.verifier.some(merged(comparison.suspects, changed))
     moving.lap("compared")

@@ -1,7 +1,7 @@
 """Driving one move from whatever step the catalog records, with its lease, until it is over or may wait.
 
-What goes away meanwhile, the catalog or a shard's primary, is looked for again; a failover of either side begins the
-move anew when nothing is decided yet, and closes the way back when it is.
+What goes away meanwhile, the catalog or a shard's primary, is looked for again; a failover of either side, or the loss
+of a replication slot, begins the move anew when nothing is decided yet, and closes the way back when it is.
 """
 
 import asyncio
@@ -12,15 +12,15 @@ from dataclasses import replace
 
 from common import catalog_moves, logs, postgres
 from common.config import MoverSettings
-from common.moves import UNFENCED, WAY_BACK_CLOSED, Move, Step
-from common.postgres import CONNECT_ERRORS, Connection, DatabaseUnreachableError
+from common.moves import UNFENCED, Move, Step
+from common.postgres import CONNECT_ERRORS, NOTICE_LOSS, Connection, DatabaseUnreachableError
 from shard.moving import cutover, side
 from shard.moving.moving import MoveError, Moving, Tell, Turn
 from shard.moving.ownership import OwnershipError
 from shard.moving.pacing import Pace
 from shard.moving.side import Side, SideError
 from shard.moving.steps import STEPS
-from shard.moving.streams import StreamError
+from shard.moving.streams import SlotLostError, StreamError
 from shard.moving.unfence import close, let_write, record, unfence
 
 _log = logs.get_logger("move")
@@ -66,7 +66,7 @@ class Driver:
         Raises MoveError, StreamError, OwnershipError: it is left to be resumed, and says why in the catalog. And
         LeasedError.
         """
-        tried_since, seen = time.monotonic(), (Step.DONE, 0)
+        tried_since, seen = time.monotonic(), Step.DONE
         while True:
             try:
                 try:
@@ -76,7 +76,12 @@ class Driver:
             except catalog_moves.MoveConflictError as error:
                 # A change whose answer was lost: what the catalog says now is true.
                 failure: Exception = error
-            except _LOST as error:
+            except (SlotLostError, *_LOST) as error:
+                failure = error
+            except LeasedError as error:
+                # Of one that was ours a moment ago, a session of ours has not ended yet, or somebody ends a fence.
+                if not self._at.move_id:
+                    raise
                 failure = error
             except (MoveError, StreamError, OwnershipError) as error:
                 await self._note(str(error))
@@ -85,29 +90,32 @@ class Driver:
                 # What is left to be done can wait until both sides are there.
                 return self._at
             now = time.monotonic()
-            if (self._at.step, self._at.version) != seen:
-                tried_since, seen = now, (self._at.step, self._at.version)
+            # Not by its version, which each attempt raises that gets as far as to record something.
+            if self._at.step is not seen:
+                tried_since, seen = now, self._at.step
             if self._stop.is_set() or now - tried_since >= _PATIENCE_S:
                 await self._note(str(failure))
+                if isinstance(failure, LeasedError):
+                    raise failure
                 raise MoveError(f"move {self._move_id} can be resumed: {failure}") from failure
             _log.warning("a move is interrupted", move_id=self._move_id, error=type(failure).__name__)
             await asyncio.sleep(_BACKOFF_S)
 
     async def look(self) -> None:
-        """Records of a move that waits for the end of its rollback window that a failover has closed it, if one has.
-        What cannot be found out now is left to the next look.
+        """Records of a move that waits for the end of its rollback window that it is closed, if something has seen to
+        that. What cannot be found out now is left to the next look.
         """
         with suppress(LeasedError, catalog_moves.MoveConflictError, *_LOST):
             async with leased(self._settings, self._move_id) as (connection, move):
                 if move.step is not Step.ACTIVE:
                     return
                 async with self._side(move, move.source) as source, self._side(move, move.target) as target:
-                    await cutover.note_failover(self._moving(connection, move, source, target))
+                    await cutover.note_way_back(self._moving(connection, move, source, target))
 
     _at = Move(0, 0, 0, "", "", Step.PLANNED)
 
     async def _run_connected(self, *, hold: bool, bring_back: bool, unfence: bool) -> Move:
-        async with leased(self._settings, self._move_id) as (connection, found):
+        async with leased(self._settings, self._move_id, from_hung=unfence) as (connection, found):
             move = found
             if bring_back and move.step.is_before_cutover:
                 rolling_back = replace(move, step=Step.ROLLING_BACK, error="rolled back by request")
@@ -122,10 +130,11 @@ class Driver:
             ):
                 moving = self._moving(connection, move, source, target)
                 moving.told()
-                await cutover.note_failover(moving)
+                await cutover.note_way_back(moving)
                 if bring_back:
                     await self._turn_round(moving)
-                await self._begin_anew_after_failover(moving)
+                await self._begin_anew(moving)
+                self._at = moving.move
                 if unfence:
                     return await self._unfence(moving)
                 for stream in (moving.forward, moving.reverse):
@@ -194,7 +203,8 @@ class Driver:
         return Moving(connection, self._settings, move, source, target, self._tell, self._turn, self._pace)
 
     def _side(self, move: Move, shard_id: str) -> AbstractAsyncContextManager[Side]:
-        return side.opened(shard_id, self._settings.shard_dsn(shard_id), move.move_id)
+        settings = self._settings
+        return side.opened(shard_id, settings.shard_dsn(shard_id), move.move_id, hung_after_s=settings.hung_after_s)
 
     async def _unfence(self, moving: Moving) -> Move:
         """What `_unfence_alone` leaves: the other side, and what is decided."""
@@ -211,17 +221,24 @@ class Driver:
         """Has a move go back that has gone over. Raises MoveError when it is too late."""
         step = moving.move.step
         if step is Step.ACTIVE:
-            if not cutover.is_reversible(moving):
-                raise MoveError(WAY_BACK_CLOSED)
+            if why := await cutover.way_back_closed_by(moving):
+                raise MoveError(why)
             await moving.advance(Step.RETURNING)
         elif step in (Step.CLEANING, Step.DONE):
             raise MoveError("the way back is closed: the source's rows are being removed")
 
-    async def _begin_anew_after_failover(self, moving: Moving) -> None:
+    async def _begin_anew(self, moving: Moving) -> None:
+        """Has a move begin again that nothing is decided of, and that can come to nothing as it is."""
         move = moving.move
-        if not move.step.is_before_cutover or move.step is Step.PLANNED or cutover.is_reversible(moving):
+        if not move.step.is_before_cutover or move.step is Step.PLANNED:
             return
-        await moving.advance(Step.PLANNED, attempts=move.attempts + 1, error="begun again after a failover")
+        if cutover.has_failed_over(moving):
+            why = "begun again after a failover"
+        elif lost := [stream.name for stream in (moving.forward, moving.reverse) if await stream.is_cut()]:
+            why = f"begun again, as the replication slot {lost[0]} was gone or invalidated"
+        else:
+            return
+        await moving.advance(Step.PLANNED, attempts=move.attempts + 1, error=why)
 
     async def _note(self, why: str) -> None:
         """Says in the catalog why the move stopped, if that can be said."""
@@ -234,17 +251,23 @@ class Driver:
 
 
 @asynccontextmanager
-async def leased(settings: MoverSettings, move_id: int) -> AsyncIterator[tuple[Connection, Move]]:
-    """A connection to the catalog that has the lease of a move, and the move.
+async def leased(
+    settings: MoverSettings, move_id: int, *, from_hung: bool = False
+) -> AsyncIterator[tuple[Connection, Move]]:
+    """A connection to the catalog that has the lease of a move, and the move. With `from_hung` it is taken from a mover
+    that has fenced the slots and does nothing any more: its session is ended, and with it the right to change anything.
 
     Raises LeasedError, DatabaseUnreachableError, CatalogError.
     """
-    connection = await postgres.connect(settings.catalog_dsn.get_secret_value(), what="the catalog")
+    dsn = settings.catalog_dsn.get_secret_value()
+    connection = await postgres.connect(dsn, what="the catalog", settings=NOTICE_LOSS)
     try:
-        deadline = time.monotonic() + _LEASE_TIMEOUT_S
+        deadline = time.monotonic() + _LEASE_TIMEOUT_S + (settings.hung_after_s if from_hung else 0)
         while not await catalog_moves.take_lease(connection, move_id):
             if time.monotonic() >= deadline:
                 raise LeasedError(f"another mover drives move {move_id}")
+            if from_hung and (await catalog_moves.read_move(connection, move_id)).fenced_at is not None:
+                await catalog_moves.end_hung(connection, move_id, settings.hung_after_s)
             await asyncio.sleep(_POLL_S)
         yield connection, await catalog_moves.read_move(connection, move_id)
     finally:

@@ -148,7 +148,7 @@ class Mover:
         await self._settle([move.move_id for move in active], passing=move_id is None)
 
     async def recover(self) -> None:
-        """Ends the fences of moves that nobody drives, and no more. Raises MoveError."""
+        """Ends the fences of moves that nobody drives, or only a mover that hangs, and no more. Raises MoveError."""
 
         async def recover(move_id: int) -> None:
             with suppress(LeasedError):
@@ -162,7 +162,8 @@ class Mover:
             try:
                 async with self._catalog() as connection:
                     moves = [move for move in await catalog_moves.read_moves(connection) if move.may_be_fenced]
-                    left = [move for move in moves if not await catalog_moves.is_leased(connection, move.move_id)]
+                    hung_after_s = self._settings.hung_after_s
+                    left = [m for m in moves if await catalog_moves.is_unattended(connection, m, hung_after_s)]
                 if left:
                     _log.warning("a mover has left slots that nobody may write to", moves=[m.move_id for m in left])
                     await self.recover()
@@ -216,7 +217,7 @@ class Mover:
                             )
                         except MoveConflictError as error:
                             raise MoveError(str(error)) from error
-                    await self._driver(made.move_id).run(hold=True)
+                    _require_kept(await self._driver(made.move_id).run(hold=True))
                 await self._settle([made.move_id])
 
         await _together([move(planned) for planned in moves])
@@ -261,9 +262,7 @@ class Mover:
                 if not passing:
                     raise
                 return
-            if ended.step is Step.ROLLED_BACK:
-                # Whoever asked for that does not want its slots to be moved at once again.
-                raise MoveError(f"move {move_id} was rolled back; `memshard rebalance` would move its slots anew")
+            _require_kept(ended)
 
         await _together([settle(move_id) for move_id in move_ids])
 
@@ -309,6 +308,14 @@ class Mover:
             yield connection
         finally:
             connection.terminate()
+
+
+def _require_kept(ended: Move) -> None:
+    """Raises MoveError when somebody has rolled a move back that others made: whoever asked for that does not want its
+    slots to be moved at once again.
+    """
+    if ended.step is Step.ROLLED_BACK:
+        raise MoveError(f"move {ended.move_id} was rolled back; `memshard rebalance` would move its slots anew")
 
 
 async def _set_status(connection: Connection, shard_id: str, status: ShardStatus) -> Topology:

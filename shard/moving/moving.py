@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -23,6 +23,9 @@ from shard.moving.verify import Verifier
 from shard.position import Position
 
 Tell = Callable[[dict[str, Any]], None]
+
+# How long the catalog may take over the deadline of a fence to say whether it has recorded a hand-over.
+_DECISION_TIMEOUT_S = 5.0
 
 
 class MoveError(Exception):
@@ -135,15 +138,20 @@ class Moving:
             # There never is an epoch 0.
             await self._recorded(replace(standing, epoch=0), self.move, giver, taker, (0, 0))
 
-    async def hand_over(self, step: Step, giver: Side, taker: Side, here: Position) -> None:
-        """The compare-and-set after which there is no way back. Raises MoveConflictError, MoveError."""
+    async def hand_over(self, step: Step, giver: Side, taker: Side, here: Position, deadline: float) -> None:
+        """The compare-and-set after which there is no way back. It is asked for before `deadline`, by the monotonic
+        clock, or not at all. Raises MoveConflictError, MoveError, CONNECT_ERRORS.
+        """
         for _ in range(5):
-            standing = await self._standing(giver, taker)
+            async with asyncio.timeout(deadline - time.monotonic()):
+                standing = await self._standing(giver, taker)
             self.may_be_decided = True
             changed = replace(self.move, step=step, error="", cutover_at=datetime.now(UTC))
+            decision = self._recorded(standing, changed, giver, taker, (here.timeline, here.lsn))
             try:
-                self.move = await self._recorded(standing, changed, giver, taker, (here.timeline, here.lsn))
+                self.move = await self._undisturbed(decision, deadline - time.monotonic() + _DECISION_TIMEOUT_S)
             except catalog.EpochConflictError:
+                self.may_be_decided = False
                 continue
             self.departure = Departure(taker.shard_id, standing.address, self.move.cutover_epoch, here)
             self.told()
@@ -157,6 +165,20 @@ class Moving:
     def lap(self, part: str) -> None:
         """Another part of the hand-over is over."""
         self.laps[part] = round(self.since_fence_s() * 1000)
+
+    async def _undisturbed(self, decision: Coroutine[Any, Any, Move], within_s: float) -> Move:
+        """What comes of a commit that must not be cancelled: one that waits for standbys would be seen from then on,
+        and be gone with the server. When it takes too long the session is left instead, and whether it was done is not
+        known then. Raises CONNECT_ERRORS.
+        """
+        task = asyncio.create_task(decision)
+        try:
+            await asyncio.wait({task}, timeout=within_s)
+        finally:
+            if not task.done():
+                self.catalog.terminate()
+                await asyncio.wait({task})
+        return await task
 
     async def _standing(self, giver: Side, taker: Side) -> Standing:
         """What the catalog has. The primaries are of the moment of the epoch: whoever is replaced from then on, the

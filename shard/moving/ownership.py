@@ -23,16 +23,17 @@ _LOCK_TIMEOUT = "SELECT set_config('lock_timeout', $1, true)"
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 0.5
 _STEP_BACK_S = 0.1
-# Each of these is one statement, and so one round trip of the time in which nobody may write.
+# Each of these is one statement, and so one round trip of the time in which nobody may write. As for marks: streams.py.
 _FENCE = f"""
 WITH fenced AS (
     UPDATE owned_slots SET state = 'fenced' WHERE slot BETWEEN $1 AND $2 AND state = 'own' RETURNING 1
 ), marked AS (
-    INSERT INTO {MARKS} (slot, move_id, way, mark)
+    INSERT INTO {MARKS} AS known (slot, move_id, way, mark)
     SELECT $1::int, $3::bigint, $4::text, $5::bigint WHERE EXISTS (SELECT FROM fenced)
-    ON CONFLICT (slot, move_id, way) DO UPDATE SET mark = excluded.mark
+    ON CONFLICT (slot, move_id, way) DO UPDATE SET mark = greatest(excluded.mark, known.mark + 1)
+    RETURNING mark
 )
-SELECT count(*) FROM fenced
+SELECT (SELECT count(*) FROM fenced) AS slots, (SELECT mark FROM marked) AS mark
 """  # noqa: S608  # A constant.
 _UNFENCE = "UPDATE owned_slots SET state = 'own' WHERE slot BETWEEN $1 AND $2 AND state = 'fenced'"
 _OPEN_TO_READS = """
@@ -95,23 +96,33 @@ class Departure:
     position: Position
 
 
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """A fence that stands."""
+
+    since: float
+    """Since when nobody could write, by the monotonic clock: since the mover began to wait for the last time."""
+    mark: int
+    """Whoever has it has all that was written before."""
+
+
 async def rehearse(giver: Side, taker: Side) -> None:
     """Has both servers make ready for what they are asked while nobody may write: each statement once, about no slot.
 
     The first time, a statement takes a round trip more, and the session reads from the catalogs what it needs.
     """
     nowhere = Departure("", "", 0, Position(0, 0, waits=False, server=""))
-    await giver.connection.fetchval(_FENCE, *_NONE, 0, "", 0)
+    await giver.connection.fetchrow(_FENCE, *_NONE, 0, "", 0)
     await open_to_reads(taker, *_NONE)
     await give_up(giver, *_NONE, nowhere)
     await take(taker, *_NONE, 0)
 
 
-async def fence(side: Side, first: int, last: int, *, timeout_s: float, move_id: int, way: str, mark: int) -> float:
-    """Keeps everybody from writing to the slots, and sets a mark behind the last write. Raises FenceError.
+async def fence(side: Side, first: int, last: int, *, timeout_s: float, move_id: int, way: str, mark: int) -> Fence:
+    """Keeps everybody from writing to the slots, and sets a mark behind the last write: `mark`, or a higher one where
+    there was one as high. Raises FenceError.
 
     While it waits for the writes under way it keeps nobody from writing to the shard for longer than half a second.
-    Returns since when nobody could write, by the monotonic clock: since it began to wait for the last time.
     """
     connection, deadline = side.connection, time.monotonic() + timeout_s
     patience_s = _FIRST_WAIT_S
@@ -123,14 +134,15 @@ async def fence(side: Side, first: int, last: int, *, timeout_s: float, move_id:
             async with connection.transaction():
                 await connection.execute(_LOCK_TIMEOUT, f"{max(1, int(wait_s * 1000))}ms")
                 await connection.execute(_LOCK)
-                fenced = await connection.fetchval(_FENCE, first, last, move_id, way, mark)
-                if fenced != last - first + 1:
-                    raise FenceError(f"{side.shard_id} has only {fenced} of the slots {first} to {last}")
+                fenced = await connection.fetchrow(_FENCE, first, last, move_id, way, mark)
+                assert fenced is not None
+                if fenced["slots"] != last - first + 1:
+                    raise FenceError(f"{side.shard_id} has only {fenced['slots']} of the slots {first} to {last}")
         except asyncpg.LockNotAvailableError as error:
             if deadline - time.monotonic() <= _STEP_BACK_S:
                 raise FenceError("writes under way did not end in time") from error
         else:
-            return began
+            return Fence(began, fenced["mark"])
         await asyncio.sleep(_STEP_BACK_S)
 
 

@@ -1,8 +1,9 @@
 """The plan: which slots go where, so that shards have slots by their weights with the fewest slots moved. Pure.
 
 Shards with the status active share the slots by weight; a draining one is to have none. Shards that are readonly or in
-maintenance keep what they have and get nothing. Slots that are pinned to a shard belong there, and count for nobody; a
-pin to a draining shard does not count, or the shard would never be empty.
+maintenance keep what they have and get nothing. Slots that are pinned to a shard belong there, and count for nobody.
+What would keep a draining shard from ever being empty does not count: a pin to it, and one of a slot of its own to a
+shard that takes none.
 """
 
 from collections.abc import Collection, Mapping
@@ -48,7 +49,7 @@ def plan(
     status = {s.shard_id: ShardStatus.DRAINING if s.shard_id in draining else s.status for s in topology.shards}
     weights = {s.shard_id: s.weight for s in topology.shards if status[s.shard_id] in TAKES}
     owned = {s.shard_id: _slots_of(topology, s.shard_id) for s in topology.shards}
-    pins = {slot: to for slot, to in (pins or {}).items() if status.get(to) is not ShardStatus.DRAINING}
+    pins = {slot: to for slot, to in (pins or {}).items() if _counts(status, topology.owner(slot).shard_id, to)}
     wanted = _pinned(owned, status, pins)
     free = {
         shard_id: [slot for slot in slots if slot not in pins]
@@ -90,6 +91,13 @@ def by_hand(topology: Topology, first: int, last: int, target: str, *, max_slots
 
 def _slots_of(topology: Topology, shard_id: str) -> list[int]:
     return [slot for first, last in topology.ranges_of(shard_id) for slot in range(first, last + 1)]
+
+
+def _counts(status: Mapping[str, ShardStatus], owner: str, pinned_to: str) -> bool:
+    """Whether a pin is kept to. A slot of a draining shard that cannot go where it belongs goes elsewhere meanwhile."""
+    if status[owner] is ShardStatus.DRAINING:
+        return status.get(pinned_to) in TAKES
+    return status.get(pinned_to) is not ShardStatus.DRAINING
 
 
 def _pinned(

@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.catalog_moves import LEASE_CLASS
-from common.postgres import CONNECT_ERRORS, explain
+from common.catalog_moves import LEASE_CLASS, end_hung
+from common.postgres import CONNECT_ERRORS, NOTICE_LOSS, explain
 from shard import identity
 from shard.primary import Newest, Primary
 
@@ -24,8 +24,11 @@ _FIND_TIMEOUT_S = 10.0
 # A session of a mover that was killed ends when its server notices: within the interval below, or one statement.
 _LOCK_TIMEOUT_S = 30.0
 _POLL_S = 0.1
+# As the mover's settings have it by default.
+_HUNG_AFTER_S = 15.0
 
 _SETTINGS = {
+    **NOTICE_LOSS,
     "application_name": "memshard mover",
     # A server that is at a long statement finds out that the mover is gone.
     "client_connection_check_interval": "500ms",
@@ -66,8 +69,9 @@ class Side:
 
 
 @asynccontextmanager
-async def opened(shard_id: str, dsn: str, move_id: int) -> AsyncIterator[Side]:
-    """A session that has the lock of a move.
+async def opened(shard_id: str, dsn: str, move_id: int, *, hung_after_s: float = _HUNG_AFTER_S) -> AsyncIterator[Side]:
+    """A session that has the lock of a move, for who has its lease. Who had it before and still has the lock has lost
+    the lease: the session ends when that is noticed, and is ended when it has done nothing for `hung_after_s`.
 
     Raises SideError: it cannot be reached, is another shard's, or another mover has the lock.
     """
@@ -85,6 +89,7 @@ async def opened(shard_id: str, dsn: str, move_id: int) -> AsyncIterator[Side]:
         while not await connection.fetchval(_LOCK, LEASE_CLASS, move_id):
             if time.monotonic() >= deadline:
                 raise SideError(f"another mover is at work on move {move_id} in {shard_id}")
+            await end_hung(connection, move_id, hung_after_s)
             await asyncio.sleep(_POLL_S)
         server = await connection.fetchrow(_SERVER)
         assert server is not None

@@ -6,7 +6,7 @@ again.
 
 from collections.abc import Awaitable, Callable, Mapping
 
-from common.moves import WAY_BACK_CLOSED, Step
+from common.moves import WAYS_BACK_CLOSED, Step
 from shard.moving import copying, cutover, ownership
 from shard.moving.cleanup import remove_rows
 from shard.moving.moving import Moving
@@ -41,7 +41,7 @@ async def wait(moving: Moving) -> None:
 
 def _for_good(moving: Moving) -> str:
     """What there is to say of the move whatever becomes of it."""
-    return WAY_BACK_CLOSED if moving.move.error == WAY_BACK_CLOSED else ""
+    return moving.move.error if moving.move.error in WAYS_BACK_CLOSED else ""
 
 
 STEPS: Mapping[Step, Callable[[Moving], Awaitable[None]]] = {

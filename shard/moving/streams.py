@@ -17,9 +17,15 @@ from shard.moving.tables import MARKS, MOVED
 _DROP_TIMEOUT_S = 15.0
 _POLL_S = 0.05
 _MARK_POLL_S = 0.004
+# How often somebody who waits for what comes by a slot looks whether it still can.
+_SLOT_CHECK_S = 1.0
 
 _HAS_PUBLICATION = "SELECT EXISTS (SELECT FROM pg_publication WHERE pubname = $1)"
 _HAS_SLOT = "SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1)"
+# One that was invalidated, as when it kept more log than a server may keep for it, stays, and nobody can take from it.
+_HAS_WHOLE_SLOT = """
+SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1 AND wal_status IS DISTINCT FROM 'lost')
+"""
 _HAS_SUBSCRIPTION = """
 SELECT EXISTS (
     SELECT FROM pg_subscription JOIN pg_database ON pg_database.oid = subdbid
@@ -61,9 +67,12 @@ WHERE slot_name ~ ('^pg_[0-9]+_sync_[0-9]+_' || $1 || '$')
 _SUBSCRIPTIONS = """
 SELECT coalesce(array_agg(pg_subscription.oid), '{}') FROM pg_subscription
 """
+# Each mark is higher than those before it, whatever the clock says of the machine that the mover is on now: otherwise
+# one that has long arrived would stand for one that has not.
 _SET_MARK = f"""
-INSERT INTO {MARKS} (slot, move_id, way, mark) VALUES ($1, $2, $3, $4)
-ON CONFLICT (slot, move_id, way) DO UPDATE SET mark = excluded.mark
+INSERT INTO {MARKS} AS known (slot, move_id, way, mark) VALUES ($1, $2, $3, $4)
+ON CONFLICT (slot, move_id, way) DO UPDATE SET mark = greatest(excluded.mark, known.mark + 1)
+RETURNING mark
 """  # noqa: S608  # A constant, here as below.
 _GET_MARK = f"SELECT mark FROM {MARKS} WHERE slot = $1 AND move_id = $2 AND way = $3"  # noqa: S608
 _TABLE_STATES = """
@@ -77,6 +86,10 @@ _ERRORS = "SELECT apply_error_count + sync_error_count FROM pg_stat_subscription
 
 class StreamError(Exception):
     """Replication does not do what it should; the message says where to look."""
+
+
+class SlotLostError(StreamError):
+    """A replication slot is gone, or was invalidated: what was to come by it never will."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +116,21 @@ class Stream:
     async def make_slot(self) -> None:
         """Makes the slot, if it is not there. Waits for every transaction that is open on the publisher."""
         await make_slot(self.publisher, self.name)
+
+    async def has_slot(self) -> bool:
+        """Whether there is the slot, and everything that is to come by it."""
+        return await _has_slot(self.publisher, self.name)
+
+    async def require_slot(self) -> None:
+        """Raises SlotLostError unless there is."""
+        if not await self.has_slot():
+            raise SlotLostError(
+                f"the replication slot {self.name} on {self.publisher.shard_id} is gone or was invalidated"
+            )
+
+    async def is_cut(self) -> bool:
+        """Whether somebody is there to take, and nothing to take from."""
+        return await self.is_subscribed() and not await self.has_slot()
 
     async def subscribe(self, *, enabled: bool, copy: bool) -> None:
         """Makes the subscription, if it is not there; with `copy` it begins with all rows that there are."""
@@ -143,14 +171,20 @@ class Stream:
 
     async def mark(self) -> int:
         """Writes a mark among the rows; whoever has it has all that was committed before it."""
-        mark = time.time_ns()
-        await self.publisher.connection.execute(_SET_MARK, self.first, self.move_id, self.way, mark)
+        mark: int = await self.publisher.connection.fetchval(
+            _SET_MARK, self.first, self.move_id, self.way, time.time_ns()
+        )
         return mark
 
     async def arrived(self, mark: int, timeout_s: float) -> None:
-        """Returns once the subscriber has the mark. Raises TimeoutError."""
+        """Returns once the subscriber has the mark. Raises TimeoutError, SlotLostError."""
+        looked = time.monotonic()
         async with asyncio.timeout(timeout_s):
-            while await self._seen() < mark:  # noqa: ASYNC110  # Nothing tells us; we have to ask.
+            # Nothing tells us; we have to ask.
+            while await self._seen() < mark:
+                if time.monotonic() - looked >= _SLOT_CHECK_S:
+                    await self.require_slot()
+                    looked = time.monotonic()
                 await asyncio.sleep(_MARK_POLL_S)
 
     async def caught_up(self, timeout_s: float) -> float:
@@ -173,8 +207,9 @@ class Stream:
 
 
 async def make_slot(publisher: Side, name: str) -> None:
-    """Makes a logical replication slot, if it is not there."""
-    if not await publisher.connection.fetchval(_HAS_SLOT, name):
+    """Makes a logical replication slot, if it is not there. One that was invalidated is replaced."""
+    if not await _has_slot(publisher, name):
+        await drop_slot(publisher, name)
         await publisher.connection.execute(_CREATE_SLOT, name)
 
 
@@ -187,6 +222,11 @@ async def drop_slot(publisher: Side, name: str) -> None:
         if time.monotonic() >= deadline:
             raise StreamError(f"the replication slot {name} on {publisher.shard_id} is in use and cannot be dropped")
         await asyncio.sleep(_POLL_S)
+
+
+async def _has_slot(publisher: Side, name: str) -> bool:
+    found: bool = await publisher.connection.fetchval(_HAS_WHOLE_SLOT, name)
+    return found
 
 
 async def _made(side: Side, statement: str, *values: Any) -> None:

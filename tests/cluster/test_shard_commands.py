@@ -18,7 +18,7 @@ from memshard import AsyncMemoryClient, MemshardError, NewMemory, ReadOnly, Unav
 from tests.support.cluster import LocalCluster, at_work, command
 from tests.support.eventually import eventually
 from tests.support.moving import Slots
-from tests.support.wire import user_slot
+from tests.support.wire import database, user_slot
 
 # Commands start a process each, and slots are moved in nearly every test.
 pytestmark = pytest.mark.timeout(240)
@@ -29,6 +29,16 @@ _ALL = [1.0] * _DIMENSIONS
 # Longer than any test: what is to be brought back must not be cleaned up before.
 _HELD = ("--rollback-window", "600")
 _AT_ONCE = ("--rollback-window", "0")
+# No shard is taken out of the catalog.
+_KEEP_SHARDS = """
+CREATE FUNCTION keep_shards() RETURNS trigger LANGUAGE plpgsql AS $body$
+BEGIN
+    RAISE EXCEPTION 'kept by a test';
+END
+$body$;
+CREATE TRIGGER keep_shards BEFORE DELETE ON shards FOR EACH ROW EXECUTE FUNCTION keep_shards();
+"""
+_LET_SHARDS_GO = "DROP TRIGGER keep_shards ON shards; DROP FUNCTION keep_shards()"
 
 
 @dataclass
@@ -287,6 +297,27 @@ async def test_a_shard_comes_and_leaves_with_a_user_who_is_pinned_to_it(kept: Ke
     await kept.found()
     code, output = await kept.refused("shards", "remove", added)
     assert (code, f"there is no shard '{added}'" in output) == (1, True)
+
+
+async def test_a_removal_that_was_cut_off_leaves_a_cluster_that_can_be_balanced_and_is_finished(kept: Kept) -> None:
+    """As when the catalog is lost at that moment: here it refuses."""
+    added = (await kept.lines("shards", "add"))[-1]["shard_id"]
+    async with database(kept.cluster.catalog_dsn(owner=True)) as catalog:
+        await catalog.execute(_KEEP_SHARDS)
+        code, output = await kept.refused("shards", "remove", added)
+        assert (code, "kept by a test" in output) == (1, True)
+        assert await kept.lines("rebalance", "--plan") == [{"plan": {"slots": 0, "moves": []}}]
+        await kept.run("rebalance", *_AT_ONCE)
+        await kept.found()
+        await catalog.execute(_LET_SHARDS_GO)
+    # And it may have got further than is known.
+    await kept.slots.move("remove", "--shard", added)
+    assert (await kept.lines("shards", "remove", added))[-1]["done"]
+    names = [process["name"] for process in (await kept.cluster.status())["processes"]]
+    assert not any(added in name for name in names)
+    assert not list(kept.cluster.layout.postgres.glob(f"postgres-{added}*"))
+    assert await kept.counts() == [8192, 8192]
+    await kept.found()
 
 
 async def test_a_shard_serves_what_its_status_says(kept: Kept) -> None:

@@ -200,6 +200,35 @@ async def test_a_mover_ends_while_nobody_may_write(slots: Slots, command: str, n
         assert (await slots.topology()).owner(_RANGE[0]).shard_id == (target if moved else source)
 
 
+@pytest.mark.parametrize("command", ["resume", "rollback"])
+async def test_a_mover_that_hangs_while_nobody_may_write_keeps_nobody_from_it_for_long(
+    slots: Slots, command: str
+) -> None:
+    """Its sessions are ended: it has lost the right to change anything, and when it wakes finds what others did."""
+    source, target = await there_and_back(slots)
+    asked = ["move", "--first", str(_RANGE[0]), "--last", str(_RANGE[1]), "--to", target]
+    async with written(slots), slots.mover(*asked) as mover:
+        async with slots.fence_held(mover, source, target):
+            mover.send(signal.SIGSTOP)
+            move = (await slots.moves())[-1]
+            assert (move.step, move.fenced_at is None) == (Step.FENCED, False)
+            # The shorter the fences that it knows, the earlier it takes a mover for one that hangs.
+            await Slots(slots.cluster, {**slots.settings, "fence_timeout_s": 0.5}).move("recover")
+            assert await slots.fenced(source) == 0
+            recovered = (await slots.moves())[-1]
+            assert (recovered.step, recovered.may_be_fenced) == (Step.VERIFYING, False)
+        await finished(slots, command, *(["--move", str(move.move_id)] if command == "rollback" else []))
+        moved = command == "resume"
+        ended = (await slots.moves())[-1]
+        assert ended.step is (Step.DONE if moved else Step.ROLLED_BACK)
+        mover.send(signal.SIGCONT)
+        events = [event async for event in mover.events()]
+        assert events[-1]["event"] == ("done" if moved else "failed"), events[-1]
+        assert moved or "was rolled back" in events[-1]["why"]
+        assert (await slots.moves())[-1] == ended
+        assert (await slots.topology()).owner(_RANGE[0]).shard_id == (target if moved else source)
+
+
 @pytest.mark.parametrize("told", ["nobody", "who gives"])
 @pytest.mark.parametrize(
     ("step", "command"), [(Step.CUT_OVER, "resume"), (Step.CUT_OVER, "rollback"), (Step.RETURNED, "resume")]

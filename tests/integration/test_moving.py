@@ -18,14 +18,19 @@ import pytest_asyncio
 from common import catalog_moves, catalog_shards
 from common.catalog import CatalogError, EpochConflictError, raise_epoch
 from common.catalog_moves import MoveConflictError
-from common.moves import Step
-from common.postgres import Connection
+from common.config import MoverSettings
+from common.moves import WAY_BACK_LOST, Step
+from common.postgres import NOTICE_LOSS, Connection
 from common.probe_user import PREFIX as PROBE
 from common.topology import Cutover, Shard, ShardStatus
+from local import mover
 from memshard import AsyncMemoryClient
 from shard import identity, purge
 from shard.database import Database
 from shard.large_users import indexes
+from shard.moving import ownership, side
+from shard.moving.driver import leased
+from shard.moving.streams import Stream, drop_slot
 from shard.moving.tables import MARKS, MOVED, STAYING
 from tests.support.cluster import LocalCluster, command
 from tests.support.eventually import eventually
@@ -677,6 +682,123 @@ async def settled(slots: Slots) -> bool:
     """Whether the last move leaves nobody without a shard that takes writes, and says so."""
     move = (await slots.moves())[-1]
     return move.fenced_at is None and not move.may_be_fenced
+
+
+async def lose_slot(slots: Slots, shard_id: str, name: str) -> None:
+    """Drops a replication slot, as a server invalidates one that keeps too much log."""
+    settings = MoverSettings.model_validate(mover.settings(slots.cluster.plan()))
+    async with side.opened(shard_id, settings.shard_dsn(shard_id), 0) as there:
+        await drop_slot(there, name)
+
+
+async def to_be_moved(slots: Slots) -> tuple[list[str], str, str]:
+    """Arguments that move a hundred slots, and from where to where."""
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    return ["move", "--first", str(first), "--last", str(first + 99), "--to", "shard-1"], "shard-0", "shard-1"
+
+
+@pytest.mark.parametrize("step", [Step.ACTIVE, Step.RETURNING])
+async def test_a_move_whose_way_back_is_lost_stays_where_it_went_and_says_so(slots: Slots, step: Step) -> None:
+    """It does not return for ever, nor with slots that nobody may write to."""
+    held = Slots(slots.cluster, {**slots.settings, "rollback_window_s": 600})
+    asked, _, target = await to_be_moved(slots)
+    async with held.mover(*asked) as running:
+        await running.until(Step.ACTIVE)
+        running.send(signal.SIGTERM)
+        await running.process.communicate()
+    move = (await slots.moves())[-1]
+    back = ("rollback", "--move", str(move.move_id))
+    if step is Step.RETURNING:
+        async with slots.step_held(step) as returning, held.mover(*back) as running:
+            await running.until(step)
+            await returning.is_done()
+            running.send()
+            await running.process.wait()
+            await returning.end_sessions()
+        assert await slots.fenced(target) == move.slots
+    await lose_slot(slots, target, f"memshard_move_{move.move_id}_reverse")
+    assert await failed(slots, *back) == WAY_BACK_LOST
+    assert await slots.fenced(target) == 0
+    move = (await slots.moves())[-1]
+    assert (move.step, move.error, move.rollback_until) == (Step.ACTIVE, WAY_BACK_LOST, None)
+    await slots.move("resume")
+    assert (await slots.moves())[-1].step is Step.DONE
+    assert await slots.left_over() == []
+
+
+@pytest.mark.parametrize(("step", "way"), [(Step.VERIFYING, "forward"), (Step.REVERSING, "reverse")])
+async def test_a_move_that_loses_a_slot_before_it_has_gone_over_begins_anew(slots: Slots, step: Step, way: str) -> None:
+    asked, source, target = await to_be_moved(slots)
+    async with slots.step_held(step) as held, slots.mover(*asked) as running:
+        await running.until(step)
+        await held.is_done()
+        name = f"memshard_move_{(await slots.moves())[-1].move_id}_{way}"
+        await lose_slot(slots, source if way == "forward" else target, name)
+        await held.release()
+        events = [event async for event in running.events()]
+    assert events[-1]["event"] == "done", events[-1]
+    begun = next(event for event in events if event.get("step") == Step.PLANNED)
+    assert name in begun["error"]
+    assert (await slots.moves())[-1].step is Step.DONE
+    assert await slots.left_over() == []
+
+
+async def test_a_hand_over_that_is_being_recorded_is_not_cut_short_by_the_deadline_of_its_fence(slots: Slots) -> None:
+    """A commit that is cancelled while it waits for a standby is seen by everybody, and gone with the server."""
+    deadline_s = 3.0
+    asked, _, _ = await to_be_moved(slots)
+    hasty = Slots(slots.cluster, {**slots.settings, "fence_timeout_s": deadline_s})
+    async with slots.step_held(Step.FENCED) as held, hasty.mover(*asked) as running:
+        await running.until(Step.FENCED)
+        await held.is_waited_for(deadline_s + 0.5)
+        await held.release()
+        events = [event async for event in running.events()]
+    assert events[-1]["event"] == "done", events[-1]
+    steps = [event["step"] for event in events if event["event"] == "move" and event["step"] != Step.FENCED]
+    assert steps[0] == Step.CUT_OVER
+    assert (await slots.moves())[-1].attempts == 1
+    assert await slots.left_over() == []
+
+
+async def test_a_mark_is_higher_than_the_one_before_whatever_the_clock_says(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Movers on two machines, the second of which is behind: a mark of the first has arrived long ago."""
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    dsns = [slots.cluster.shard_dsn(shard_id, owner=True) for shard_id in ("shard-0", "shard-1")]
+    move_id = 4711
+    async with side.opened("shard-0", dsns[0], move_id) as giver, side.opened("shard-1", dsns[1], move_id) as taker:
+        stream = Stream(giver, taker, move_id, "forward", first, first)
+        try:
+            mark = await stream.mark()
+            monkeypatch.setattr(time, "time_ns", lambda: 1)
+            again = await stream.mark()
+            fenced = await ownership.fence(giver, first, first, timeout_s=5, move_id=move_id, way=stream.way, mark=1)
+            assert mark < again < fenced.mark
+        finally:
+            monkeypatch.undo()
+            await ownership.unfence(giver, first, first)
+            await giver.connection.execute(f"DELETE FROM {MARKS} WHERE move_id = $1", move_id)
+
+
+async def test_servers_find_out_soon_that_the_machine_of_a_mover_is_lost(slots: Slots) -> None:
+    """Until then the move is nobody else's."""
+    async with database(slots.cluster.catalog_dsn(owner=True)) as catalog:
+        move_id = await catalog.fetchval(_STALE_MOVE, 0, 0, "shard-0", "shard-1", Step.ROLLED_BACK.value)
+    settings = MoverSettings.model_validate(mover.settings(slots.cluster.plan()))
+    async with (
+        leased(settings, move_id) as (lease, _),
+        side.opened("shard-0", settings.shard_dsn("shard-0"), move_id) as shard,
+    ):
+        connections: tuple[Connection, ...] = (lease, shard.connection)
+        for connection in connections:
+            idle, interval, count, timeout = [
+                int(await connection.fetchval("SELECT setting FROM pg_settings WHERE name = $1", name))
+                for name in NOTICE_LOSS
+            ]
+            assert 0 < idle + interval * count <= 15
+            assert 0 < timeout <= 15_000
 
 
 async def test_a_fence_is_looked_after_for_as_long_as_no_shard_says_that_it_takes_writes(slots: Slots) -> None:

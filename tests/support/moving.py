@@ -59,6 +59,12 @@ _TAKE_STEP = f"SELECT pg_advisory_lock({_STEP_CLASS}, hashtext($1))"
 _LEAVE_STEPS = "SELECT pg_advisory_unlock_all()"
 _HELD_BACK = f"FROM pg_locks WHERE locktype = 'advisory' AND classid = {_STEP_CLASS} AND NOT granted"
 _IS_HELD_BACK = f"SELECT EXISTS (SELECT {_HELD_BACK})"
+_IS_LONG_HELD_BACK = f"""
+SELECT EXISTS (
+    SELECT FROM pg_stat_activity WHERE pid IN (SELECT pid {_HELD_BACK})
+        AND query_start < now() - make_interval(secs => $1)
+)
+"""
 _END_HELD_BACK = f"SELECT pg_terminate_backend(pid, 5000) {_HELD_BACK}"
 # Changed only when a shard is really told of a hand-over. Who waits to do it has other locks, until it ends.
 _HOLD_IDENTITY = "SELECT FROM identity FOR UPDATE"
@@ -217,6 +223,10 @@ class HeldStep:
     async def is_done(self) -> None:
         """Returns when somebody has done all that is to be done in it, and wants to record what comes next."""
         await eventually(lambda: self._connection.fetchval(_IS_HELD_BACK), within_s=30)
+
+    async def is_waited_for(self, seconds: float) -> None:
+        """Returns when somebody has waited for so long, with one statement, to record what comes next."""
+        await eventually(lambda: self._connection.fetchval(_IS_LONG_HELD_BACK, seconds), within_s=30)
 
     async def end_sessions(self) -> None:
         """Ends who is held back, as the catalog does when it finds that a process is gone: nothing is recorded."""

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -58,8 +59,13 @@ def test_the_plan_reaches_the_weights_with_the_fewest_slots_moved(
     except PlanError:
         assert not weights
         return
-    # A shard that is draining keeps nothing, whoever is pinned to it.
-    pins = {slot: shard_id for slot, shard_id in pins.items() if status.get(shard_id) is not _DRAINING}
+    drained = {shard_id for shard_id in status if status[shard_id] is _DRAINING}
+    # A shard that is draining keeps nothing, whoever is pinned to it, and wherever its slots are pinned to.
+    pins = {
+        slot: shard_id
+        for slot, shard_id in pins.items()
+        if shard_id not in drained and (status.get(shard_id) is _ACTIVE or topology.owner(slot).shard_id not in drained)
+    }
     after = _after(topology, [(m.first, m.last, m.source, m.target) for m in moves])
     assert all(1 <= move.slots <= max_slots for move in moves)
     assert all(status[move.source] in (_ACTIVE, _DRAINING) and status[move.target] is _ACTIVE for move in moves)
@@ -74,7 +80,7 @@ def test_the_plan_reaches_the_weights_with_the_fewest_slots_moved(
     for shard_id in weights:
         assert abs(free(after, shard_id) - exact[shard_id]) < 1
     if weights:
-        assert all(free(after, s) == 0 for s in status if status[s] is _DRAINING)
+        assert all(after.slot_count(shard_id) == 0 for shard_id in drained)
     # No plan moves less: whoever has more than its share rounded up has to give the rest.
     surplus = sum(max(0, free(topology, s) - free(after, s)) for s in status if status[s] in (_ACTIVE, _DRAINING))
     assert sum(slot not in pins for slot in moved) == surplus
@@ -114,6 +120,22 @@ def test_a_draining_shard_keeps_nobody_who_is_pinned_to_it() -> None:
     topology = _topology({"a": [(0, 99)], "b": [(100, SLOT_COUNT - 1)]}, shards)
     moves = plan(topology, pins={50: "b", 200: "b"}, max_slots=SLOT_COUNT)
     assert [(m.first, m.last, m.source, m.target) for m in moves] == [(100, SLOT_COUNT - 1, "b", "a")]
+
+
+@pytest.mark.parametrize("status", [ShardStatus.READONLY, ShardStatus.MAINTENANCE])
+def test_a_draining_shard_keeps_no_slot_that_is_pinned_to_a_shard_that_takes_none(status: ShardStatus) -> None:
+    """It goes elsewhere meanwhile, and from there where it belongs."""
+    kept = Shard("a", "127.0.0.1:1", status=status)
+    shards = [kept, Shard("b", "127.0.0.1:1", status=_DRAINING), Shard("c", "127.0.0.1:1")]
+    topology = _topology({"a": [(0, 99)], "b": [(200, 200)], "c": [(100, 199), (201, SLOT_COUNT - 1)]}, shards)
+    pins = {150: "a", 200: "a"}
+    moves = plan(topology, pins=pins)
+    assert [(m.first, m.last, m.source, m.target) for m in moves] == [(200, 200, "b", "c")]
+    after = _after(topology, [(200, 200, "b", "c")])
+    assert plan(after, pins=pins) == []
+    taking = replace(after, shards=(replace(kept, status=_ACTIVE, weight=1), *shards[1:]))
+    homeward = {(m.first, m.target) for m in plan(taking, pins=pins) if m.target == "a" and m.slots == 1}
+    assert {(150, "a"), (200, "a")} <= homeward
 
 
 @given(_topologies(), st.integers(0, SLOT_COUNT - 1), st.integers(1, 3000))
