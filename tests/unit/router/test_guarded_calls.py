@@ -174,8 +174,9 @@ async def test_a_write_in_doubt_is_settled_by_an_answer_of_the_retry() -> None:
 
 async def test_after_five_failures_nobody_is_asked_and_callers_hear_it_at_once() -> None:
     async with servers(0) as (primary, _), router(primary) as reader:
-        await open_for_reads(reader, primary)
+        # No look at its health has calls try it meanwhile.
         primary.serving = False
+        await open_for_reads(reader, primary)
         asked = len(primary.asked)
         with pytest.raises(Unavailable) as caught:
             await reader.get(STRONG)
