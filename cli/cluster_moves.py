@@ -146,11 +146,19 @@ def resume(
     follow_moves("ResumeMove", request, data_dir, as_lines=json, nothing="There is nothing to resume.")
 
 
-def rollback(move: MoveId, json: Json = False, data_dir: DataDir = None) -> None:
+def rollback(
+    move: MoveId,
+    target_lost: Annotated[
+        bool,
+        typer.Option("--target-lost", help="Its target never comes back: end the move on its source alone."),
+    ] = False,
+    json: Json = False,
+    data_dir: DataDir = None,
+) -> None:
     """Bring the slots of a move back to where they were, with all that was written to them since."""
     from memshard.admin.v1.cluster_pb2 import RollbackMoveRequest
 
-    request = RollbackMoveRequest(move_id=move)
+    request = RollbackMoveRequest(move_id=move, target_lost=target_lost)
     follow_moves("RollbackMove", request, data_dir, as_lines=json, nothing="It has been rolled back already.")
 
 

@@ -65,6 +65,8 @@ WAY_BACK_CLOSED = "a failover has closed the way back; move the slots there anew
 """The error of a move that has gone over and cannot be brought back any more. It stays with the move."""
 WAY_BACK_LOST = "the way back is closed, its replication slot is gone or was invalidated; move the slots there anew"
 """The same, when what was written since has not been kept for the source."""
+TARGET_LOST = "its target was given up as lost; what that had of the slots is no concern of anybody's"
+"""The error of a move that was rolled back without its target."""
 WAYS_BACK_CLOSED = (WAY_BACK_CLOSED, WAY_BACK_LOST)
 
 

@@ -150,7 +150,8 @@ class Moves:
         return self._moved("resume", *which, *window, options=options)
 
     def _roll_back(self, request: cluster_pb2.RollbackMoveRequest) -> AsyncGenerator[cluster_pb2.MoveProgress, None]:
-        return self._moved("rollback", "--move", str(request.move_id))
+        lost = ["--target-lost"] if request.target_lost else []
+        return self._moved("rollback", "--move", str(request.move_id), *lost)
 
     async def _moved(
         self, *arguments: str, options: dict[str, Any] | None = None

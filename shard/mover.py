@@ -7,7 +7,7 @@
 | move --first N --last N --to ID | moves slots of one shard to another, whatever the weights say |
 | drain --shard ID | moves all slots off a shard, which gets none from now on |
 | resume [--move N] [--rollback-window S] | brings the moves that are open to their end |
-| rollback --move N | brings the slots of a move back to where they were |
+| rollback --move N [--target-lost] | brings the slots of a move back to where they were |
 | recover [--every SECONDS] | ends the fences that a mover left behind that was killed or hangs; again and again |
 | list | says which moves there were |
 | add --shard ID --address HOST:PORT [--replica ID=HOST:PORT …] [--weight N] | registers a shard without slots |
@@ -90,6 +90,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     )
     rollback = commands.add_parser("rollback", help="bring the slots of a move back")
     rollback.add_argument("--move", type=int, metavar="N", required=True)
+    rollback.add_argument("--target-lost", action="store_true", help="the target never comes back: do without it")
     add = commands.add_parser("add", help="register a shard without slots")
     add.add_argument("--address", required=True, metavar="HOST:PORT", help="where its service listens")
     add.add_argument("--replica", action="append", default=[], metavar="ID=HOST:PORT", type=_named_address)
@@ -151,7 +152,7 @@ async def _done(mover: Mover, settings: MoverSettings, given: argparse.Namespace
         case "recover":
             await (mover.recover() if given.every is None else mover.keep_recovering(given.every))
         case "rollback":
-            await mover.roll_back(given.move)
+            await mover.roll_back(given.move, target_lost=given.target_lost)
         case "rebuild":
             key = None if given.token_key_file is None else await asyncio.to_thread(given.token_key_file.read_bytes)
             return {"epoch": await rebuild.rebuild(settings, given.shard, given.replica, key)}

@@ -3,9 +3,11 @@
 import asyncio
 import time
 
+from common import catalog_moves
 from common.moves import Step
 from shard.large_users import indexes
 from shard.moving.cleanup import remove_rows
+from shard.moving.lost_target import tidy
 from shard.moving.moving import Comparison, MoveError, Moving
 from shard.moving.streams import Stream, StreamError
 from shard.moving.tables import MOVED
@@ -29,8 +31,9 @@ _COUNT = "SELECT count(*) FROM {table} WHERE slot >= $1 AND slot <= $2"
 
 
 async def plan(moving: Moving) -> None:
-    """Makes sure that nothing is left of an earlier attempt, and notes which servers this one is with."""
+    """Makes sure that nothing is left of earlier attempts, and notes which servers this one is with."""
     await undo(moving)
+    await tidy(moving.target, await catalog_moves.read_moves(moving.catalog))
     await moving.advance(Step.COPYING, source_timeline=moving.source.timeline, target_timeline=moving.target.timeline)
 
 

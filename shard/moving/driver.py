@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from common import catalog_moves, logs, postgres
 from common.config import MoverSettings
-from common.moves import UNFENCED, Move, Step
+from common.moves import TARGET_LOST, UNFENCED, Move, Step
 from common.postgres import CONNECT_ERRORS, NOTICE_LOSS, Connection, DatabaseUnreachableError
-from shard.moving import cutover, side
-from shard.moving.moving import MoveError, Moving, Tell, Turn
+from shard.moving import cutover, lost_target, side
+from shard.moving.moving import MoveError, Moving, Tell, Turn, event_of
 from shard.moving.ownership import OwnershipError
 from shard.moving.pacing import Pace
 from shard.moving.side import Side, SideError
@@ -101,6 +101,28 @@ class Driver:
             _log.warning("a move is interrupted", move_id=self._move_id, error=type(failure).__name__)
             await asyncio.sleep(_BACKOFF_S)
 
+    async def give_up_target(self) -> Move:
+        """Rolls a move back that has not gone over with its source alone: what the target had is left where it is.
+
+        Raises MoveError: it has gone over, or the target can be reached after all. And StreamError, SideError,
+        LeasedError, CatalogError, CONNECT_ERRORS.
+        """
+        async with leased(self._settings, self._move_id, from_hung=True) as (connection, found):
+            if found.step is Step.ROLLED_BACK:
+                return found
+            lost_target.require_possible(found, await catalog_moves.read_moves(connection))
+            move = await self._unfence_alone(connection, found)
+            with suppress(*_LOST):
+                async with self._side(move, move.target):
+                    raise MoveError(f"{move.target} can be reached; roll move {move.move_id} back together with it")
+            move = await self._rolling_back(connection, move)
+            async with self._side(move, move.source) as source:
+                await lost_target.give_up(source, move)
+            ended = replace(move, step=Step.ROLLED_BACK, error=TARGET_LOST)
+            move = await catalog_moves.change_move(connection, move, ended)
+            self._tell(event_of(move))
+            return move
+
     async def look(self) -> None:
         """Records of a move that waits for the end of its rollback window that it is closed, if something has seen to
         that. What cannot be found out now is left to the next look.
@@ -116,11 +138,7 @@ class Driver:
 
     async def _run_connected(self, *, hold: bool, bring_back: bool, unfence: bool) -> Move:
         async with leased(self._settings, self._move_id, from_hung=unfence) as (connection, found):
-            move = found
-            if bring_back and move.step.is_before_cutover:
-                rolling_back = replace(move, step=Step.ROLLING_BACK, error="rolled back by request")
-                move = await catalog_moves.change_move(connection, move, rolling_back)
-            self._at = move
+            self._at = move = await self._rolling_back(connection, found) if bring_back else found
             self._at = move = await self._unfence_alone(connection, move)
             if move.step.is_final:
                 return move
@@ -148,6 +166,13 @@ class Driver:
                         self._turn.end()
                     self._at = moving.move
                 return moving.move
+
+    async def _rolling_back(self, connection: Connection, move: Move) -> Move:
+        """Has it be undone, if it has not gone over: from then on it cannot."""
+        if not move.step.is_before_cutover:
+            return move
+        rolling_back = replace(move, step=Step.ROLLING_BACK, error="rolled back by request")
+        return await catalog_moves.change_move(connection, move, rolling_back)
 
     async def _step(self, moving: Moving) -> bool:
         """Takes one step; False when told to stop. What is fenced by then is not left so."""

@@ -170,8 +170,12 @@ class Mover:
             except _EXPECTED as error:
                 _log.warning("fences could not be looked after", error=type(error).__name__)
 
-    async def roll_back(self, move_id: int) -> Move:
-        """Brings the slots of a move back to where they were. Raises MoveError when it is too late."""
+    async def roll_back(self, move_id: int, *, target_lost: bool = False) -> Move:
+        """Brings the slots of a move back to where they were. With `target_lost` the target is gone for good, and is
+        not asked for anything. Raises MoveError when it is too late.
+        """
+        if target_lost:
+            return await self._driver(move_id).give_up_target()
         async with self._catalog() as connection:
             move = await catalog_moves.read_move(connection, move_id)
         if move.step in (Step.CLEANING, Step.DONE):

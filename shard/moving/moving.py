@@ -32,6 +32,21 @@ class MoveError(Exception):
     """A move cannot go on as it is; the message says why. It can be resumed or rolled back."""
 
 
+def event_of(move: Move) -> dict[str, Any]:
+    """What is told of a move, wherever it is."""
+    return {
+        "event": "move",
+        "move_id": move.move_id,
+        "step": move.step.value,
+        "first": move.first,
+        "last": move.last,
+        "source": move.source,
+        "target": move.target,
+        "attempts": move.attempts,
+        **({"error": move.error} if move.error else {}),
+    }
+
+
 class Turn:
     """One move's turn to hand over, of all those of a mover: side by side, each pause would be as long as both."""
 
@@ -114,21 +129,7 @@ class Moving:
 
     def told(self, **more: Any) -> None:
         """Tells where the move is."""
-        move = self.move
-        self.tell(
-            {
-                "event": "move",
-                "move_id": move.move_id,
-                "step": move.step.value,
-                "first": move.first,
-                "last": move.last,
-                "source": move.source,
-                "target": move.target,
-                "attempts": move.attempts,
-                **({"error": move.error} if move.error else {}),
-                **more,
-            }
-        )
+        self.tell({**event_of(self.move), **more})
 
     async def rehearse(self, giver: Side, taker: Side) -> None:
         """Has everybody make ready for what is asked of them while nobody may write (`ownership.rehearse`)."""

@@ -64,6 +64,9 @@ SELECT slot_name FROM pg_replication_slots
 WHERE slot_name ~ ('^pg_[0-9]+_sync_[0-9]+_' || $1 || '$')
     AND substring(slot_name FROM '^pg_([0-9]+)_sync_')::oid <> ALL ($2::oid[])
 """
+_IDLE_SYNC_SLOTS = (
+    "SELECT slot_name FROM pg_replication_slots WHERE slot_name ~ '^pg_[0-9]+_sync_[0-9]+_' AND NOT active"
+)
 _SUBSCRIPTIONS = """
 SELECT coalesce(array_agg(pg_subscription.oid), '{}') FROM pg_subscription
 """
@@ -106,7 +109,7 @@ class Stream:
     @property
     def name(self) -> str:
         """Name of the publication, the slot and the subscription."""
-        return f"memshard_move_{self.move_id}_{self.way}"
+        return name_of(self.move_id, self.way)
 
     async def publish(self) -> None:
         """Makes the publication, if it is not there."""
@@ -148,8 +151,7 @@ class Stream:
 
     async def is_subscribed(self) -> bool:
         """Whether there is the subscription."""
-        found: bool = await self.subscriber.connection.fetchval(_HAS_SUBSCRIPTION, self.name)
-        return found
+        return await _is_subscribed(self.subscriber, self.name)
 
     async def enable(self) -> None:
         """Lets it flow."""
@@ -157,13 +159,10 @@ class Stream:
 
     async def remove(self) -> None:
         """Removes all that there is of it: first whoever takes, then what is taken from."""
-        if await self.is_subscribed():
-            await _made(self.subscriber, _ABANDON, self.name)
+        await unsubscribe(self.subscriber, self.name)
         alive = await self.subscriber.connection.fetchval(_SUBSCRIPTIONS)
         left = await self.publisher.connection.fetch(_SYNC_SLOTS, self.subscriber.system, alive)
-        for name in (self.name, *(row["slot_name"] for row in left)):
-            await drop_slot(self.publisher, name)
-        await _made(self.publisher, _DROP_PUBLICATION, self.name)
+        await unpublish(self.publisher, self.name, *(row["slot_name"] for row in left))
 
     async def is_gone(self) -> bool:
         """Whether nothing flows this way any more, nor could: there is no subscription and no slot."""
@@ -206,6 +205,29 @@ class Stream:
         return int(await self.subscriber.connection.fetchval(_GET_MARK, self.first, self.move_id, self.way) or 0)
 
 
+def name_of(move_id: int, way: str) -> str:
+    """Name of the publication, the slot and the subscription of a move's stream."""
+    return f"memshard_move_{move_id}_{way}"
+
+
+async def unsubscribe(subscriber: Side, name: str) -> None:
+    """Removes a subscription, if it is there, without a word to the publisher, which may be gone."""
+    if await _is_subscribed(subscriber, name):
+        await _made(subscriber, _ABANDON, name)
+
+
+async def unpublish(publisher: Side, name: str, *sync_slots: str) -> None:
+    """Removes a publication and its slot, and those of initial copies that are named. Raises StreamError."""
+    for slot in (name, *sync_slots):
+        await drop_slot(publisher, slot)
+    await _made(publisher, _DROP_PUBLICATION, name)
+
+
+async def idle_sync_slots(publisher: Side) -> list[str]:
+    """The slots of initial copies that nobody takes from at the moment, whosever they are."""
+    return [row["slot_name"] for row in await publisher.connection.fetch(_IDLE_SYNC_SLOTS)]
+
+
 async def make_slot(publisher: Side, name: str) -> None:
     """Makes a logical replication slot, if it is not there. One that was invalidated is replaced."""
     if not await _has_slot(publisher, name):
@@ -222,6 +244,11 @@ async def drop_slot(publisher: Side, name: str) -> None:
         if time.monotonic() >= deadline:
             raise StreamError(f"the replication slot {name} on {publisher.shard_id} is in use and cannot be dropped")
         await asyncio.sleep(_POLL_S)
+
+
+async def _is_subscribed(subscriber: Side, name: str) -> bool:
+    found: bool = await subscriber.connection.fetchval(_HAS_SUBSCRIPTION, name)
+    return found
 
 
 async def _has_slot(publisher: Side, name: str) -> bool:

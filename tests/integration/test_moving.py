@@ -5,8 +5,8 @@ import json
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,7 +19,7 @@ from common import catalog_moves, catalog_shards
 from common.catalog import CatalogError, EpochConflictError, raise_epoch
 from common.catalog_moves import MoveConflictError
 from common.config import MoverSettings
-from common.moves import WAY_BACK_LOST, Step
+from common.moves import TARGET_LOST, WAY_BACK_LOST, Step
 from common.postgres import NOTICE_LOSS, Connection
 from common.probe_user import PREFIX as PROBE
 from common.topology import Cutover, Shard, ShardStatus
@@ -582,7 +582,6 @@ async def test_a_source_takes_writes_again_in_good_time_when_the_target_hangs(sl
     async def fenced(connection: Connection) -> bool:
         return bool(await connection.fetchval(_COUNT_FENCED))
 
-    frozen: list[psutil.Process] = []
     async with (
         database(slots.cluster.shard_dsn("shard-0", owner=True)) as source,
         hasty.mover("move", "--first", str(first), "--last", str(first + 99), "--to", "shard-1") as running,
@@ -593,11 +592,7 @@ async def test_a_source_takes_writes_again_in_good_time_when_the_target_hangs(sl
         await source.execute(_HOLD_OFF)
         await running.until("fenced")
         await eventually(lambda: source.fetchval(_IS_HELD_OFF))
-        try:
-            postmaster = psutil.Process(slots.cluster.pid(slots.cluster.primary("shard-1")))
-            for process in (postmaster, *postmaster.children(recursive=True)):
-                process.suspend()
-                frozen.append(process)
+        with frozen_server(slots.cluster, slots.cluster.primary("shard-1")):
             await held.rollback()
             await eventually(lambda: fenced(source))
             if mover_is == "killed":
@@ -608,16 +603,63 @@ async def test_a_source_takes_writes_again_in_good_time_when_the_target_hangs(sl
                 await asyncio.sleep(0.05)
             # Nobody has to look after it any more.
             await eventually(lambda: settled(slots), within_s=10)
-        finally:
-            for process in frozen:
-                # The first of them may end others.
-                with suppress(psutil.NoSuchProcess):
-                    process.resume()
         print(f"it took {time.monotonic() - began:.1f} s")
         if mover_is == "killed":
             await running.process.wait()
     await slots.move("resume")
     assert (await slots.moves())[-1].step is Step.DONE
+    assert await slots.left_over() == []
+    await slots.move("move", "--first", str(first), "--last", str(first + 99), "--to", "shard-0")
+    assert await users_rows(slots) == before
+
+
+@contextmanager
+def frozen_server(cluster: LocalCluster, name: str) -> Iterator[None]:
+    """A server that takes connections, and does nothing."""
+    stopped: list[psutil.Process] = []
+    try:
+        postmaster = psutil.Process(cluster.pid(name))
+        for process in (postmaster, *postmaster.children(recursive=True)):
+            process.suspend()
+            stopped.append(process)
+        yield
+    finally:
+        for process in stopped:
+            # The first of them may end others.
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("step", [Step.COPYING, Step.FENCED])
+async def test_a_move_whose_target_is_lost_for_good_ends_on_its_source_alone(slots: Slots, step: Step) -> None:
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    before = await users_rows(slots)
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    asked = ["move", "--first", str(first), "--last", str(first + 99), "--to", "shard-1"]
+    async with slots.step_held(step) as held, slots.mover(*asked) as running:
+        await running.until(step)
+        await held.is_done()
+        running.send()
+        await running.process.wait()
+        await held.end_sessions()
+    async with database(slots.cluster.shard_dsn("shard-0", owner=True)) as source:
+        # As of the first copy of a table, which was cut short.
+        await source.execute("SELECT pg_create_logical_replication_slot('pg_16999_sync_16400_7', 'pgoutput')")
+    move_id = str((await slots.moves())[-1].move_id)
+    lost = ["rollback", "--move", move_id, "--target-lost"]
+    async with slots.mover(*lost) as early:
+        assert "shard-1 can be reached" in [event async for event in early.events()][-1]["why"]
+    with frozen_server(slots.cluster, slots.cluster.primary("shard-1")):
+        events = await slots.move(*lost)
+        assert [event["step"] for event in events if event["event"] == "move"] == ["rolled_back"]
+        assert await slots.move(*lost) == [{"event": "done"}]
+        move = (await slots.moves())[-1]
+        assert (move.step, move.error, move.may_be_fenced) == (Step.ROLLED_BACK, TARGET_LOST, False)
+        assert await slots.left_over("shard-0") == []
+    # It is back after all: whatever it has is of no harm, and goes when slots are to come again.
+    assert await users_rows(slots) == before
+    await slots.move(*asked)
     assert await slots.left_over() == []
     await slots.move("move", "--first", str(first), "--last", str(first + 99), "--to", "shard-0")
     assert await users_rows(slots) == before

@@ -189,10 +189,10 @@ class Slots:
         async with database(self.cluster.catalog_dsn()) as connection:
             return await catalog.read_topology(connection)
 
-    async def left_over(self) -> list[str]:
-        """What moves have left behind in any shard: streams, rows of slots that are not its own, fences."""
+    async def left_over(self, *shard_ids: str) -> list[str]:
+        """What moves have left behind in these shards, or in any: streams, rows of slots of others, fences."""
         found = []
-        for shard_id in self.cluster.plan().record.shard_ids():
+        for shard_id in shard_ids or self.cluster.plan().record.shard_ids():
             async with database(self.cluster.shard_dsn(shard_id, owner=True)) as connection:
                 found += [f"{shard_id}: {row['what']}" for row in await connection.fetch(_LEFT)]
                 for table in MOVED:

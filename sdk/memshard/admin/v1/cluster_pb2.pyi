@@ -649,15 +649,19 @@ class RollbackMoveRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MOVE_ID_FIELD_NUMBER: _builtins.int
+    TARGET_LOST_FIELD_NUMBER: _builtins.int
     move_id: _builtins.int
+    target_lost: _builtins.bool
+    """The target never comes back: the move, which must not have gone over yet, ends on its source alone."""
     def __init__(
         self,
         *,
         move_id: _builtins.int = ...,
+        target_lost: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["move_id", b"move_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["move_id", b"move_id", "target_lost", b"target_lost"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
