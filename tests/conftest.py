@@ -5,6 +5,7 @@ ones each time, which is how faults are found that nobody thought of.
 """
 
 import os
+import signal
 import uuid
 
 import pytest
@@ -12,6 +13,10 @@ from hypothesis import settings
 
 # Before grpc is imported: tests start processes while they use gRPC, whose handlers for fork would end some of them.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+# Tests interrupt commands as their users do. Who was started in the background ignores that, and so would its children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("memshard", deadline=None, print_blob=True)
 settings.register_profile("memshard-ci", settings.get_profile("memshard"), derandomize=True)
