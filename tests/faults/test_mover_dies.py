@@ -5,13 +5,14 @@ rolled back. Nothing is lost, nothing is there twice, and nothing is left behind
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import pytest
 import pytest_asyncio
+from _pytest.mark.structures import ParameterSet
 
 from common.moves import Step
 from shard.moving.steps import STEPS
@@ -54,8 +55,21 @@ class End(StrEnum):
     TOLD = "told to end"
 
 
-# Active is the one step that waits, and for much longer than a test lasts.
-_ENDS = [(step, end) for step in _STEPS for end in End if (step, end) != (Step.ACTIVE, End.KILLED_LATE)]
+def _ends(steps: Sequence[Step], short: End) -> list[ParameterSet]:
+    """Every end in each of the steps. The suite has each step with the end `short`, and two in which the mover is told
+    to end; all of them are in `make faults`.
+    """
+    kept = {(step, short) for step in steps}
+    kept |= {(step, End.TOLD) for step in (Step.COPYING, Step.FENCED)}
+    # Active is the one step that waits, and for much longer than a test lasts.
+    if (Step.ACTIVE, End.KILLED_LATE) in kept:
+        kept.add((Step.ACTIVE, End.KILLED_EARLY))
+    return [
+        pytest.param(step, end, marks=() if (step, end) in kept else pytest.mark.slow)
+        for step in steps
+        for end in End
+        if (step, end) != (Step.ACTIVE, End.KILLED_LATE)
+    ]
 
 
 @dataclass
@@ -146,7 +160,7 @@ async def finished(slots: Slots, *command: str) -> None:
     await Slots(slots.cluster, {**slots.settings, "rollback_window_s": 0}).move(*command)
 
 
-@pytest.mark.parametrize(("step", "end"), _ENDS)
+@pytest.mark.parametrize(("step", "end"), _ends(_STEPS, End.KILLED_LATE))
 async def test_a_move_is_resumed(slots: Slots, step: Step, end: End) -> None:
     source, target = await there_and_back(slots)
     async with written(slots):
@@ -158,7 +172,7 @@ async def test_a_move_is_resumed(slots: Slots, step: Step, end: End) -> None:
         assert (await slots.topology()).owner(_RANGE[0]).shard_id == (source if step in _WAY_BACK else target)
 
 
-@pytest.mark.parametrize(("step", "end"), [(step, end) for step, end in _ENDS if step not in _TOO_LATE])
+@pytest.mark.parametrize(("step", "end"), _ends([step for step in _STEPS if step not in _TOO_LATE], End.KILLED_EARLY))
 async def test_a_move_is_rolled_back(slots: Slots, step: Step, end: End) -> None:
     source, target = await there_and_back(slots)
     async with written(slots):

@@ -104,7 +104,12 @@ async def test_a_router_without_the_catalog_knows_from_a_token_that_it_is_behind
 
 @pytest.mark.parametrize(
     ("shard_id", "step"),
-    [("shard-1", Step.COPYING), ("shard-0", Step.VERIFYING), ("shard-1", Step.ACTIVE), ("shard-0", Step.ACTIVE)],
+    [
+        ("shard-1", Step.COPYING),
+        pytest.param("shard-0", Step.VERIFYING, marks=pytest.mark.slow),
+        pytest.param("shard-1", Step.ACTIVE, marks=pytest.mark.slow),
+        ("shard-0", Step.ACTIVE),
+    ],
     ids=["source while copying", "target while verifying", "source afterwards", "target afterwards"],
 )
 async def test_a_failover_begins_a_move_anew_or_closes_its_way_back(shard_id: str, step: Step) -> None:
