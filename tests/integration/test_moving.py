@@ -24,6 +24,7 @@ from common.postgres import NOTICE_LOSS, Connection
 from common.probe_user import PREFIX as PROBE
 from common.topology import Cutover, Shard, ShardStatus
 from local import mover
+from local.postgres import SUPERUSER
 from memshard import AsyncMemoryClient
 from shard import identity, purge
 from shard.database import Database
@@ -643,7 +644,9 @@ async def test_a_move_whose_target_is_lost_for_good_ends_on_its_source_alone(slo
         running.send()
         await running.process.wait()
         await held.end_sessions()
-    async with database(slots.cluster.shard_dsn("shard-0", owner=True)) as source:
+    plan = slots.cluster.plan()
+    server = plan.shard_servers("shard-0")[slots.cluster.primary("shard-0")]
+    async with database(server.dsn(SUPERUSER, plan.secrets.postgres)) as source:
         # As of the first copy of a table, which was cut short.
         await source.execute("SELECT pg_create_logical_replication_slot('pg_16999_sync_16400_7', 'pgoutput')")
     move_id = str((await slots.moves())[-1].move_id)
