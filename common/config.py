@@ -360,6 +360,11 @@ class ShardSettings(EmbedderSettings):
     """Most users that have one, the largest; 0: nobody. PostgreSQL locks every index of a table for each statement that
     it plans."""
 
+    shared_index: bool = False
+    """One more index, of all memories, for searches that name no user, from `own_index_memories` on. Inserts are much
+    dearer with it, and such searches find 99 of 100 that an exact one finds, by measurement
+    (docs/decisions/0019-shared-index.md). Switched off, it is dropped."""
+
     own_index_interval_s: Seconds = 60.0
     """Seconds between looks for users who have become large. Where counting takes long they are fewer, so that it takes
     no more than a hundredth of the time."""

@@ -76,6 +76,7 @@ def of_own_indexes(shard_id: str, own_indexes: OwnIndexes) -> Metric:
     )
     family.add_metric([shard_id, "proven"], own_indexes.proven)
     family.add_metric([shard_id, "reduced"], own_indexes.count - own_indexes.proven)
+    family.add_metric([shard_id, "shared"], own_indexes.shared is not None)
     return family
 
 

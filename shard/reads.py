@@ -173,20 +173,21 @@ async def search_index(
     connection: Connection,
     identity: Identity,
     request: shard_pb2.SearchRequest,
-    key: int,
+    key: int | None,
     *,
     candidates: int,
     effort: int,
 ) -> shard_pb2.SearchResponse | None:
-    """The k best of the `candidates` nearest by the user's own index, with `key` in its predicate; None when fewer than
-    k pass the filter, which does not mean that there are no more.
+    """The k best of the `candidates` nearest by the user's own index, with `key` in its predicate, or with None by that
+    of all memories; None when fewer than k pass the filter, which does not mean that there are no more.
 
     Without the index the answer is the same, and takes as long as an exact one.
     """
     question = _Question(request.route.ranges, request.user_id)
     vector = question.add(to_vector(request.embedding, identity.precision))
-    given = [question.add(value) for value in (request.user_id, key, candidates, effort)]
-    nearest = "own_index_nearest({}, {}, {vector}, {}, {})".format(*given, vector=vector)
+    whose = "" if key is None else f"{question.add(request.user_id)}, {question.add(key)}, "
+    function = "shared_index_nearest" if key is None else "own_index_nearest"
+    nearest = f"{function}({whose}{vector}, {question.add(candidates)}, {question.add(effort)})"
     rows, unembedded = await question.ask_beside(
         connection,
         f"SELECT {_columns(request.include_embedding)}, {_SIMILARITY.format(vector=vector)} AS score "  # noqa: S608

@@ -133,6 +133,12 @@ WHERE user_id = for_user AND {USER_KEY} = for_key AND embedding IS NOT NULL AND 
 ORDER BY embedding <=> query LIMIT candidates
 """  # noqa: S608
 """What `own_index_nearest` asks, with its parameters by name."""
+NEAREST_IN_SHARED = """
+SELECT * FROM memories
+WHERE embedding IS NOT NULL AND deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())
+ORDER BY embedding <=> query LIMIT candidates
+"""
+"""The same of `shared_index_nearest`."""
 INDEX_SETTINGS = {"plan_cache_mode": "force_custom_plan", "enable_sort": "off", "jit": "off"}
 """What it asks it with. Only a plan for these very values can use the index, and only without the alternative is it
 used for a user whom statistics do not know. PostgreSQL up to 17 counts what is switched off as so dear that it would
@@ -157,7 +163,15 @@ def migrations(shape: Shape) -> tuple[Migration, ...]:
 
     Numbers and names of this module and the shape go into these statements; nothing from outside does.
     """
-    return _memories(shape), _whole_api(shape), _ACROSS_SLOTS, _HEARTBEATS, _MOVES, _own_indexes(shape)
+    return (
+        _memories(shape),
+        _whole_api(shape),
+        _ACROSS_SLOTS,
+        _HEARTBEATS,
+        _MOVES,
+        _own_indexes(shape),
+        _shared_index(shape),
+    )
 
 
 def _memories(shape: Shape) -> Migration:
@@ -230,26 +244,45 @@ def _memories(shape: Shape) -> Migration:
 
 
 def _own_indexes(shape: Shape) -> Migration:
-    settings = " ".join(f"SET {name} = {value}" for name, value in INDEX_SETTINGS.items())
     return Migration(
         6,
         "large users' own indexes",
         f"""
         {_OWN_INDEXES}
-        -- The memories of a user nearest to `query` by the user's own index; without it the same by sorting. STABLE: it
-        -- sees what the statement sees that it is part of. The other two settings concern nothing but such indexes, and
-        -- last until the end of the transaction.
-        CREATE FUNCTION own_index_nearest(
-            for_user text, for_key bigint, query {VECTOR_TYPE[shape.precision]}, candidates int, effort int
+        -- The memories of a user nearest to `query` by the user's own index; without it the same by sorting.
+        {_nearest("own_index_nearest", "for_user text, for_key bigint, ", shape, NEAREST_IN_INDEX)}
+        """,
+    )
+
+
+def _shared_index(shape: Shape) -> Migration:
+    return Migration(
+        7,
+        "an index of all memories, where it is asked for",
+        f"""
+        -- NULL: of all users. There is one of these at most, by its name.
+        ALTER TABLE own_indexes ALTER COLUMN key DROP NOT NULL;
+        {_nearest("shared_index_nearest", "", shape, NEAREST_IN_SHARED)}
+        """,
+    )
+
+
+def _nearest(name: str, whose: str, shape: Shape, question: str) -> str:
+    """A function that finds memories by an index. STABLE: it sees what the statement sees that it is part of. The two
+    settings within concern nothing but such indexes, and last until the end of the transaction.
+    """
+    settings = " ".join(f"SET {name} = {value}" for name, value in INDEX_SETTINGS.items())
+    return f"""
+        CREATE FUNCTION {name}(
+            {whose}query {VECTOR_TYPE[shape.precision]}, candidates int, effort int
         ) RETURNS SETOF memories LANGUAGE plpgsql STABLE ROWS 10 {settings} AS $body$
         BEGIN
             PERFORM set_config('hnsw.ef_search', effort::text, true),
                     set_config('hnsw.iterative_scan', 'strict_order', true);
-            RETURN QUERY {NEAREST_IN_INDEX};
+            RETURN QUERY {question};
         END
         $body$;
-        """,
-    )
+        """
 
 
 def _whole_api(shape: Shape) -> Migration:

@@ -29,6 +29,8 @@ _BUILDS = {outcome: OWN_INDEX_BUILDS.labels(outcome) for outcome in ("made", "fa
 _LOCK = (0x6F776E, 0)  # "own"
 _LOCK_POLL_S = 0.5
 _PREFIX = "memories_own_"
+SHARED = "memories_shared"
+"""Name of the index of all memories. In `own_indexes` it has no key, and its hash is empty."""
 # Beyond those that there may be indexes for: rows that came with a move, and are nobody's yet.
 _MOST_USERS = 1000
 
@@ -71,22 +73,28 @@ _COUNT_IN_MANY_SLOTS = _COUNT.format(
 _EXISTING = """
 SELECT name, key, measured_rows FROM own_indexes JOIN pg_index ON indexrelid = to_regclass(name) WHERE indisvalid
 """
+_COUNT_ALL = "SELECT count(*) FROM memories WHERE embedding IS NOT NULL AND deleted_at IS NULL"
 # What a maker that died has left, or somebody else: an index that cannot be used, or that nobody knows.
 _LEFT_OVER = """
 SELECT relname, indexrelid::bigint AS oid
 FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid LEFT JOIN own_indexes ON name = relname
-WHERE indrelid = 'memories'::regclass AND starts_with(relname, $1) AND NOT (indisvalid AND name IS NOT NULL)
+WHERE indrelid = 'memories'::regclass AND (starts_with(relname, $1) OR relname = $2)
+    AND NOT (indisvalid AND name IS NOT NULL)
 """
 _FORGET_MISSING = "DELETE FROM own_indexes WHERE to_regclass(name) IS NULL"
 _FORGET = "DELETE FROM own_indexes WHERE name = $1"
 _RECORD = """
 INSERT INTO own_indexes (name, key, user_hash, slot) VALUES ($1, $2, $3, $4) ON CONFLICT (name) DO NOTHING
 """
-_MEASURED = "UPDATE own_indexes SET ef_few = $2, ef_many = $3, measured_rows = $4 WHERE key = $1"
+_MEASURED = "UPDATE own_indexes SET ef_few = $2, ef_many = $3, measured_rows = $4 WHERE name = $1"
 # These statements take no parameters, so the server makes them from some.
 _CREATE = f"""
 SELECT format('CREATE INDEX CONCURRENTLY %I ON memories USING hnsw (embedding %I)
                WHERE {USER_KEY} = %L::bigint AND deleted_at IS NULL', $1::text, $2::text, $3::bigint)
+"""
+_CREATE_SHARED = """
+SELECT format('CREATE INDEX CONCURRENTLY %I ON memories USING hnsw (embedding %I) WHERE deleted_at IS NULL',
+              $1::text, $2::text)
 """
 # What tells one from another in a log: the name has a hash in it that whoever guesses a user's name can make as well.
 _OID = "SELECT to_regclass($1)::oid::bigint"
@@ -124,13 +132,26 @@ async def large_users(connection: Connection, identity: Identity, bounds: Bounds
 
 
 async def existing(connection: Connection) -> list[Existing]:
-    """The indexes that can be used."""
-    return [Existing(row["name"], row["key"], row["measured_rows"]) for row in await connection.fetch(_EXISTING)]
+    """The users' indexes that can be used."""
+    rows = await connection.fetch(_EXISTING)
+    return [Existing(row["name"], row["key"], row["measured_rows"]) for row in rows if row["key"] is not None]
+
+
+async def shared(connection: Connection) -> tuple[bool, int | None]:
+    """Whether there is the index of all memories, and how many there were when its recall was measured."""
+    rows = await connection.fetch(_EXISTING)
+    return next(((True, row["measured_rows"]) for row in rows if row["key"] is None), (False, None))
+
+
+async def count_all(connection: Connection) -> int:
+    """How many memories have an embedding."""
+    count: int = await connection.fetchval(_COUNT_ALL)
+    return count
 
 
 async def tidy(connection: Connection) -> None:
     """Drops what makers that died have left. For who is `alone`."""
-    for row in await connection.fetch(_LEFT_OVER, _PREFIX):
+    for row in await connection.fetch(_LEFT_OVER, _PREFIX, SHARED):
         _log.warning("an index is left over", index=row["oid"])
         await drop(connection, row["relname"])
     await connection.execute(_FORGET_MISSING)
@@ -146,15 +167,26 @@ async def drop(connection: Connection, name: str) -> None:
 
 async def build(connection: Connection, identity: Identity, user: LargeUser, *, memory_mb: int) -> None:
     """Makes a user's index, if there is none; returns once it can be used. For who is `alone`."""
-    name = f"{_PREFIX}{user.key % 2**64:016x}"
-    await connection.execute(_LIMIT_MEMORY, f"{memory_mb}MB")
-    await connection.execute(_NO_WORKERS)
+    name = _name_of(user)
     # Before the index, so that one whose maker dies is known to be ours.
     await connection.execute(_RECORD, name, user.key, user.user_hash, user.slot)
+    statement = await connection.fetchval(_CREATE, name, _operators(identity), user.key)
+    await _make(connection, name, statement, rows=user.rows, memory_mb=memory_mb)
+
+
+async def build_shared(connection: Connection, identity: Identity, rows: int, *, memory_mb: int) -> None:
+    """Makes the index of all memories, of which there are `rows`, in the same way."""
+    await connection.execute(_RECORD, SHARED, None, b"", None)
+    statement = await connection.fetchval(_CREATE_SHARED, SHARED, _operators(identity))
+    await _make(connection, SHARED, statement, rows=rows, memory_mb=memory_mb)
+
+
+async def _make(connection: Connection, name: str, statement: str, *, rows: int, memory_mb: int) -> None:
+    await connection.execute(_LIMIT_MEMORY, f"{memory_mb}MB")
+    await connection.execute(_NO_WORKERS)
     began = time.monotonic()
     try:
-        operators = f"{identity.vector_type}_cosine_ops"
-        await connection.execute(await connection.fetchval(_CREATE, name, operators, user.key))
+        await connection.execute(statement)
     except Exception:
         # Whoever is cancelled did not fail: it is made the next time.
         _BUILDS["failed"].inc()
@@ -162,12 +194,25 @@ async def build(connection: Connection, identity: Identity, user: LargeUser, *, 
     seconds = time.monotonic() - began
     _BUILDS["made"].inc()
     OWN_INDEX_BUILD_DURATION.observe(seconds)
-    _log.info("made", index=await connection.fetchval(_OID, name), rows=user.rows, seconds=round(seconds, 1))
+    _log.info("made", index=await connection.fetchval(_OID, name), rows=rows, seconds=round(seconds, 1))
 
 
 async def record_measured(connection: Connection, user: LargeUser, ef_few: int | None, ef_many: int | None) -> None:
     """Writes down with what effort the index is as good as an exact search; None: with none."""
-    await connection.execute(_MEASURED, user.key, ef_few, ef_many, user.rows)
+    await connection.execute(_MEASURED, _name_of(user), ef_few, ef_many, user.rows)
+
+
+async def record_shared(connection: Connection, rows: int, ef_few: int | None, ef_many: int | None) -> None:
+    """The same of the index of all memories, of which there were `rows`."""
+    await connection.execute(_MEASURED, SHARED, ef_few, ef_many, rows)
+
+
+def _name_of(user: LargeUser) -> str:
+    return f"{_PREFIX}{user.key % 2**64:016x}"
+
+
+def _operators(identity: Identity) -> str:
+    return f"{identity.vector_type}_cosine_ops"
 
 
 async def follow(

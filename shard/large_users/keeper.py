@@ -1,4 +1,6 @@
-"""Large users get their indexes, and lose them, in the background: one at a time, on the primary."""
+"""Large users get their indexes, and lose them, in the background, and so do all memories together where that is asked
+for: one at a time, on the primary.
+"""
 
 import asyncio
 import time
@@ -13,7 +15,7 @@ from common.postgres import CONNECT_ERRORS
 from shard.identity import Identity
 from shard.large_users import indexes, recall
 from shard.large_users.known import OwnIndexes
-from shard.large_users.plan import Bounds, LargeUser, decide
+from shard.large_users.plan import Bounds, LargeUser, decide, deserves_shared, has_drifted
 from shard.primary import Primary
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class Keeper:
         self._bounds = Bounds(settings.own_index_memories, settings.own_index_most)
         self._interval_s = settings.own_index_interval_s
         self._memory_mb = settings.own_index_build_mb
+        self._wants_shared = settings.shared_index
+        self._all_rows = 0
         self._wake = asyncio.Event()
         self._rows: dict[int, int] = {}
 
@@ -98,6 +102,7 @@ class Keeper:
         await indexes.tidy(connection)
         began = time.monotonic()
         users = await indexes.large_users(connection, self._identity, self._bounds) if self._bounds.most else []
+        all_rows = await indexes.count_all(connection) if self._wants_shared else 0
         self._counting_s = time.monotonic() - began
         plan = decide(users, await indexes.existing(connection), self._bounds, self._rows)
         self._rows = {user.key: user.rows for user in users}
@@ -108,6 +113,23 @@ class Keeper:
         for user in plan.build:
             await indexes.build(connection, self._identity, user, memory_mb=self._memory_mb)
             await self._measure(connection, user)
+        await self._tend_shared(connection, all_rows)
+
+    async def _tend_shared(self, connection: "PrimaryConnection", rows: int) -> None:
+        """The same for the index of all memories."""
+        there, measured = await indexes.shared(connection)
+        wanted = self._wants_shared and deserves_shared(rows, self._all_rows, self._bounds, there=there)
+        self._all_rows = rows
+        if not wanted:
+            if there:
+                await indexes.drop(connection, indexes.SHARED)
+            return
+        if not there:
+            await indexes.build_shared(connection, self._identity, rows, memory_mb=self._memory_mb)
+        if has_drifted(measured, rows):
+            found = await recall.measure(connection, self._identity, None)
+            await indexes.record_shared(connection, rows, found.ef_few, found.ef_many)
+            _log.info("measured", rows=rows, ef_few=found.ef_few, ef_many=found.ef_many)
 
     async def _measure(self, connection: "PrimaryConnection", user: LargeUser) -> None:
         measured = await recall.measure(connection, self._identity, user)

@@ -1,4 +1,5 @@
-"""Which users have an index of their own: what a shard or a replica remembers of its database's catalog.
+"""Which users have an index of their own, and whether there is one of all memories: what a shard or a replica remembers
+of its database's catalog.
 
 A statement is right whether the index is there or not, so that what is remembered may be some seconds old.
 """
@@ -49,7 +50,8 @@ class Effort:
 class OwnIndex:
     """A user's index. `key` is what its predicate says of the user."""
 
-    key: int
+    key: int | None
+    """None: that of all memories."""
     ef_few: int | None
     """Effort that FEW results have been found with as well as an exact search finds them; None: no effort is known."""
     ef_many: int | None
@@ -74,6 +76,8 @@ class OwnIndexes:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._by_user: dict[bytes, OwnIndex] = {}
+        self.shared: OwnIndex | None = None
+        """That of all memories, if there is one."""
 
     @property
     def count(self) -> int:
@@ -87,7 +91,7 @@ class OwnIndexes:
 
     def of(self, user_id: str) -> OwnIndex | None:
         """The user's own index, if there is one."""
-        if not self._by_user or not user_id:
+        if not self._by_user:
             return None
         return self._by_user.get(hashlib.sha256(user_id.encode()).digest())
 
@@ -96,7 +100,10 @@ class OwnIndexes:
         deadline = Deadline.after(_TIMEOUT_S)
         async with deadline.bound(), self._database.reading(deadline) as connection:
             rows = await connection.fetch(_READ)
-        self._by_user = {row["user_hash"]: OwnIndex(row["key"], row["ef_few"], row["ef_many"]) for row in rows}
+        known = {row["user_hash"]: OwnIndex(row["key"], row["ef_few"], row["ef_many"]) for row in rows}
+        # A name has a hash, and no memories have none.
+        self.shared = known.pop(b"", None)
+        self._by_user = known
 
     async def run(self) -> None:
         """Looks until cancelled. What was known stays so while the database does not answer."""

@@ -83,11 +83,20 @@ def decide(users: Sequence[LargeUser], existing: Sequence[Existing], bounds: Bou
     chosen = {user.key for user in wanted}
     return Plan(
         drop=tuple(index for index in existing if index.key not in chosen),
-        measure=tuple(user for user in wanted if user.key in there and _has_drifted(user, there[user.key])),
+        measure=tuple(
+            user for user in wanted if user.key in there and has_drifted(there[user.key].measured_rows, user.rows)
+        ),
         build=tuple(user for user in wanted if user.key not in there),
     )
 
 
-def _has_drifted(user: LargeUser, index: Existing) -> bool:
-    measured = index.measured_rows
-    return measured is None or not measured / _DRIFT <= user.rows <= measured * _DRIFT
+def deserves_shared(rows: int, before: int, bounds: Bounds, *, there: bool) -> bool:
+    """Whether all memories together, `rows` of them and `before` at the last look, are to have the shared index: by the
+    same rules as one user's.
+    """
+    return rows >= bounds.kept_rows if there else rows >= bounds.rows and before >= rows * _SETTLED
+
+
+def has_drifted(measured: int | None, rows: int) -> bool:
+    """Whether recall is to be measured again, with `rows` memories where it was measured with so many."""
+    return measured is None or not measured / _DRIFT <= rows <= measured * _DRIFT

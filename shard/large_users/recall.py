@@ -1,8 +1,8 @@
-"""With what effort a user's own index finds what an exact search finds.
+"""With what effort an index finds what an exact search finds.
 
 That depends on the embeddings, and on how many there are: what does for a hundred thousand texts may not do for a
 million, and vectors without any structure are found by no effort that is worth it. So it is measured, with questions
-made of the user's own memories, against an exact search.
+made of the memories themselves, against an exact search.
 """
 
 import statistics
@@ -30,15 +30,17 @@ _ASTRAY = 0.4
 # Of a distance: what two ways to add up the same numbers may differ by.
 _SAME = 1e-6
 
-_WHOSE = f"user_id = $1 AND {USER_KEY} = $2 AND embedding IS NOT NULL AND deleted_at IS NULL"
-_SAMPLE = f"SELECT embedding FROM memories WHERE {_WHOSE} {{slot}} ORDER BY random() LIMIT $3"  # noqa: S608  # Constants.
+# Places are sorted, and not the embeddings themselves.
+_SAMPLE = """
+SELECT embedding FROM memories
+WHERE ctid = ANY (ARRAY(SELECT ctid FROM memories WHERE {whose} ORDER BY random() LIMIT {most}))
+"""
 # No index has the order of a sum.
-_EXACT = f"""
-SELECT embedding <=> $3 AS distance FROM memories WHERE {_WHOSE} {{slot}} ORDER BY (embedding <=> $3) + 0 LIMIT $4
-"""  # noqa: S608
-_BY_INDEX = "SELECT embedding <=> $3 AS distance FROM own_index_nearest($1, $2, $3, $4, $5)"
-# Where a user's memories are in one slot, that is how they are found.
-_IN_ONE_SLOT = "AND slot = ${number}"
+_EXACT = """
+SELECT embedding <=> {question} AS distance FROM memories WHERE {whose}
+ORDER BY (embedding <=> {question}) + 0 LIMIT {most}
+"""
+_BY_INDEX = "SELECT embedding <=> {question} AS distance FROM {function}({given}{question}, {most}, {effort})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +51,46 @@ class Measured:
     ef_many: int | None
 
 
-async def measure(connection: Connection, identity: Identity, user: LargeUser) -> Measured:
-    """Some seconds for a hundred thousand memories: fifty exact searches, and the same by the index."""
-    slots = [] if user.slot is None else [user.slot]
-    sample = _SAMPLE.format(slot=_IN_ONE_SLOT.format(number=4) if slots else "")
-    sampled = await connection.fetch(sample, user.user_id, user.key, 2 * _QUESTIONS, *slots)
+class _Statements:
+    """What is asked about one user's memories, or with None about all; `given` are their first parameters."""
+
+    def __init__(self, user: LargeUser | None) -> None:
+        whose = "embedding IS NOT NULL AND deleted_at IS NULL"
+        self.given: list[Any] = []
+        # Where a user's memories are in one slot, that is how they are found. It comes last.
+        self.slots: list[int] = []
+        function, first = "shared_index_nearest", ""
+        if user is not None:
+            whose += f" AND user_id = $1 AND {USER_KEY} = $2"
+            self.given = [user.user_id, user.key]
+            self.slots = [] if user.slot is None else [user.slot]
+            function, first = "own_index_nearest", "$1, $2, "
+        one, two, three = (f"${len(self.given) + number}" for number in (1, 2, 3))
+        self.sample = _SAMPLE.format(whose=whose + (f" AND slot = {two}" if self.slots else ""), most=one)
+        self.exact = _EXACT.format(whose=whose + (f" AND slot = {three}" if self.slots else ""), question=one, most=two)
+        self.by_index = _BY_INDEX.format(function=function, given=first, question=one, most=two, effort=three)
+
+
+async def measure(connection: Connection, identity: Identity, user: LargeUser | None) -> Measured:
+    """Of a user's own index, or with None of that of all memories. Some seconds for a hundred thousand memories: fifty
+    exact searches, and the same by the index.
+    """
+    statements = _Statements(user)
+    sampled = await connection.fetch(statements.sample, *statements.given, 2 * _QUESTIONS, *statements.slots)
     vectors = np.array([row["embedding"].to_numpy() for row in sampled], dtype=np.float32)
     half = len(vectors) // 2
     near, far = _unit(vectors[:half]), _unit(vectors[half : 2 * half])
     questions = [to_vector(question, identity.precision) for question in _unit(near + _ASTRAY * far)]
-    exact = _EXACT.format(slot=_IN_ONE_SLOT.format(number=5) if slots else "")
 
     async def ask(statement: str, *more: int) -> tuple[list[list[float]], float]:
-        return await _ask(connection, statement, [(user.user_id, user.key, question, *more) for question in questions])
+        return await _ask(connection, statement, [(*statements.given, question, *more) for question in questions])
 
-    truths, exact_s = await ask(exact, MANY, *slots)
+    truths, exact_s = await ask(statements.exact, MANY, *statements.slots)
     found: dict[int, int | None] = {}
     for count in (FEW, MANY):
         found[count] = None
         for ef in (ef for ef in _EFFORTS if ef >= count):
-            answers, index_s = await ask(_BY_INDEX, count, ef)
+            answers, index_s = await ask(statements.by_index, count, ef)
             if index_s >= exact_s:
                 break
             if recall(answers, truths, count) >= _WANTED:
