@@ -9,7 +9,7 @@ import secrets
 import signal
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -210,13 +210,30 @@ async def test_a_retry_is_an_event_and_its_failure_keeps_a_trace_that_was_not_sa
     await eventually(traced.cluster.healthy, within_s=60)
 
 
-async def test_a_hedge_is_an_event_and_both_servers_are_in_the_tree(traced: Traced) -> None:
+async def ready_to_hedge(traced: Traced, shard_id: str, save_up: Callable[[str], Awaitable[Any]]) -> str:
+    """Returns a user of the shard, listings of whom are hedged from now on. `save_up` reads something of another user
+    that is read nowhere else.
+
+    On a busy machine one listing of twenty is hedged, and so there is no leave left for another: at most one of fifty
+    may be. Reads of which too little is known to hedge them earn it all the same.
+    """
     topology = await topology_of(traced.cluster.catalog_dsn())
-    user = next(u for u in (f"user-{uuid.uuid4()}" for _ in range(100)) if on(topology, u) == "shard-0")
-    request = pb.ListMemoriesRequest(user_id=user, read=EVENTUAL)
-    # Before a hedge is thought of, it must be known how long reads take.
+    names = [f"user-{uuid.uuid4()}" for _ in range(100)]
+    user = next(name for name in names if on(topology, name) == shard_id)
     for _ in range(200):
-        await traced.api.ListMemories(request, timeout=10)
+        await traced.api.ListMemories(pb.ListMemoriesRequest(user_id=user, read=EVENTUAL), timeout=10)
+    other = next(name for name in names if on(topology, name) == "shard-1")
+    for _ in range(60):
+        await save_up(other)
+    return user
+
+
+async def test_a_hedge_is_an_event_and_both_servers_are_in_the_tree(traced: Traced) -> None:
+    async def listing(other: str) -> None:
+        await traced.api.ListMemories(pb.ListMemoriesRequest(user_id=other, read=EVENTUAL), timeout=10)
+
+    user = await ready_to_hedge(traced, "shard-0", listing)
+    request = pb.ListMemoriesRequest(user_id=user, read=EVENTUAL)
     caller = Caller()
     stopped = traced.cluster.kill("shard-0-replica-1", signal.SIGSTOP)
     try:
@@ -247,11 +264,13 @@ async def test_a_read_that_is_hedged_and_tried_again_shows_both(traced: Traced) 
     primary, which the hedge goes to, is gone. The second gets what the replica has replayed by then.
     """
     shard_id, replica = "shard-2", "shard-2/shard-2-replica-1"
-    topology = await topology_of(traced.cluster.catalog_dsn())
-    user = next(u for u in (f"user-{uuid.uuid4()}" for _ in range(100)) if on(topology, u) == shard_id)
-    # Before a hedge is thought of, it must be known how long reads take.
-    for _ in range(200):
-        await traced.api.ListMemories(pb.ListMemoriesRequest(user_id=user, read=EVENTUAL), timeout=10)
+
+    async def search(other: str) -> None:
+        # One that no cache has an answer to.
+        request = pb.SearchMemoriesRequest(user_id=other, query=uuid.uuid4().hex, read=EVENTUAL)
+        await traced.api.SearchMemories(request, timeout=10)
+
+    user = await ready_to_hedge(traced, shard_id, search)
     metrics_port = traced.cluster.plan().record.ports[metrics_of("router-0")]
     caller = Caller()
     async with AsyncExitStack() as paused:
