@@ -145,6 +145,41 @@ used for a user whom statistics do not know. PostgreSQL up to 17 counts what is 
 compile the statement (jit)."""
 
 
+# Writers hold the slots that they write to, many at a time, and do not queue behind whoever wants to change one: with
+# enough of them there would never be a moment without. A lock on the table has a queue. Marks: see moving/streams.py.
+_FENCE_SLOTS = Migration(
+    8,
+    "slots are fenced in one round trip",
+    """
+    -- Keeps everybody from writing to the slots, and sets a mark behind the last write, which it returns. It waits
+    -- `patience_ms` for writes under way; for no slots at all, as in a rehearsal, it waits for nobody.
+    CREATE FUNCTION fence_slots(
+        first int, last int, for_move bigint, for_way text, given_mark bigint, patience_ms int
+    ) RETURNS bigint LANGUAGE plpgsql AS $body$
+    DECLARE
+        slots int;
+        set_mark bigint;
+    BEGIN
+        IF first <= last THEN
+            PERFORM set_config('lock_timeout', patience_ms || 'ms', true);
+            LOCK TABLE owned_slots IN EXCLUSIVE MODE;
+        END IF;
+        UPDATE owned_slots SET state = 'fenced' WHERE slot BETWEEN first AND last AND state = 'own';
+        GET DIAGNOSTICS slots = ROW_COUNT;
+        IF slots <> last - first + 1 THEN
+            RAISE EXCEPTION 'there are only % of the slots % to %', slots, first, last;
+        END IF;
+        INSERT INTO move_marks AS known (slot, move_id, way, mark)
+        SELECT first, for_move, for_way, given_mark WHERE first <= last
+        ON CONFLICT (slot, move_id, way) DO UPDATE SET mark = greatest(excluded.mark, known.mark + 1)
+        RETURNING mark INTO set_mark;
+        RETURN set_mark;
+    END
+    $body$;
+    """,
+)
+
+
 class Shape(Protocol):
     """What of a shard's identity its tables depend on."""
 
@@ -171,6 +206,7 @@ def migrations(shape: Shape) -> tuple[Migration, ...]:
         _MOVES,
         _own_indexes(shape),
         _shared_index(shape),
+        _FENCE_SLOTS,
     )
 
 

@@ -95,6 +95,8 @@ class Moving:
     turn: Turn
     pace: Pace
     comparison: Comparison | None = None
+    _ahead: Standing | None = None
+    """What the catalog had before the fence."""
     fenced_at: float | None = None
     """When writes were stopped, by the monotonic clock."""
     may_be_decided: bool = False
@@ -134,18 +136,23 @@ class Moving:
     async def rehearse(self, giver: Side, taker: Side) -> None:
         """Has everybody make ready for what is asked of them while nobody may write (`ownership.rehearse`)."""
         await ownership.rehearse(giver, taker)
-        standing = await self._standing(giver, taker)
+        self._ahead = await self._standing(giver, taker)
         with suppress(catalog.EpochConflictError):
             # There never is an epoch 0.
-            await self._recorded(replace(standing, epoch=0), self.move, giver, taker, (0, 0))
+            await self._recorded(replace(self._ahead, epoch=0), self.move, giver, taker, (0, 0))
 
     async def hand_over(self, step: Step, giver: Side, taker: Side, here: Position, deadline: float) -> None:
         """The compare-and-set after which there is no way back. It is asked for before `deadline`, by the monotonic
         clock, or not at all. Raises MoveConflictError, MoveError, CONNECT_ERRORS.
         """
         for _ in range(5):
-            async with asyncio.timeout(deadline - time.monotonic()):
-                standing = await self._standing(giver, taker)
+            # What was read before the fence will do for as long as the epoch is still that one.
+            standing, self._ahead = self._ahead, None
+            if standing is None:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    standing = await self._standing(giver, taker)
+            if time.monotonic() >= deadline:
+                raise TimeoutError
             self.may_be_decided = True
             changed = replace(self.move, step=step, error="", cutover_at=datetime.now(UTC))
             decision = self._recorded(standing, changed, giver, taker, (here.timeline, here.lsn))

@@ -10,31 +10,16 @@ from dataclasses import dataclass
 import asyncpg
 
 from shard.moving.side import Side
-from shard.moving.tables import MARKS
 from shard.position import Position, read_position
 
-# Writers hold the slots that they write to, many at a time, and do not queue behind whoever wants to change one: with
-# enough of them there would never be a moment without. A lock on the table has a queue.
-_LOCK = "LOCK TABLE owned_slots IN EXCLUSIVE MODE"
-_LOCK_TIMEOUT = "SELECT set_config('lock_timeout', $1, true)"
-# All that is written to the shard waits in that queue too, whatever its slot. So who waits for it does so for a short
-# time, steps back for what has gathered behind, and comes again with twice the patience: at last for as long as a
-# hand-over may take.
+# All that is written to the shard waits in the queue for the fence's lock too, whatever its slot. So who waits for it
+# does so for a short time, steps back for what has gathered behind, and comes again with twice the patience: at last
+# for as long as a hand-over may take.
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 0.5
 _STEP_BACK_S = 0.1
-# Each of these is one statement, and so one round trip of the time in which nobody may write. As for marks: streams.py.
-_FENCE = f"""
-WITH fenced AS (
-    UPDATE owned_slots SET state = 'fenced' WHERE slot BETWEEN $1 AND $2 AND state = 'own' RETURNING 1
-), marked AS (
-    INSERT INTO {MARKS} AS known (slot, move_id, way, mark)
-    SELECT $1::int, $3::bigint, $4::text, $5::bigint WHERE EXISTS (SELECT FROM fenced)
-    ON CONFLICT (slot, move_id, way) DO UPDATE SET mark = greatest(excluded.mark, known.mark + 1)
-    RETURNING mark
-)
-SELECT (SELECT count(*) FROM fenced) AS slots, (SELECT mark FROM marked) AS mark
-"""  # noqa: S608  # A constant.
+# Each of these is one statement, and so one round trip of the time in which nobody may write.
+_FENCE = "SELECT fence_slots($1, $2, $3, $4, $5, $6)"
 _UNFENCE = "UPDATE owned_slots SET state = 'own' WHERE slot BETWEEN $1 AND $2 AND state = 'fenced'"
 _OPEN_TO_READS = """
 INSERT INTO owned_slots (slot, state) SELECT generate_series($1::int, $2::int), 'fenced'
@@ -112,7 +97,7 @@ async def rehearse(giver: Side, taker: Side) -> None:
     The first time, a statement takes a round trip more, and the session reads from the catalogs what it needs.
     """
     nowhere = Departure("", "", 0, Position(0, 0, waits=False, server=""))
-    await giver.connection.fetchrow(_FENCE, *_NONE, 0, "", 0)
+    await giver.connection.execute(_FENCE, *_NONE, 0, "", 0, 0)
     await open_to_reads(taker, *_NONE)
     await give_up(giver, *_NONE, nowhere)
     await take(taker, *_NONE, 0)
@@ -130,19 +115,16 @@ async def fence(side: Side, first: int, last: int, *, timeout_s: float, move_id:
         began = time.monotonic()
         wait_s = min(patience_s, deadline - began)
         patience_s = min(2 * patience_s, _LONGEST_WAIT_S)
+        patience_ms = max(1, int(wait_s * 1000))
         try:
-            async with connection.transaction():
-                await connection.execute(_LOCK_TIMEOUT, f"{max(1, int(wait_s * 1000))}ms")
-                await connection.execute(_LOCK)
-                fenced = await connection.fetchrow(_FENCE, first, last, move_id, way, mark)
-                assert fenced is not None
-                if fenced["slots"] != last - first + 1:
-                    raise FenceError(f"{side.shard_id} has only {fenced['slots']} of the slots {first} to {last}")
+            set_mark = await connection.fetchval(_FENCE, first, last, move_id, way, mark, patience_ms)
         except asyncpg.LockNotAvailableError as error:
             if deadline - time.monotonic() <= _STEP_BACK_S:
                 raise FenceError("writes under way did not end in time") from error
+        except asyncpg.RaiseError as error:
+            raise FenceError(f"{side.shard_id}: {error}") from error
         else:
-            return Fence(began, fenced["mark"])
+            return Fence(began, set_mark)
         await asyncio.sleep(_STEP_BACK_S)
 
 
