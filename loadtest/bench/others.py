@@ -63,21 +63,28 @@ class Mem0:
 
     async def open(self, endpoint: Endpoint, callers: int, dimensions: int) -> None:
         from mem0.vector_stores.pgvector import PGVector
+        from psycopg.errors import UniqueViolation
 
-        self._store: Any = await asyncio.to_thread(
-            PGVector,
-            dbname=endpoint["database"],
-            collection_name="mem0",
-            embedding_model_dims=dimensions,
-            user=endpoint["user"],
-            password=endpoint["password"],
-            host=endpoint["host"],
-            port=endpoint["port"],
-            diskann=False,
-            hnsw=True,
-            minconn=1,
-            maxconn=callers,
-        )
+        def store() -> Any:
+            return PGVector(
+                dbname=endpoint["database"],
+                collection_name="mem0",
+                embedding_model_dims=dimensions,
+                user=endpoint["user"],
+                password=endpoint["password"],
+                host=endpoint["host"],
+                port=endpoint["port"],
+                diskann=False,
+                hnsw=True,
+                minconn=1,
+                maxconn=callers,
+            )
+
+        try:
+            self._store: Any = await asyncio.to_thread(store)
+        except UniqueViolation:
+            # Two callers who make its table at the same time: one of them finds it the second time.
+            self._store = await asyncio.to_thread(store)
 
     async def close(self) -> None:
         """Its pool ends with the process."""
