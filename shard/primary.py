@@ -76,6 +76,8 @@ class Primary:
         self._asking: dict[Server, asyncpg.Connection[asyncpg.Record]] = {}
         self._timelines: dict[Server, int] = {}
         self._failures: dict[Server, str] = {}
+        self.has_answered = False
+        """Whether any of the servers ever said anything, be it that it lets nobody in."""
         self._current = self._servers[0]
         self._available = asyncio.Event()
         self._doubted = asyncio.Event()
@@ -177,10 +179,16 @@ class Primary:
                 timeline: int = await self._asking[server].fetchval(_ASK)
         except CONNECT_ERRORS as error:
             self._failures[server] = explain(error)
+            # The exception of its own kind says that the connection was lost.
+            is_said = isinstance(error, asyncpg.PostgresError) and not isinstance(
+                error, asyncpg.PostgresConnectionError
+            )
+            self.has_answered |= is_said
             if connection := self._asking.pop(server, None):
                 connection.terminate()
             return 0
         self._failures[server] = "it takes no writes"
+        self.has_answered = True
         return timeline
 
     async def _connect(self, server: Server, **options: Any) -> "asyncpg.Connection[asyncpg.Record]":

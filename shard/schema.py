@@ -135,10 +135,11 @@ ORDER BY embedding <=> query LIMIT candidates
 """What `own_index_nearest` asks, with its parameters by name."""
 NEAREST_IN_SHARED = """
 SELECT * FROM memories
-WHERE embedding IS NOT NULL AND deleted_at IS NULL AND (expire_time IS NULL OR expire_time > now())
+WHERE embedding IS NOT NULL AND deleted_at IS NULL AND slot >= 0 AND (expire_time IS NULL OR expire_time > now())
 ORDER BY embedding <=> query LIMIT candidates
 """
-"""The same of `shared_index_nearest`."""
+"""The same of `shared_index_nearest`. That slots are not negative, which none is, is said nowhere else, so that nobody
+else can be led to that index."""
 INDEX_SETTINGS = {"plan_cache_mode": "force_custom_plan", "enable_sort": "off", "jit": "off"}
 """What it asks it with. Only a plan for these very values can use the index, and only without the alternative is it
 used for a user whom statistics do not know. PostgreSQL up to 17 counts what is switched off as so dear that it would

@@ -73,7 +73,15 @@ _COUNT_IN_MANY_SLOTS = _COUNT.format(
 _EXISTING = """
 SELECT name, key, measured_rows FROM own_indexes JOIN pg_index ON indexrelid = to_regclass(name) WHERE indisvalid
 """
-_COUNT_ALL = "SELECT count(*) FROM memories WHERE embedding IS NOT NULL AND deleted_at IS NULL"
+# Each of the two by an index of its own; together they would be counted row by row.
+_COUNT_ALL = """
+SELECT (SELECT count(*) FROM memories WHERE deleted_at IS NULL)
+    - (SELECT count(*) FROM memories WHERE embedding IS NULL AND deleted_at IS NULL)
+"""
+_MOVES = """
+SELECT EXISTS (SELECT FROM pg_publication WHERE starts_with(pubname, 'memshard_move_'))
+    OR EXISTS (SELECT FROM pg_subscription WHERE starts_with(subname, 'memshard_move_'))
+"""
 # What a maker that died has left, or somebody else: an index that cannot be used, or that nobody knows.
 _LEFT_OVER = """
 SELECT relname, indexrelid::bigint AS oid
@@ -93,8 +101,8 @@ SELECT format('CREATE INDEX CONCURRENTLY %I ON memories USING hnsw (embedding %I
                WHERE {USER_KEY} = %L::bigint AND deleted_at IS NULL', $1::text, $2::text, $3::bigint)
 """
 _CREATE_SHARED = """
-SELECT format('CREATE INDEX CONCURRENTLY %I ON memories USING hnsw (embedding %I) WHERE deleted_at IS NULL',
-              $1::text, $2::text)
+SELECT format('CREATE INDEX CONCURRENTLY %I ON memories USING hnsw (embedding %I)
+               WHERE deleted_at IS NULL AND slot >= 0', $1::text, $2::text)
 """
 # What tells one from another in a log: the name has a hash in it that whoever guesses a user's name can make as well.
 _OID = "SELECT to_regclass($1)::oid::bigint"
@@ -147,6 +155,12 @@ async def count_all(connection: Connection) -> int:
     """How many memories have an embedding."""
     count: int = await connection.fetchval(_COUNT_ALL)
     return count
+
+
+async def has_moves(connection: Connection) -> bool:
+    """Whether slots are moving from here or to here: a publication waits for a build, and breaks it off."""
+    found: bool = await connection.fetchval(_MOVES)
+    return found
 
 
 async def tidy(connection: Connection) -> None:

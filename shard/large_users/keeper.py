@@ -125,6 +125,9 @@ class Keeper:
                 await indexes.drop(connection, indexes.SHARED)
             return
         if not there:
+            # A move would have to wait for as long as that takes, which may be hours.
+            if await indexes.has_moves(connection):
+                return
             await indexes.build_shared(connection, self._identity, rows, memory_mb=self._memory_mb)
         if has_drifted(measured, rows):
             found = await recall.measure(connection, self._identity, None)

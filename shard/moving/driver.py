@@ -11,14 +11,14 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from dataclasses import replace
 
 from common import catalog_moves, logs, postgres
-from common.config import MoverSettings
+from common.config import ConfigError, MoverSettings
 from common.moves import TARGET_LOST, UNFENCED, Move, Step
-from common.postgres import CONNECT_ERRORS, NOTICE_LOSS, Connection, DatabaseUnreachableError
+from common.postgres import CONNECT_ERRORS, NOTICE_LOSS, Connection, DatabaseUnreachableError, explain
 from shard.moving import cutover, lost_target, side
 from shard.moving.moving import MoveError, Moving, Tell, Turn, event_of
 from shard.moving.ownership import OwnershipError
 from shard.moving.pacing import Pace
-from shard.moving.side import Side, SideError
+from shard.moving.side import Side, SideError, UnreachableError
 from shard.moving.steps import STEPS
 from shard.moving.streams import SlotLostError, StreamError
 from shard.moving.unfence import close, let_write, record, unfence
@@ -102,26 +102,38 @@ class Driver:
             await asyncio.sleep(_BACKOFF_S)
 
     async def give_up_target(self) -> Move:
-        """Rolls a move back that has not gone over with its source alone: what the target had is left where it is.
-
-        Raises MoveError: it has gone over, or the target can be reached after all. And StreamError, SideError,
-        LeasedError, CatalogError, CONNECT_ERRORS.
+        """Rolls a move back whose slots the source has, and with the source alone: what the target had is left where
+        it is. Raises MoveError: it has gone over, or the target answers after all, or the source does not; and
+        StreamError, LeasedError, CatalogError.
         """
-        async with leased(self._settings, self._move_id, from_hung=True) as (connection, found):
-            if found.step is Step.ROLLED_BACK:
-                return found
-            lost_target.require_possible(found, await catalog_moves.read_moves(connection))
-            move = await self._unfence_alone(connection, found)
-            with suppress(*_LOST):
-                async with self._side(move, move.target):
-                    raise MoveError(f"{move.target} can be reached; roll move {move.move_id} back together with it")
-            move = await self._rolling_back(connection, move)
-            async with self._side(move, move.source) as source:
-                await lost_target.give_up(source, move)
-            ended = replace(move, step=Step.ROLLED_BACK, error=TARGET_LOST)
-            move = await catalog_moves.change_move(connection, move, ended)
-            self._tell(event_of(move))
-            return move
+        try:
+            async with leased(self._settings, self._move_id, from_hung=True) as (connection, found):
+                if found.step is Step.ROLLED_BACK:
+                    return found
+                lost_target.require_possible(found)
+                move = await self._unfence_alone(connection, found)
+                await self._require_lost(move)
+                move = await self._rolling_back(connection, move)
+                async with self._side(move, move.source) as source:
+                    await lost_target.give_up(source, move)
+                ended = replace(move, step=Step.ROLLED_BACK, error=TARGET_LOST, fenced_at=None)
+                move = await catalog_moves.change_move(connection, move, ended)
+        except _LOST as error:
+            raise MoveError(f"move {self._move_id} cannot be given up now: {explain(error)}") from error
+        self._tell(event_of(move))
+        return move
+
+    async def _require_lost(self, move: Move) -> None:
+        """Raises MoveError when the target answers, whatever it says."""
+        refused = MoveError(f"{move.target} can be reached; roll move {move.move_id} back together with it")
+        try:
+            async with self._side(move, move.target):
+                raise refused
+        except (UnreachableError, ConfigError):
+            # Or it is not even known any more where it was.
+            return
+        except _LOST as error:
+            raise refused from error
 
     async def look(self) -> None:
         """Records of a move that waits for the end of its rollback window that it is closed, if something has seen to

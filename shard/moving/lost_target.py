@@ -7,31 +7,28 @@ keeps its log. That it never comes back only an operator can say.
 from collections.abc import Sequence
 
 from common.moves import TARGET_LOST, Move, Step
+from shard.moving import ownership
 from shard.moving.changed import ChangeLog
 from shard.moving.moving import MoveError
 from shard.moving.side import Side
-from shard.moving.streams import idle_sync_slots, name_of, unpublish, unsubscribe
+from shard.moving.streams import name_of, sync_slots, unpublish, unsubscribe
 
 
-def require_possible(move: Move, moves: Sequence[Move]) -> None:
-    """Raises MoveError unless the slots are the source's, and nothing that is idle there can be another move's."""
-    if not (move.step.is_before_cutover or move.step is Step.ROLLING_BACK):
-        raise MoveError(f"move {move.move_id} is {move.step}: the slots are {move.target}'s, and were lost with it")
-    for other in moves:
-        copies = other.step is Step.COPYING and other.source == move.source
-        if copies and other.target != move.target:
-            raise MoveError(
-                f"move {other.move_id} is copying from {move.source} too, and its replication slots cannot be told "
-                f"from those of move {move.move_id}; let it go on first, or roll it back"
-            )
+def require_possible(move: Move) -> None:
+    """Raises MoveError unless the source has the slots, as far as the catalog is concerned."""
+    if not (move.step.is_before_cutover or move.step in (Step.RETURNED, Step.ROLLING_BACK)):
+        raise MoveError(f"move {move.move_id} is {move.step}: the slots are {move.target}'s")
 
 
 async def give_up(source: Side, move: Move) -> None:
     """Removes from the source all that was made for the move. Raises StreamError, CONNECT_ERRORS."""
     forward = name_of(move.move_id, "forward")
+    if move.step is Step.RETURNED:
+        # Nobody answers for them any more who could have been asked before the source was told.
+        await ownership.take(source, move.first, move.last, move.cutover_epoch)
     await ChangeLog(source, forward).remove()
     await unsubscribe(source, name_of(move.move_id, "reverse"))
-    await unpublish(source, forward, *await idle_sync_slots(source))
+    await unpublish(source, forward, *await sync_slots(source, forward))
 
 
 async def tidy(target: Side, moves: Sequence[Move]) -> None:

@@ -41,12 +41,18 @@ _SETTINGS = {
     "statement_timeout": "0",
     "jit": "off",
 }
+# The last thing in a shard's schema that a mover asks for.
+_IS_MIGRATED = "SELECT to_regproc('fence_slots') IS NOT NULL"
 _LOCK = "SELECT pg_try_advisory_lock($1, $2)"
 _SERVER = "SELECT system_identifier::text AS system, current_setting('cluster_name') AS name FROM pg_control_system()"
 
 
 class SideError(Exception):
     """A shard's database is not what a move needs; the message says what to do."""
+
+
+class UnreachableError(SideError):
+    """Nobody answers there, neither a primary nor a standby; nor does anybody say why he lets nobody in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +86,14 @@ async def opened(shard_id: str, dsn: str, move_id: int, *, hung_after_s: float =
         await primary.find(_FIND_TIMEOUT_S)
         connection = await primary.connect(server_settings=_SETTINGS)
     except CONNECT_ERRORS as error:
-        raise SideError(f"the database of {shard_id} cannot be reached: {explain(error)}") from error
+        kind = SideError if primary.has_answered else UnreachableError
+        raise kind(f"the database of {shard_id} cannot be reached: {explain(error)}") from error
     try:
         known = await identity.read(connection)
         if known is None or known.shard_id != shard_id:
             raise SideError(f"the database given for {shard_id} belongs to {known.shard_id if known else 'nobody yet'}")
+        if not await connection.fetchval(_IS_MIGRATED):
+            raise SideError(f"the service of {shard_id} is older than this mover; restart it first")
         deadline = time.monotonic() + _LOCK_TIMEOUT_S
         while not await connection.fetchval(_LOCK, LEASE_CLASS, move_id):
             if time.monotonic() >= deadline:

@@ -39,6 +39,9 @@ _CREATE_PUBLICATION = (
     + ", ".join(f"{table} WHERE (slot >= %2$s AND slot <= %3$s)" for table in (*MOVED, MARKS))
     + "', $1::text, $2::int, $3::int)"
 )
+# Of which server the subscriber is, for whoever has to do without it.
+_NOTE = "SELECT format('COMMENT ON PUBLICATION %I IS %L', $1::text, $2::text)"
+_NOTED = "SELECT obj_description(oid, 'pg_publication') FROM pg_publication WHERE pubname = $1"
 _DROP_PUBLICATION = "SELECT format('DROP PUBLICATION IF EXISTS %I', $1::text)"
 _CREATE_SLOT = "SELECT pg_create_logical_replication_slot($1, 'pgoutput')"
 _DROP_SLOT = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = $1 AND NOT active"
@@ -64,9 +67,6 @@ SELECT slot_name FROM pg_replication_slots
 WHERE slot_name ~ ('^pg_[0-9]+_sync_[0-9]+_' || $1 || '$')
     AND substring(slot_name FROM '^pg_([0-9]+)_sync_')::oid <> ALL ($2::oid[])
 """
-_IDLE_SYNC_SLOTS = (
-    "SELECT slot_name FROM pg_replication_slots WHERE slot_name ~ '^pg_[0-9]+_sync_[0-9]+_' AND NOT active"
-)
 _SUBSCRIPTIONS = """
 SELECT coalesce(array_agg(pg_subscription.oid), '{}') FROM pg_subscription
 """
@@ -115,6 +115,7 @@ class Stream:
         """Makes the publication, if it is not there."""
         if not await self.publisher.connection.fetchval(_HAS_PUBLICATION, self.name):
             await _made(self.publisher, _CREATE_PUBLICATION, self.name, self.first, self.last)
+        await _made(self.publisher, _NOTE, self.name, self.subscriber.system)
 
     async def make_slot(self) -> None:
         """Makes the slot, if it is not there. Waits for every transaction that is open on the publisher."""
@@ -223,9 +224,13 @@ async def unpublish(publisher: Side, name: str, *sync_slots: str) -> None:
     await _made(publisher, _DROP_PUBLICATION, name)
 
 
-async def idle_sync_slots(publisher: Side) -> list[str]:
-    """The slots of initial copies that nobody takes from at the moment, whosever they are."""
-    return [row["slot_name"] for row in await publisher.connection.fetch(_IDLE_SYNC_SLOTS)]
+async def sync_slots(publisher: Side, name: str) -> list[str]:
+    """The slots of initial copies of whoever takes from the stream, or has taken from another one before, by what the
+    publication says of it: it may be gone. Empty where it says nothing.
+    """
+    system = await publisher.connection.fetchval(_NOTED, name)
+    rows = [] if system is None else await publisher.connection.fetch(_SYNC_SLOTS, system, [])
+    return [row["slot_name"] for row in rows]
 
 
 async def make_slot(publisher: Side, name: str) -> None:

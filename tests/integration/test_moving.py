@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+import re
 import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -52,6 +53,7 @@ _SET_FENCED_AT = """
 UPDATE moves SET fenced_at = now(), source_timeline = 1, target_timeline = 1, version = 2 WHERE move_id = $1
 """
 _COUNT_FENCED = "SELECT count(*) FROM owned_slots WHERE state = 'fenced'"
+_SET_FENCED = "UPDATE owned_slots SET state = 'fenced' WHERE slot BETWEEN $1 AND $2"
 _SET_STATE = "UPDATE owned_slots SET state = $2 WHERE slot = $1"
 _INSERT = """
 INSERT INTO memories (slot, user_id, id, digest, agent_id, session_id, type, importance, content, metadata,
@@ -631,41 +633,84 @@ def frozen_server(cluster: LocalCluster, name: str) -> Iterator[None]:
                 process.resume()
 
 
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("step", [Step.COPYING, Step.FENCED])
-async def test_a_move_whose_target_is_lost_for_good_ends_on_its_source_alone(slots: Slots, step: Step) -> None:
-    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
-    before = await users_rows(slots)
-    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
-    asked = ["move", "--first", str(first), "--last", str(first + 99), "--to", "shard-1"]
+async def stopped_in(slots: Slots, step: Step, *asked: str) -> None:
+    """A mover is killed when it has done all that is to be done in a step, but for recording it."""
     async with slots.step_held(step) as held, slots.mover(*asked) as running:
         await running.until(step)
         await held.is_done()
         running.send()
         await running.process.wait()
         await held.end_sessions()
-    plan = slots.cluster.plan()
-    server = plan.shard_servers("shard-0")[slots.cluster.primary("shard-0")]
-    async with database(server.dsn(SUPERUSER, plan.secrets.postgres)) as source:
-        # As of the first copy of a table, which was cut short.
-        await source.execute("SELECT pg_create_logical_replication_slot('pg_16999_sync_16400_7', 'pgoutput')")
-    move_id = str((await slots.moves())[-1].move_id)
-    lost = ["rollback", "--move", move_id, "--target-lost"]
-    async with slots.mover(*lost) as early:
-        assert "shard-1 can be reached" in [event async for event in early.events()][-1]["why"]
-    with frozen_server(slots.cluster, slots.cluster.primary("shard-1")):
-        events = await slots.move(*lost)
-        assert [event["step"] for event in events if event["event"] == "move"] == ["rolled_back"]
-        assert await slots.move(*lost) == [{"event": "done"}]
-        move = (await slots.moves())[-1]
-        assert (move.step, move.error, move.may_be_fenced) == (Step.ROLLED_BACK, TARGET_LOST, False)
-        assert await slots.left_over("shard-0") == []
+
+
+@asynccontextmanager
+async def as_superuser(cluster: LocalCluster, shard_id: str) -> AsyncIterator[Connection]:
+    plan = cluster.plan()
+    server = plan.shard_servers(shard_id)[cluster.primary(shard_id)]
+    async with database(server.dsn(SUPERUSER, plan.secrets.postgres)) as connection:
+        yield connection
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("step", [Step.COPYING, Step.FENCED, Step.RETURNED])
+async def test_a_move_whose_target_is_lost_for_good_ends_on_its_source_alone(slots: Slots, step: Step) -> None:
+    await slots.cluster.run("shards", "set", "shard-1", "--status", "active")
+    before = await users_rows(slots)
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    asked = ["move", "--first", str(first), "--last", str(first + 99), "--to", "shard-1"]
+    if step is Step.RETURNED:
+        patient = Slots(slots.cluster, {**slots.settings, "rollback_window_s": 600})
+        async with patient.mover(*asked) as running:
+            await running.until(Step.ACTIVE)
+            running.send()
+            await running.process.wait()
+        await stopped_in(slots, step, "rollback", "--move", str((await slots.moves())[-1].move_id))
+    else:
+        await stopped_in(slots, step, *asked)
+    lost = ["rollback", "--move", str((await slots.moves())[-1].move_id), "--target-lost"]
+    async with as_superuser(slots.cluster, "shard-0") as source, as_superuser(slots.cluster, "shard-1") as target:
+        if step is Step.RETURNED:
+            # As before it was told.
+            await source.execute(_SET_FENCED, first, first + 99)
+        # As of the first copy of a table, which was cut short, to this target and to somebody else.
+        system = await target.fetchval("SELECT system_identifier FROM pg_control_system()")
+        own = [f"pg_16999_sync_16400_{system}"] if step.is_before_cutover else []
+        for name in (*own, "pg_16999_sync_16400_7"):
+            await source.execute("SELECT pg_create_logical_replication_slot($1, 'pgoutput')", name)
+        is_fenced = await slots.fenced("shard-0")
+        assert (is_fenced > 0) == (step is not Step.COPYING)
+        with frozen_server(slots.cluster, slots.cluster.primary("shard-1")):
+            events = await slots.move(*lost)
+            assert [event["step"] for event in events if event["event"] == "move"] == ["rolled_back"]
+            assert await slots.move(*lost) == [{"event": "done"}]
+            move = (await slots.moves())[-1]
+            assert (move.step, move.error, move.may_be_fenced) == (Step.ROLLED_BACK, TARGET_LOST, False)
+            assert await slots.left_over("shard-0") == ["shard-0: slot pg_16999_sync_16400_7"]
+        await source.execute("SELECT pg_drop_replication_slot('pg_16999_sync_16400_7')")
     # It is back after all: whatever it has is of no harm, and goes when slots are to come again.
     assert await users_rows(slots) == before
     await slots.move(*asked)
     assert await slots.left_over() == []
     await slots.move("move", "--first", str(first), "--last", str(first + 99), "--to", "shard-0")
     assert await users_rows(slots) == before
+
+
+async def test_a_target_that_answers_is_not_given_up_as_lost(slots: Slots) -> None:
+    """Whatever it answers: that it lets nobody in says that it is there."""
+    first = next(owned.first for owned in (await slots.topology()).ranges if owned.shard_id == "shard-0")
+    asked = ["move", "--first", str(first), "--last", str(first + 99), "--to", "shard-1"]
+    await stopped_in(slots, Step.COPYING, *asked)
+    move = (await slots.moves())[-1]
+    lost = ["rollback", "--move", str(move.move_id), "--target-lost"]
+    assert "shard-1 can be reached" in await failed(slots, *lost)
+    assert (await slots.moves())[-1] == move
+    dsns = mover.settings(slots.cluster.plan())["shard_dsns"]
+    wrong = {**dsns, "shard-1": re.sub(r":[^:@/]+@", ":wrong@", dsns["shard-1"])}
+    assert wrong != dsns
+    locked_out = Slots(slots.cluster, {**slots.settings, "shard_dsns": wrong})
+    assert "shard-1 can be reached" in await failed(locked_out, *lost)
+    await slots.move("rollback", "--move", str(move.move_id))
+    assert await slots.left_over() == []
 
 
 async def test_a_table_that_is_truncated_while_slots_are_fenced_has_the_move_compare_anew(slots: Slots) -> None:

@@ -8,6 +8,8 @@ import asyncpg
 import numpy as np
 import pytest
 import pytest_asyncio
+from pgvector import HalfVector
+from pgvector.asyncpg import register_vector
 
 from memshard.v1 import memory_pb2 as pb
 from tests.integration.test_large_users import DIMENSIONS, Sea, Vectors, half_of_them, structured
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _SHARDS = ("shard-0", "shard-1")
-_USERS = [f"fish-{number}" for number in range(6)]
-_EACH = 1000
+_USERS = [f"fish-{number}" for number in range(8)]
+_EACH = 1500
 _THRESHOLD = 1500
 _QUERIES = 30
 # Two that are as near as each other to the last digit may change places.
@@ -105,6 +107,23 @@ async def test_searches_of_everybody_go_by_the_shared_index_and_find_what_an_exa
             index + _QUERIES * len(_SHARDS),
             exact,
         )
+
+
+async def test_nobody_else_is_led_to_it(school: School) -> None:
+    """A user's own index that is gone is missed by nobody: what would be the nearest of everybody is not looked at."""
+    await eventually(lambda: _is_proven(school), within_s=60)
+    index, (query,) = await school.index("shard-0"), structured(94, 1)
+    assert index is not None
+    scans = "SELECT pg_stat_get_xact_numscans($1)"
+    async with database(school.cluster.shard_dsn("shard-0", owner=True)) as connection:
+        await register_vector(connection)
+        async with connection.transaction():
+            await connection.fetch(
+                "SELECT FROM own_index_nearest($1, $2, $3, 10, 100)", _USERS[0], 1, HalfVector(query)
+            )
+            assert await connection.fetchval(scans, index["oid"]) == 0
+            await connection.fetch("SELECT FROM shared_index_nearest($1, 10, 100)", HalfVector(query))
+            assert await connection.fetchval(scans, index["oid"]) == 1
 
 
 async def test_what_it_cannot_answer_well_is_answered_exactly(school: School) -> None:
