@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from shard.large_users.known import FEW, MANY, Effort, OwnIndex
 from shard.large_users.plan import Bounds, Existing, LargeUser, Plan, decide
-from shard.large_users.recall import recall
+from shard.large_users.recall import least_recall, recall
 
 BOUNDS = Bounds(rows=1000, most=2)
 PROVEN = OwnIndex(7, ef_few=70, ef_many=220)
@@ -112,3 +112,13 @@ def test_recall_counts_what_is_as_near_as_the_farthest_that_should_be_found() ->
     # Another one at the same distance is as good.
     assert recall([[0.1, 0.2]], [[0.1, 0.2, 0.2]], 2) == 1.0
     assert recall([], [], 2) == 0.0
+
+
+def test_easy_questions_do_not_make_up_for_others() -> None:
+    truths = [[0.1, 0.2]] * 6
+    found, half = [0.1, 0.2], [0.1, 0.3]
+    assert least_recall([found] * 6, truths, 2) == 1.0
+    # They come by turns.
+    assert least_recall([found, half] * 3, truths, 2) == 0.5
+    assert least_recall([half, found] * 3, truths, 2) == 0.5
+    assert recall([found, half] * 3, truths, 2) == 0.75
