@@ -113,8 +113,8 @@ def recall(answers: Sequence[Sequence[float]], truths: Sequence[Sequence[float]]
 
 
 def least_recall(answers: Sequence[Sequence[float]], truths: Sequence[Sequence[float]], count: int) -> float:
-    """The same of each kind of question by itself, as they come by turns, and the least of them: those that are easy must
-    not make up for the others.
+    """The same of each kind of question by itself, as they come by turns, and the least of them: those that are easy
+    must not make up for the others.
     """
     kinds = len(_ASTRAY)
     return min(recall(answers[first::kinds], truths[first::kinds], count) for first in range(kinds))
