@@ -436,6 +436,9 @@ class ReplicaSettings(ServiceSettings):
 
 # A mover at work has ended its fence, or given it up, long before.
 _HUNG_AFTER_FENCES = 3
+_FENCE_TIMEOUT_S = 5.0
+MOVER_HUNG_AFTER_S = _HUNG_AFTER_FENCES * _FENCE_TIMEOUT_S
+"""`MoverSettings.hung_after_s` of a mover whose settings say nothing of it."""
 
 
 class MoverSettings(ProcessSettings):
@@ -454,7 +457,7 @@ class MoverSettings(ProcessSettings):
     """URL for every shard that `shard_dsns` does not name, with {shard_id} where the shard's name goes, as in
     postgresql://memshard_mover:password@{shard_id}-rw:5432/memshard."""
 
-    fence_timeout_s: Annotated[float, Field(ge=0.5, le=60)] = 5.0
+    fence_timeout_s: Annotated[float, Field(ge=0.5, le=60)] = _FENCE_TIMEOUT_S
     """Seconds that the slots of a move may take no writes. A move that would take longer gives them back, and tries
     again later."""
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 from common.catalog_moves import is_unattended, read_moves
+from common.config import MOVER_HUNG_AFTER_S
 from local import mover
 from local.cluster import Plan
 from local.errors import LocalClusterError
@@ -13,8 +14,6 @@ _INTERVAL_S = 2.0
 _CATALOG_TIMEOUT_S = 2.0
 # Between two attempts that lead to nothing, as when a shard's primary is away.
 _RETRY_S = 5.0
-# As the mover's settings have it by default, which are those of its process here.
-_HUNG_AFTER_S = 15.0
 
 
 class MoveWatch:
@@ -43,6 +42,6 @@ class MoveWatch:
         async with as_owner(plan.catalog_server(), plan.secrets, _CATALOG_TIMEOUT_S) as connection:
             moves = [move for move in await read_moves(connection) if move.may_be_fenced]
             for move in moves:
-                if await is_unattended(connection, move, _HUNG_AFTER_S):
+                if await is_unattended(connection, move, MOVER_HUNG_AFTER_S):
                     return True
         return False

@@ -179,11 +179,9 @@ class Primary:
                 timeline: int = await self._asking[server].fetchval(_ASK)
         except CONNECT_ERRORS as error:
             self._failures[server] = explain(error)
-            # The exception of its own kind says that the connection was lost.
-            is_said = isinstance(error, asyncpg.PostgresError) and not isinstance(
-                error, asyncpg.PostgresConnectionError
-            )
-            self.has_answered |= is_said
+            # One kind of what a server says is said by the client: that the connection was lost.
+            is_lost = isinstance(error, asyncpg.PostgresConnectionError)
+            self.has_answered |= isinstance(error, asyncpg.PostgresError) and not is_lost
             if connection := self._asking.pop(server, None):
                 connection.terminate()
             return 0

@@ -308,7 +308,7 @@ def _nearest(name: str, whose: str, shape: Shape, question: str) -> str:
     """A function that finds memories by an index. STABLE: it sees what the statement sees that it is part of. The two
     settings within concern nothing but such indexes, and last until the end of the transaction.
     """
-    settings = " ".join(f"SET {name} = {value}" for name, value in INDEX_SETTINGS.items())
+    settings = " ".join(f"SET {setting} = {value}" for setting, value in INDEX_SETTINGS.items())
     return f"""
         CREATE FUNCTION {name}(
             {whose}query {VECTOR_TYPE[shape.precision]}, candidates int, effort int

@@ -28,6 +28,8 @@ _DATABASE = "bench"
 _SAME_TABLE = "copied_memories"
 _MEMSHARD = Path(sys.executable).parent / "memshard"
 _START_TIMEOUT_S = 60.0
+INDEX_TIMEOUT_S = 3600.0
+POLL_S = 0.25
 _NOT_WANTED = "not wanted"
 # What is generated from others cannot be copied, and is generated again.
 _STORED_COLUMNS = """
@@ -105,6 +107,17 @@ class Alone:
     """Of the shard's database, as its owner."""
     metrics_port: int
     """Of the shard's service."""
+
+    async def index(self, question: str) -> asyncpg.Record:
+        """What `question` says of an index, once that is there and measured: until then it has no rows."""
+        connection = await asyncpg.connect(self.dsn)
+        try:
+            async with asyncio.timeout(INDEX_TIMEOUT_S):
+                while (row := await connection.fetchrow(question)) is None:  # noqa: ASYNC110  # Nobody tells us.
+                    await asyncio.sleep(POLL_S)
+        finally:
+            await connection.close()
+        return row
 
 
 @asynccontextmanager

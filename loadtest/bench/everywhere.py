@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import asyncpg
 import numpy as np
 
 from loadtest.bench.__main__ import machine
@@ -25,8 +24,6 @@ from loadtest.bench.workload import K, Vector, content, memory_id, user_name
 
 _CALLERS = 8
 _MUST_RECALL = 0.99
-_INDEX_TIMEOUT_S = 3600.0
-_POLL_S = 0.25
 # As long as servers take to hear of an index (shard/large_users/known.py), and some more.
 _KNOWN_S = 5.0
 _WITHOUT = {"MEMSHARD_SHARD_OWN_INDEX_MOST": "0"}
@@ -118,13 +115,7 @@ async def _load(routed: Routed, memories: Memories) -> None:
 async def _index(cluster: Alone) -> str:
     """What is to be said of the index, once the shard goes by it."""
     began = time.monotonic()
-    connection = await asyncpg.connect(cluster.dsn)
-    try:
-        async with asyncio.timeout(_INDEX_TIMEOUT_S):
-            while (row := await connection.fetchrow(_INDEX)) is None:  # noqa: ASYNC110  # Nobody tells us.
-                await asyncio.sleep(_POLL_S)
-    finally:
-        await connection.close()
+    row = await cluster.index(_INDEX)
     seconds = time.monotonic() - began
     await asyncio.sleep(_KNOWN_S)
     return f"The index: {row['size_bytes'] / 2**20:.0f} MiB, ready after {seconds:.0f} s, ef {row['ef_few']} for {K}."

@@ -18,7 +18,7 @@ import asyncpg
 import numpy as np
 
 from loadtest.bench.__main__ import machine
-from loadtest.bench.cluster import Alone, alone
+from loadtest.bench.cluster import INDEX_TIMEOUT_S, POLL_S, Alone, alone
 from loadtest.bench.clustered import BATCH, Routed
 from loadtest.bench.contender import Endpoint, Row
 from loadtest.bench.workload import K, Vector, content, memory_id, user_name
@@ -28,8 +28,6 @@ _LOADERS = 4
 # Of a search, what the project promises.
 _MUST_P50_MS = 3.0
 _MUST_RECALL = 0.99
-_INDEX_TIMEOUT_S = 3600.0
-_POLL_S = 0.25
 # Users beside it are not large; whoever is gets the index as soon as it is seen.
 _ENVIRONMENT = {
     "MEMSHARD_SHARD_OWN_INDEX_INTERVAL_S": "2",
@@ -143,19 +141,18 @@ async def _load(routed: Routed, user: int, vectors: Vector) -> None:
 async def _index(cluster: Alone) -> dict[str, Any]:
     """What is known of the large user's index, once the shard goes by it."""
     began = time.monotonic()
-    connection = await asyncpg.connect(cluster.dsn)
-    try:
-        async with asyncio.timeout(_INDEX_TIMEOUT_S):
-            while (row := await connection.fetchrow(_INDEX)) is None:  # noqa: ASYNC110  # Nobody tells us.
-                await asyncio.sleep(_POLL_S)
-            if row["ef_few"] is None or row["ef_many"] is None:
-                _tell("the index is not good enough for these embeddings; searches stay exact")
-            else:
-                # As autovacuum does in time. By hand and before, it would be in the way of the index.
-                await connection.execute("ANALYZE memories")
-                await _until(lambda: _sample(cluster, 'memory_own_indexes{shard="shard-0",use="proven"}') >= 1)
-    finally:
-        await connection.close()
+    row = await cluster.index(_INDEX)
+    if row["ef_few"] is None or row["ef_many"] is None:
+        _tell("the index is not good enough for these embeddings; searches stay exact")
+    else:
+        # As autovacuum does in time. By hand and before, it would be in the way of the index.
+        connection = await asyncpg.connect(cluster.dsn)
+        try:
+            await connection.execute("ANALYZE memories")
+        finally:
+            await connection.close()
+        async with asyncio.timeout(INDEX_TIMEOUT_S):
+            await _until(lambda: _sample(cluster, 'memory_own_indexes{shard="shard-0",use="proven"}') >= 1)
     seconds = await asyncio.to_thread(_sample, cluster, "memory_own_index_build_duration_seconds_sum")
     _tell(f"index ready after {time.monotonic() - began:.0f} s, of which {seconds:.0f} to make it")
     return {**dict(row), "build_s": round(seconds, 1)}
@@ -163,7 +160,7 @@ async def _index(cluster: Alone) -> dict[str, Any]:
 
 async def _until(condition: Callable[[], bool]) -> None:
     while not await asyncio.to_thread(condition):  # noqa: ASYNC110  # Nobody tells us; we have to ask.
-        await asyncio.sleep(_POLL_S)
+        await asyncio.sleep(POLL_S)
 
 
 def _sample(cluster: Alone, name: str) -> float:

@@ -18,6 +18,7 @@ from common.postgres import Connection
 from common.telemetry.registry import OWN_INDEX_BUILD_DURATION, OWN_INDEX_BUILDS
 from shard.identity import Identity
 from shard.large_users.plan import Bounds, Existing, LargeUser
+from shard.moving.tables import STREAM_PREFIX
 from shard.schema import USER_KEY
 
 _log = logs.get_logger("own indexes")
@@ -79,8 +80,8 @@ SELECT (SELECT count(*) FROM memories WHERE deleted_at IS NULL)
     - (SELECT count(*) FROM memories WHERE embedding IS NULL AND deleted_at IS NULL)
 """
 _MOVES = """
-SELECT EXISTS (SELECT FROM pg_publication WHERE starts_with(pubname, 'memshard_move_'))
-    OR EXISTS (SELECT FROM pg_subscription WHERE starts_with(subname, 'memshard_move_'))
+SELECT EXISTS (SELECT FROM pg_publication WHERE starts_with(pubname, $1))
+    OR EXISTS (SELECT FROM pg_subscription WHERE starts_with(subname, $1))
 """
 # What a maker that died has left, or somebody else: an index that cannot be used, or that nobody knows.
 _LEFT_OVER = """
@@ -159,7 +160,7 @@ async def count_all(connection: Connection) -> int:
 
 async def has_moves(connection: Connection) -> bool:
     """Whether slots are moving from here or to here: a publication waits for a build, and breaks it off."""
-    found: bool = await connection.fetchval(_MOVES)
+    found: bool = await connection.fetchval(_MOVES, STREAM_PREFIX)
     return found
 
 

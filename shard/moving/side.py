@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common.catalog_moves import LEASE_CLASS, end_hung
+from common.config import MOVER_HUNG_AFTER_S
 from common.postgres import CONNECT_ERRORS, NOTICE_LOSS, explain
 from shard import identity
 from shard.primary import Newest, Primary
@@ -24,8 +25,6 @@ _FIND_TIMEOUT_S = 10.0
 # A session of a mover that was killed ends when its server notices: within the interval below, or one statement.
 _LOCK_TIMEOUT_S = 30.0
 _POLL_S = 0.1
-# As the mover's settings have it by default.
-_HUNG_AFTER_S = 15.0
 
 _SETTINGS = {
     **NOTICE_LOSS,
@@ -75,7 +74,9 @@ class Side:
 
 
 @asynccontextmanager
-async def opened(shard_id: str, dsn: str, move_id: int, *, hung_after_s: float = _HUNG_AFTER_S) -> AsyncIterator[Side]:
+async def opened(
+    shard_id: str, dsn: str, move_id: int, *, hung_after_s: float = MOVER_HUNG_AFTER_S
+) -> AsyncIterator[Side]:
     """A session that has the lock of a move, for who has its lease. Who had it before and still has the lock has lost
     the lease: the session ends when that is noticed, and is ended when it has done nothing for `hung_after_s`.
 

@@ -7,11 +7,12 @@ two a mover that died has left behind is found by name.
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shard.moving.side import Side
-from shard.moving.tables import MARKS, MOVED
+from shard.moving.tables import MARKS, MOVED, STREAM_PREFIX
 
 # Ending the process that sends from a slot, or the one that takes from it.
 _DROP_TIMEOUT_S = 15.0
@@ -162,8 +163,7 @@ class Stream:
         """Removes all that there is of it: first whoever takes, then what is taken from."""
         await unsubscribe(self.subscriber, self.name)
         alive = await self.subscriber.connection.fetchval(_SUBSCRIPTIONS)
-        left = await self.publisher.connection.fetch(_SYNC_SLOTS, self.subscriber.system, alive)
-        await unpublish(self.publisher, self.name, *(row["slot_name"] for row in left))
+        await unpublish(self.publisher, self.name, *await _sync_slots(self.publisher, self.subscriber.system, alive))
 
     async def is_gone(self) -> bool:
         """Whether nothing flows this way any more, nor could: there is no subscription and no slot."""
@@ -208,7 +208,7 @@ class Stream:
 
 def name_of(move_id: int, way: str) -> str:
     """Name of the publication, the slot and the subscription of a move's stream."""
-    return f"memshard_move_{move_id}_{way}"
+    return f"{STREAM_PREFIX}{move_id}_{way}"
 
 
 async def unsubscribe(subscriber: Side, name: str) -> None:
@@ -229,8 +229,7 @@ async def sync_slots(publisher: Side, name: str) -> list[str]:
     publication says of it: it may be gone. Empty where it says nothing.
     """
     system = await publisher.connection.fetchval(_NOTED, name)
-    rows = [] if system is None else await publisher.connection.fetch(_SYNC_SLOTS, system, [])
-    return [row["slot_name"] for row in rows]
+    return [] if system is None else await _sync_slots(publisher, system, [])
 
 
 async def make_slot(publisher: Side, name: str) -> None:
@@ -249,6 +248,11 @@ async def drop_slot(publisher: Side, name: str) -> None:
         if time.monotonic() >= deadline:
             raise StreamError(f"the replication slot {name} on {publisher.shard_id} is in use and cannot be dropped")
         await asyncio.sleep(_POLL_S)
+
+
+async def _sync_slots(publisher: Side, system: str, alive: Sequence[int]) -> list[str]:
+    """Those of a server's subscriptions, but for the ones that are `alive`."""
+    return [row["slot_name"] for row in await publisher.connection.fetch(_SYNC_SLOTS, system, alive)]
 
 
 async def _is_subscribed(subscriber: Side, name: str) -> bool:

@@ -18,6 +18,8 @@ MOVED = (
     "erased_ids",
 )
 MARKS = "move_marks"
+STREAM_PREFIX = "memshard_move_"
+"""What the names of all publications, slots and subscriptions of moves begin with."""
 STAYING = ("identity", "owned_slots", "departures", "heartbeats", "own_indexes", "schema_migrations")
 
 # Generated columns are not replicated: each side makes its own.

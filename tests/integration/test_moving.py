@@ -800,12 +800,7 @@ async def test_a_move_whose_way_back_is_lost_stays_where_it_went_and_says_so(slo
     move = (await slots.moves())[-1]
     back = ("rollback", "--move", str(move.move_id))
     if step is Step.RETURNING:
-        async with slots.step_held(step) as returning, held.mover(*back) as running:
-            await running.until(step)
-            await returning.is_done()
-            running.send()
-            await running.process.wait()
-            await returning.end_sessions()
+        await stopped_in(held, step, *back)
         assert await slots.fenced(target) == move.slots
     await lose_slot(slots, target, f"memshard_move_{move.move_id}_reverse")
     assert await failed(slots, *back) == WAY_BACK_LOST

@@ -2,11 +2,11 @@
 router asks, and what it does with the answer."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -29,6 +29,8 @@ from router.retries import Retries
 from router.shards import GET, STORE, Shards
 from router.topology_watch import TopologyWatch
 from tests.support.eventually import eventually
+
+T = TypeVar("T")
 
 CLUSTER_ID = "11111111-1111-1111-1111-111111111111"
 _SERVICE = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
@@ -304,3 +306,16 @@ async def servers(replicas: int) -> AsyncIterator[tuple[Server, list[Server]]]:
         primary = await stack.enter_async_context(Server("primary", writable=True))
         others = [await stack.enter_async_context(Server(f"replica-{n}")) for n in range(replicas)]
         yield primary, others
+
+
+async def apart(primary: Server, go: Callable[[], Awaitable[T]]) -> list[T]:
+    """What two are answered of whom the second comes half a second after the first, while the server is at its work."""
+    primary.freeze()
+    first = go()
+    loop = asyncio.get_running_loop()
+    until = loop.time() + 0.5
+    await eventually(lambda: loop.time() > until)
+    second = go()
+    await asyncio.sleep(0)
+    primary.thaw()
+    return [await first, await second]

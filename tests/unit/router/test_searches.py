@@ -22,7 +22,7 @@ from router.search_cache import SearchCache
 from tests.support.eventually import eventually
 from tests.support.spans import Spans
 from tests.unit.router.memories import cluster
-from tests.unit.router.scripted import Server
+from tests.unit.router.scripted import Server, apart
 from tests.unit.router.test_gets import getting
 
 USER = "user-1"
@@ -167,15 +167,7 @@ async def test_a_bound_is_that_of_each_who_searches() -> None:
     """What the first began half a second ago is too old for who comes now."""
     async with searching() as one:
         bounded = Consistency(strong=False, max_staleness_ms=300)
-        one.primary.freeze()
-        first = one.go(bounded)
-        loop = asyncio.get_running_loop()
-        until = loop.time() + 0.5
-        await eventually(lambda: loop.time() > until)
-        second = one.go(bounded)
-        await asyncio.sleep(0)
-        one.primary.thaw()
-        assert set(await asyncio.gather(first, second)) == {"primary"}
+        assert set(await apart(one.primary, lambda: one.go(bounded))) == {"primary"}
         assert one.primary.answered == 2
 
 
