@@ -29,6 +29,7 @@ _log = logs.get_logger("rpc")
 INTERRUPTED = "INTERRUPTED"
 
 _current: "ContextVar[Context]" = ContextVar("the call being handled")
+_received_bytes: ContextVar[int] = ContextVar("the size of its request")
 
 
 class Admits(Protocol):
@@ -105,6 +106,11 @@ def add_trailer(key: str, value: str | bytes) -> None:
     context.set_trailing_metadata((*(context.trailing_metadata() or ()), (key, value)))
 
 
+def received_bytes() -> int:
+    """Size of the request being handled, as it came: to ask the message costs as much as to serialise it."""
+    return _received_bytes.get()
+
+
 def _everybody(_: "Context") -> None:
     """May call."""
 
@@ -117,6 +123,7 @@ def _behavior(
 
     async def behavior(raw: bytes, context: "Context") -> bytes:
         _current.set(context)
+        _received_bytes.set(len(raw))
         span = tracing.received(full_name, context.invocation_metadata() or (), begins=begins_traces)
         with Call(operation, span) as call:
             outcome = await answering.outcome(raw, context, Deadline.of(context, default_deadline_s))

@@ -1,12 +1,13 @@
 """Storing: one memory, or a batch whose items know nothing of each other."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from google.rpc import status_pb2
 
 from common.deadline import Deadline
 from common.errors import InvalidArgument, MemshardError
-from common.rpc import add_trailer
+from common.rpc import add_trailer, received_bytes
 from common.status import to_status
 from memshard.internal.v1 import shard_pb2
 from memshard.v1 import memory_pb2 as pb
@@ -25,11 +26,12 @@ DELETED_TRAILER = "memshard-deleted"
 
 async def store(parts: Parts, request: pb.StoreMemoryRequest, deadline: Deadline) -> pb.StoreMemoryResponse:
     """Validates, embeds, places, claims if need be, and has the owner of the slot store it."""
-    memory = validate.new_memory(request.memory, parts.cluster)
+    memory = request.memory
+    validate.new_memory(memory, parts.cluster)
     digest = digest_of(memory)
     if not memory.embedding:
         memory.embedding.extend(await parts.embedding.of_memory(memory, deadline))
-    item = shard_pb2.StoreItem(slot=parts.placement.new_slot(memory), memory=memory, digest=digest)
+    item = _Item(parts.placement.new_slot(memory), memory, digest)
     began = parts.locations.moment()
     claims: Commits = ()
     if parts.placement.claims:
@@ -54,7 +56,7 @@ async def store_batch(
     parts: Parts, request: pb.BatchStoreMemoriesRequest, deadline: Deadline
 ) -> pb.BatchStoreMemoriesResponse:
     """The same for each item; what is wrong with one is its own outcome."""
-    validate.batch(request)
+    validate.batch(request, received_bytes())
     batch = _Batch(request, parts)
     await batch.embed(deadline)
     began = parts.locations.moment()
@@ -76,8 +78,18 @@ async def store_batch(
         await parts.invalidations.tell(others)
     commits = [(shard.shard_id, answer.commit) for shard, answer in sent.answers]
     # Without a memory stored, there is nothing that a claim is needed for.
-    receipt = parts.tokens.receipt(*(claims if commits else ()), *commits)
-    return pb.BatchStoreMemoriesResponse(results=batch.results(), receipt=receipt)
+    return batch.answer(parts.tokens.receipt(*(claims if commits else ()), *commits))
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A memory to store. It is the request's own until it is sent: a copy of each would cost more than all else that
+    is done with it here.
+    """
+
+    slot: int
+    memory: pb.Memory
+    digest: bytes
 
 
 class _Batch:
@@ -85,17 +97,15 @@ class _Batch:
 
     def __init__(self, request: pb.BatchStoreMemoriesRequest, parts: Parts) -> None:
         self._parts = parts
-        self._items: dict[int, shard_pb2.StoreItem] = {}
+        self._items: dict[int, _Item] = {}
         self._errors: dict[int, MemshardError] = {}
-        for number, given in enumerate(request.memories):
+        for number, memory in enumerate(request.memories):
             try:
-                memory = validate.new_memory(given, parts.cluster, f"memories[{number}]")
+                validate.new_memory(memory, parts.cluster, f"memories[{number}]")
             except InvalidArgument as error:
                 self._errors[number] = error
                 continue
-            self._items[number] = shard_pb2.StoreItem(
-                slot=parts.placement.new_slot(memory), memory=memory, digest=digest_of(memory)
-            )
+            self._items[number] = _Item(parts.placement.new_slot(memory), memory, digest_of(memory))
 
     async def embed(self, deadline: Deadline) -> None:
         """Embeds those that come as text, all at once."""
@@ -121,7 +131,7 @@ class _Batch:
             else:
                 self._items[number].memory.embedding.extend(vector)
 
-    def items(self) -> list[shard_pb2.StoreItem]:
+    def items(self) -> list[_Item]:
         """The items that have not failed, in order."""
         return list(self._items.values())
 
@@ -135,14 +145,15 @@ class _Batch:
             if error is not None:
                 self._fail(number, error)
 
-    def results(self) -> list[pb.BatchStoreResult]:
+    def answer(self, receipt: pb.WriteReceipt) -> pb.BatchStoreMemoriesResponse:
         """What became of each item of the request, in order."""
-        return [
-            pb.BatchStoreResult(error=to_status(self._errors[number]))
-            if number in self._errors
-            else pb.BatchStoreResult(id=self._items[number].memory.id)
-            for number in sorted(self._items.keys() | self._errors.keys())
-        ]
+        answer = pb.BatchStoreMemoriesResponse(receipt=receipt)
+        for number in sorted(self._items.keys() | self._errors.keys()):
+            if number in self._errors:
+                answer.results.add(error=to_status(self._errors[number]))
+            else:
+                answer.results.add(id=self._items[number].memory.id)
+        return answer
 
     def _fail(self, number: int, error: MemshardError) -> None:
         del self._items[number]
@@ -159,7 +170,7 @@ def _renamed(error: MemshardError, number: int) -> MemshardError:
 
 
 async def _claim(
-    parts: Parts, items: Sequence[shard_pb2.StoreItem], deadline: Deadline
+    parts: Parts, items: Sequence[_Item], deadline: Deadline
 ) -> tuple[tuple[MemshardError | None, ...], Commits]:
     """Takes the items' ids, each in its home slot; what became of each, and where the claims are in the shards' logs.
 
@@ -180,16 +191,23 @@ async def _claim(
     return sent.outcomes, tuple((shard.shard_id, answer.commit) for shard, answer in sent.answers)
 
 
+def _store_request(items: Sequence[_Item]) -> shard_pb2.StoreBatchRequest:
+    request = shard_pb2.StoreBatchRequest()
+    for item in items:
+        request.items.add(slot=item.slot, memory=item.memory, digest=item.digest)
+    return request
+
+
 def _errors(
     outcomes: Sequence[shard_pb2.StoreOutcome] | Sequence[shard_pb2.ClaimOutcome],
 ) -> list[status_pb2.Status | None]:
     return [outcome.error if outcome.HasField("error") else None for outcome in outcomes]
 
 
-_STORING: Sending[shard_pb2.StoreItem, shard_pb2.StoreBatchRequest, shard_pb2.StoreBatchResponse] = Sending(
+_STORING: Sending[_Item, shard_pb2.StoreBatchRequest, shard_pb2.StoreBatchResponse] = Sending(
     rpc=STORE_BATCH,
     slot_of=lambda item: item.slot,
-    request_of=lambda items: shard_pb2.StoreBatchRequest(items=items),
+    request_of=_store_request,
     errors_of=lambda answer: _errors(answer.outcomes),
     marks_of=lambda answer: [outcome.deleted for outcome in answer.outcomes],
 )

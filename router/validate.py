@@ -39,6 +39,9 @@ UPDATABLE = (
     "expire_time",
 )
 
+# Protobuf makes a list of them each time it is asked.
+_MEMORY_TYPES = frozenset(pb.MemoryType.values())
+_READ_LEVELS = frozenset(pb.ReadLevel.values())
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 # Timestamps of the protobuf contract: 0001-01-01 to 9999-12-31.
 _TIMESTAMP_SECONDS = range(-62_135_596_800, 253_402_300_800)
@@ -65,32 +68,35 @@ class Window:
         return self.limit + self.offset
 
 
-def new_memory(given: pb.Memory, cluster: Cluster, field: str = "memory") -> pb.Memory:
-    """A memory to store, without the fields that only the server writes. An empty id becomes a new UUIDv7.
+def new_memory(given: pb.Memory, cluster: Cluster, field: str = "memory") -> None:
+    """Makes the memory of a request the one that is to be stored: with defaults, with a new UUIDv7 where it has no id,
+    and without the fields that only the server writes.
 
-    `field` is where the request has it, such as `memories[3]` in a batch.
+    In place, as an embedding takes longer to copy than everything else here takes. `field` is where the request has it,
+    such as `memories[3]` in a batch.
     """
     user_id(given.user_id, f"{field}.user_id")
-    memory = pb.Memory(
-        id=memory_id(given.id, f"{field}.id") if given.id else new_id(),
-        user_id=given.user_id,
-        agent_id=_name(given.agent_id, f"{field}.agent_id"),
-        session_id=_name(given.session_id, f"{field}.session_id"),
-        type=_memory_type(given.type, field),
-        content=_content(given.content, field),
-        importance=_importance(given, field),
-        embedding=given.embedding,
-        embedding_model=_model(given.embedding_model, cluster, field),
-    )
+    given.id = memory_id(given.id, f"{field}.id") if given.id else new_id()
+    _name(given.agent_id, f"{field}.agent_id")
+    _name(given.session_id, f"{field}.session_id")
+    given.type = _memory_type(given.type, field)
+    _content(given.content, field)
+    given.importance = _importance(given, field)
+    given.embedding_model = _model(given.embedding_model, cluster, field)
     metadata(given.metadata, field)
-    if given.metadata.fields:
-        # Empty is the same as absent, so that a memory reads the same however often it was stored.
-        memory.metadata.CopyFrom(given.metadata)
+    if not given.metadata.fields:
+        # The same as none, so that a memory reads the same however often it was stored.
+        given.ClearField("metadata")
     if given.HasField("expire_time"):
-        memory.expire_time.CopyFrom(_expire_time(given.expire_time, field))
+        given.expire_time.CopyFrom(_expire_time(given.expire_time, field))
     if given.embedding:
         embedding(given.embedding, cluster, f"{field}.embedding")
-    return memory
+    # What only the server writes, and what nobody here knows.
+    given.ClearField("embedding_state")
+    given.ClearField("create_time")
+    given.ClearField("update_time")
+    given.ClearField("version")
+    given.DiscardUnknownFields()
 
 
 def change(given: pb.UpdateMemoryRequest, cluster: Cluster) -> pb.UpdateMemoryRequest:  # noqa: PLR0912  # A field each.
@@ -134,11 +140,11 @@ def change(given: pb.UpdateMemoryRequest, cluster: Cluster) -> pb.UpdateMemoryRe
     return change
 
 
-def batch(request: pb.BatchStoreMemoriesRequest) -> None:
-    """A batch of a size that the contract allows. Its items are checked one by one."""
+def batch(request: pb.BatchStoreMemoriesRequest, size_bytes: int) -> None:
+    """A batch of a size that the contract allows, as it came. Its items are checked one by one."""
     if not 1 <= len(request.memories) <= MAX_BATCH_ITEMS:
         raise bad("memories", "BATCH_SIZE", f"must be 1 to {MAX_BATCH_ITEMS}, not {len(request.memories)}")
-    if request.ByteSize() > MAX_BATCH_BYTES:
+    if size_bytes > MAX_BATCH_BYTES:
         raise bad("memories", "TOO_LARGE", f"must be at most {MAX_BATCH_BYTES} bytes in all")
 
 
@@ -233,7 +239,7 @@ def metadata(value: struct_pb2.Struct, field: str) -> None:
 
 def read_options(options: pb.ReadOptions) -> None:
     """A known read level. Tokens are checked by whoever has the key."""
-    if options.level not in pb.ReadLevel.values():
+    if options.level not in _READ_LEVELS:
         raise bad("read.level", "INVALID_ENUM", f"{options.level} is no read level")
     staleness = options.max_staleness
     if staleness.seconds < 0 or not 0 <= staleness.nanos < 1_000_000_000:
@@ -266,7 +272,7 @@ def _no_nul(value: str, field: str, reason: str) -> None:
 def _memory_type(value: int, field: str) -> pb.MemoryType.ValueType:
     if value == pb.MEMORY_TYPE_UNSPECIFIED:
         return pb.MEMORY_TYPE_EPISODIC
-    if value not in pb.MemoryType.values():
+    if value not in _MEMORY_TYPES:
         raise bad(f"{field}.type", "INVALID_ENUM", f"{value} is no memory type")
     return pb.MemoryType.ValueType(value)
 

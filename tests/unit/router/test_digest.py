@@ -7,6 +7,7 @@ from google.protobuf import struct_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.catalog import Cluster
 from memshard.v1 import memory_pb2 as pb
 from router import validate
 from router.digest import digest_of
@@ -16,7 +17,13 @@ _CLUSTER = cluster()
 
 
 def _digest(sent: pb.Memory) -> bytes:
-    return digest_of(validate.new_memory(sent, _CLUSTER))
+    return digest_of(_taken(sent))
+
+
+def _taken(sent: pb.Memory, kind: Cluster = _CLUSTER) -> pb.Memory:
+    taken = pb.Memory.FromString(sent.SerializeToString())
+    validate.new_memory(taken, kind)
+    return taken
 
 
 def test_digest_of_a_memory_never_changes() -> None:
@@ -26,9 +33,8 @@ def test_digest_of_a_memory_never_changes() -> None:
 
 @given(memories())
 def test_same_request_has_the_same_digest_after_a_trip_over_the_wire(sent: pb.Memory) -> None:
-    taken = validate.new_memory(sent, _CLUSTER)
-    again = validate.new_memory(pb.Memory.FromString(taken.SerializeToString()), _CLUSTER)
-    assert digest_of(again) == digest_of(taken)
+    taken = _taken(sent)
+    assert digest_of(_taken(taken)) == digest_of(taken)
     assert len(digest_of(taken)) == 32
 
 
@@ -91,7 +97,7 @@ def test_any_other_request_has_another_digest() -> None:
 def test_another_model_has_another_digest() -> None:
     """In a cluster without a model of its own, where callers name theirs."""
     anybodys = cluster(model="")
-    models = [validate.new_memory(memory(embedding_model=name), anybodys) for name in (None, "model-a", "model-b")]
+    models = [_taken(memory(embedding_model=name), anybodys) for name in (None, "model-a", "model-b")]
     assert len(set(map(digest_of, models))) == 3
 
 
