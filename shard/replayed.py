@@ -7,8 +7,9 @@ from shard.database import Database
 
 # As long as a caller waits at most for standbys to replay what usually takes them milliseconds.
 _PATIENCE_S = 3.0
-# Kept back from the caller's deadline, so that it hears who has not.
-_ANSWER_MARGIN_S = 0.2
+# Kept back from the caller's deadline, so that it hears who has not, also of a machine that stood still for a moment;
+# of a short one, half.
+_ANSWER_MARGIN_S = 0.5
 _POLL_S = 0.02
 
 # A standby that is away is known by its replication slot. Without the privilege to look (pg_monitor) those that are
@@ -30,7 +31,8 @@ async def standbys_behind(database: Database, lsn: int, deadline: Deadline) -> l
 
     Returns those that have not when the time is up. Raises Unavailable when the primary itself does not answer.
     """
-    patience = Deadline.after(min(_PATIENCE_S, deadline.less(_ANSWER_MARGIN_S).remaining_s()))
+    left_s = deadline.remaining_s()
+    patience = Deadline.after(min(_PATIENCE_S, max(left_s - _ANSWER_MARGIN_S, left_s / 2)))
     while True:
         async with database.reading(deadline) as connection:
             behind = [row["name"] for row in await connection.fetch(_BEHIND, lsn)]
