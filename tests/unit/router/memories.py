@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from common.catalog import Cluster, PlacementStrategy, Precision
 from memshard.v1 import memory_pb2 as pb
+from router import validate
 
 DIMENSIONS = 4
 MODEL = "model-a"
@@ -101,3 +102,10 @@ def with_server_fields(given: pb.Memory) -> pb.Memory:
     sent.create_time.seconds = sent.update_time.seconds = 1
     sent.version = 7
     return sent
+
+
+def taken(sent: pb.Memory, kind: Cluster) -> pb.Memory:
+    """What a router stores of a memory that comes over the wire; what was sent stays as it is."""
+    received = pb.Memory.FromString(sent.SerializeToString())
+    validate.new_memory(received, kind)
+    return received

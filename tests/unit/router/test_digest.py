@@ -7,23 +7,15 @@ from google.protobuf import struct_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.catalog import Cluster
 from memshard.v1 import memory_pb2 as pb
-from router import validate
 from router.digest import digest_of
-from tests.unit.router.memories import cluster, memories, memory, metadata, struct, with_server_fields
+from tests.unit.router.memories import cluster, memories, memory, metadata, struct, taken, with_server_fields
 
 _CLUSTER = cluster()
 
 
 def _digest(sent: pb.Memory) -> bytes:
-    return digest_of(_taken(sent))
-
-
-def _taken(sent: pb.Memory, kind: Cluster = _CLUSTER) -> pb.Memory:
-    taken = pb.Memory.FromString(sent.SerializeToString())
-    validate.new_memory(taken, kind)
-    return taken
+    return digest_of(taken(sent, _CLUSTER))
 
 
 def test_digest_of_a_memory_never_changes() -> None:
@@ -33,9 +25,9 @@ def test_digest_of_a_memory_never_changes() -> None:
 
 @given(memories())
 def test_same_request_has_the_same_digest_after_a_trip_over_the_wire(sent: pb.Memory) -> None:
-    taken = _taken(sent)
-    assert digest_of(_taken(taken)) == digest_of(taken)
-    assert len(digest_of(taken)) == 32
+    once = taken(sent, _CLUSTER)
+    assert digest_of(taken(once, _CLUSTER)) == digest_of(once)
+    assert len(digest_of(once)) == 32
 
 
 @given(metadata, st.randoms(use_true_random=False))
@@ -97,7 +89,7 @@ def test_any_other_request_has_another_digest() -> None:
 def test_another_model_has_another_digest() -> None:
     """In a cluster without a model of its own, where callers name theirs."""
     anybodys = cluster(model="")
-    models = [_taken(memory(embedding_model=name), anybodys) for name in (None, "model-a", "model-b")]
+    models = [taken(memory(embedding_model=name), anybodys) for name in (None, "model-a", "model-b")]
     assert len(set(map(digest_of, models))) == 3
 
 

@@ -16,7 +16,7 @@ from common.catalog import Precision
 from common.errors import InvalidArgument
 from memshard.v1 import memory_pb2 as pb
 from router import validate
-from tests.unit.router.memories import cluster, memories, memory, struct, with_server_fields
+from tests.unit.router.memories import cluster, memories, memory, struct, taken, with_server_fields
 
 _HALF, _SINGLE = cluster(), cluster(Precision.SINGLE)
 
@@ -102,14 +102,6 @@ _BAD_MEMORIES: list[tuple[str, dict[str, Any], str, str]] = [
     ("infinity", {"embedding": [1, 2, -math.inf, 4]}, "NOT_FINITE", "memory.embedding"),
     ("all zeros", {"embedding": [0, 0, -0.0, 0]}, "ZERO_VECTOR", "memory.embedding"),
 ]
-
-
-def _taken(sent: pb.Memory, kind: Any) -> pb.Memory:
-    """What is stored of it; what was sent stays as it is."""
-    taken = pb.Memory()
-    taken.CopyFrom(sent)
-    validate.new_memory(taken, kind)
-    return taken
 
 
 def _fault(call: Callable[[], object]) -> tuple[str, str]:
@@ -216,46 +208,52 @@ def test_embedding_that_is_taken_compares_to_itself_as_equal(numbers: list[float
 )
 def test_memory_at_the_bounds_is_taken_as_it_is(changes: dict[str, Any]) -> None:
     sent = memory(**changes)
-    taken = _taken(sent, _HALF)
+    stored = taken(sent, _HALF)
     sent.embedding_model = "model-a"
     if not sent.metadata.fields:
         sent.ClearField("metadata")  # Empty is the same as none.
-    assert taken == sent
+    assert stored == sent
 
 
 def test_what_is_left_out_gets_its_default() -> None:
-    taken = _taken(pb.Memory(user_id="u", content="c"), _HALF)
-    assert uuid.UUID(taken.id).version == 7
-    assert (taken.type, taken.importance, taken.embedding_model) == (pb.MEMORY_TYPE_EPISODIC, 0.5, "model-a")
-    assert not taken.embedding
-    assert not taken.HasField("expire_time")
+    stored = taken(pb.Memory(user_id="u", content="c"), _HALF)
+    assert uuid.UUID(stored.id).version == 7
+    assert (stored.type, stored.importance, stored.embedding_model) == (pb.MEMORY_TYPE_EPISODIC, 0.5, "model-a")
+    assert not stored.embedding
+    assert not stored.HasField("expire_time")
 
 
 def test_id_is_taken_in_any_case_and_kept_in_lower_case() -> None:
     upper = str(uuid.uuid4()).upper()
-    assert _taken(memory(id=upper), _HALF).id == upper.lower()
+    assert taken(memory(id=upper), _HALF).id == upper.lower()
     assert validate.memory_id(upper, "id") == upper.lower()
 
 
 def test_fields_that_only_the_server_writes_are_dropped() -> None:
-    taken = _taken(with_server_fields(memory()), _HALF)
-    assert taken == _taken(memory(), _HALF)
-    assert (taken.version, taken.embedding_state) == (0, pb.EMBEDDING_STATE_UNSPECIFIED)
+    stored = taken(with_server_fields(memory()), _HALF)
+    assert stored == taken(memory(), _HALF)
+    assert (stored.version, stored.embedding_state) == (0, pb.EMBEDDING_STATE_UNSPECIFIED)
+
+
+def test_fields_that_nobody_here_knows_are_dropped() -> None:
+    newer = pb.Memory.FromString(memory().SerializeToString() + b"\xfa\x7f\x05later")  # Field 2047.
+    assert b"later" in newer.SerializeToString()
+    assert b"later" not in taken(newer, _HALF).SerializeToString()
 
 
 def test_cluster_without_a_model_takes_the_name_of_any() -> None:
     anybodys = cluster(model="")
-    assert _taken(memory(embedding_model="whatever"), anybodys).embedding_model == "whatever"
-    assert _taken(memory(embedding_model=None), anybodys).embedding_model == ""
+    assert taken(memory(embedding_model="whatever"), anybodys).embedding_model == "whatever"
+    assert taken(memory(embedding_model=None), anybodys).embedding_model == ""
 
 
 @given(memories(), st.sampled_from([_HALF, _SINGLE]))
 def test_normal_form_is_its_own_normal_form(sent: pb.Memory, kind: Any) -> None:
-    taken = _taken(sent, kind)
-    assert _taken(taken, kind) == taken
+    stored = taken(sent, kind)
+    assert taken(stored, kind) == stored
     for name in ("user_id", "agent_id", "session_id", "content", "metadata", "embedding"):
-        assert getattr(taken, name) == getattr(sent, name)
-    assert taken.expire_time.ToMicroseconds() == sent.expire_time.ToMicroseconds()
+        assert getattr(stored, name) == getattr(sent, name)
+    assert stored.expire_time.ToMicroseconds() == sent.expire_time.ToMicroseconds()
 
 
 # Everything but a memory.
