@@ -10,6 +10,7 @@ from common.retry import RetryBudget
 from common.topology import Shard, SlotRange, Topology
 from router.following import Following
 from router.topology_watch import TopologyWatch
+from tests.support.virtual_time import virtual_time
 
 _TOPOLOGY = Topology(
     "cluster",
@@ -31,6 +32,7 @@ def _budget(saved_up: float = 100.0) -> RetryBudget:
     return RetryBudget(time.monotonic, per_s=saved_up / 10)
 
 
+@virtual_time
 async def test_what_a_shard_tells_is_routed_by_at_once() -> None:
     seen: list[Topology] = []
     watch = _watch(seen)
@@ -40,6 +42,7 @@ async def test_what_a_shard_tells_is_routed_by_at_once() -> None:
     assert (watch.topology.epoch, seen) == (6, [watch.topology])
 
 
+@virtual_time
 async def test_what_the_catalog_knows_already_is_no_news() -> None:
     watch = _watch()
     old = Departure(10, 20, "a", "b", "127.0.0.1:2", 5, 1, 700)
@@ -47,6 +50,7 @@ async def test_what_the_catalog_knows_already_is_no_news() -> None:
     assert watch.topology.owner(15).shard_id == "a"
 
 
+@virtual_time
 async def test_of_what_two_shards_tell_the_later_holds_whoever_is_heard_first() -> None:
     back = Departure(10, 20, "new", "a", "127.0.0.1:1", 8, 1, 900)
     for order in ([_GONE, back], [back, _GONE]):
@@ -57,6 +61,7 @@ async def test_of_what_two_shards_tell_the_later_holds_whoever_is_heard_first() 
         assert not watch.told([_GONE])
 
 
+@virtual_time
 async def test_a_fence_is_waited_for_and_not_for_ever() -> None:
     watch = _watch()
     following = Following(watch, Deadline.after(0.6), _budget())
@@ -69,6 +74,7 @@ async def test_a_fence_is_waited_for_and_not_for_ever() -> None:
     assert 4 <= turns < 30
 
 
+@virtual_time
 async def test_a_new_owner_ends_the_wait_for_a_fence() -> None:
     watch = _watch()
     following = Following(watch, Deadline.after(5), _budget())
@@ -78,6 +84,7 @@ async def test_a_new_owner_ends_the_wait_for_a_fence() -> None:
     assert watch.topology.owner(15).shard_id == "new"
 
 
+@virtual_time
 async def test_whoever_waits_for_a_fence_asks_no_more_than_the_budget_lets_him() -> None:
     watch, budget = _watch(), _budget(saved_up=3)
     fenced = WrongShard("fenced", epoch=5, fenced=True)
@@ -99,6 +106,7 @@ async def test_whoever_waits_for_a_fence_asks_no_more_than_the_budget_lets_him()
     assert loop.time() - began > 0.3
 
 
+@virtual_time
 async def test_a_new_owner_ends_the_wait_of_those_who_have_no_leave_to_ask() -> None:
     watch = _watch()
     following = Following(watch, Deadline.after(5), _budget(saved_up=0))
