@@ -50,9 +50,10 @@ _CHANNEL_OPTIONS = [
 
 SHARD_MAINTENANCE = "SHARD_MAINTENANCE"
 """The reason when a shard is not asked anything because an operator wants it so."""
-_GONE = "SHARD_UNAVAILABLE"
+NO_ANSWER = "SHARD_UNAVAILABLE"
+"""The reason when a server cannot be reached, or did not answer in the time that it was given."""
 # Reasons for which nothing is known of a write that was asked for.
-_LEFT_IN_DOUBT = frozenset({_GONE, DeadlineExceeded.default_reason})
+_LEFT_IN_DOUBT = frozenset({NO_ANSWER, DeadlineExceeded.default_reason})
 
 _SERVICE = shard_pb2.DESCRIPTOR.services_by_name["ShardService"].full_name
 _HEALTH = "/grpc.health.v1.Health/Check"
@@ -327,4 +328,4 @@ def _in_doubt(error: MemshardError) -> OutcomeUnknown:
 
 def _gone(name: str) -> Unavailable:
     """The server cannot be reached, or went away before it answered."""
-    return Unavailable(f"{name} does not answer", reason=_GONE)
+    return Unavailable(f"{name} does not answer", reason=NO_ANSWER)

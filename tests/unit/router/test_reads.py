@@ -294,6 +294,17 @@ async def test_what_a_replica_refuses_for_load_comes_over_the_primary_within_the
         assert len(primary.asked) == 5
 
 
+async def test_without_leave_to_go_on_from_a_silent_replica_the_caller_s_own_time_is_not_said_to_be_up() -> None:
+    limits: dict[str, Any] = {"replica_timeout_s": 0.2}
+    async with servers(1) as (primary, replicas), router(primary, *replicas, budget=budget(0), **limits) as reader:
+        replicas[0].delay_s = 60
+        with pytest.raises(Unavailable) as caught:
+            await reader.get(EVENTUAL, timeout_s=20)
+        assert caught.value.reason == "SHARD_UNAVAILABLE"
+        assert "replica-0 did not answer in time" in caught.value.message
+        assert not primary.asked
+
+
 @pytest.mark.parametrize("error", [Unavailable("no"), DeadlineExceeded("late"), Internal("a bug")])
 async def test_reads_that_fail_everywhere_reach_servers_within_the_retry_budget_only(error: MemshardError) -> None:
     async with servers(2) as (primary, replicas), router(primary, *replicas, budget=budget(1)) as reader:
