@@ -18,6 +18,7 @@ from common.deadline import Deadline
 from common.errors import DeadlineExceeded, MemshardError, OutcomeUnknown, ReadOnly, ResourceExhausted, Unavailable
 from common.limiter import Priority
 from common.status import from_rpc_error
+from common.telemetry.calls import CANCELLED, OK, CallsMade
 from common.topology import Replica, Shard, ShardStatus, Topology
 from memshard.internal.v1 import shard_pb2, shard_pb2_grpc
 from router.guard import Guard, Guards, Kind
@@ -105,6 +106,7 @@ class Shards:
         self.levels = Levels(self.guards)
         self.timelines = Timelines()
         """How far each shard has come, for whatever remembers what it said before."""
+        self._calls = CallsMade(_SERVICE)
         self._margin_s = settings.shard_deadline_margin_s
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -268,9 +270,12 @@ class Shards:
         in_flight = self._in_flight.setdefault(address, set())
         in_flight.add(call)
         cancellations = requested()
+        began, status = time.perf_counter(), CANCELLED
         try:
             answer = await call
+            status = OK
         except grpc.aio.AioRpcError as error:
+            status = error.code().name
             raise_if_cancelled(since=cancellations)
             raise _explained(error, name) from error
         except asyncio.CancelledError as error:
@@ -279,6 +284,7 @@ class Shards:
             # Nobody cancelled the caller: the call was abandoned, or gRPC ended it with its channel.
             raise _gone(name) from error
         finally:
+            self._calls.ended(rpc.name, status, time.perf_counter() - began)
             in_flight.discard(call)
             if not in_flight:
                 self._in_flight.pop(address, None)

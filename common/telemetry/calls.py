@@ -1,4 +1,4 @@
-"""What is counted of each call that a service answers. Labels are looked up once, not with each call."""
+"""What is counted of each call that a service answers, or makes. Labels are looked up once, not with each call."""
 
 import time
 from types import TracebackType
@@ -11,6 +11,7 @@ from common.telemetry.registry import (
     OPERATION_DURATION,
     OPERATION_ERRORS,
     OPERATIONS,
+    RPC_CLIENT_DURATION,
     RPC_SERVER_DURATION,
 )
 from common.tracing import Span
@@ -87,3 +88,19 @@ class Call:
         duration.observe(took_s, exemplar)
         if status == OK:
             self._operation.duration.observe(took_s, exemplar)
+
+
+class CallsMade:
+    """What is counted of the calls that this service makes to others of the cluster, of one gRPC service."""
+
+    def __init__(self, service: str) -> None:
+        self._service = service
+        self._ended: dict[tuple[str, str], Histogram] = {}
+
+    def ended(self, rpc: str, status: str, took_s: float) -> None:
+        """One call has, with a gRPC status by its name; CANCELLED when nobody waits for its answer any more."""
+        duration = self._ended.get((rpc, status))
+        if duration is None:
+            duration = RPC_CLIENT_DURATION.labels("grpc", f"{self._service}/{rpc}", status)
+            self._ended[rpc, status] = duration
+        duration.observe(took_s)

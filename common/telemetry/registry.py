@@ -39,6 +39,14 @@ RPC_SERVER_DURATION = Histogram(
     buckets=LATENCY_BUCKETS_S,
     registry=REGISTRY,
 )
+# The same of rpc.client.call.duration. Servers are told apart by memory_server_call_duration_seconds.
+RPC_CLIENT_DURATION = Histogram(
+    "rpc_client_call_duration_seconds",
+    "How long calls to shards and replicas took, by OpenTelemetry's semantic names.",
+    ("rpc_system_name", "rpc_method", "rpc_response_status_code"),
+    buckets=LATENCY_BUCKETS_S,
+    registry=REGISTRY,
+)
 SERVER_CALLS = Counter(
     "memory_server_calls",
     "Calls of a router to a shard or replica, by kind and gRPC status; those that a guard refused are not among them.",

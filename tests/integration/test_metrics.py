@@ -36,6 +36,7 @@ OF_A_ROUTER = {
     "memory_operations",
     "memory_operation_duration_seconds",
     "rpc_server_call_duration_seconds",
+    "rpc_client_call_duration_seconds",
     "circuit_breaker_state",
     "degradation_mode_active",
     "memory_cache_hit_ratio",
@@ -121,6 +122,8 @@ async def test_calls_are_counted_by_operation_and_status_and_errors_by_reason(
     assert more("memory_operation_duration_seconds_count", operation="SearchMemories") == 1
     method = "memshard.v1.MemoryService/StoreMemory"
     assert more("rpc_server_call_duration_seconds_count", rpc_method=method, rpc_response_status_code="OK") == 1
+    method = "memshard.internal.v1.ShardService/Store"
+    assert more("rpc_client_call_duration_seconds_count", rpc_method=method, rpc_response_status_code="OK") == 1
     assert more("memory_cache_requests_total", layer="memory", result="hit") >= 1
     assert more("agent_memory_relevance_score_count", score_kind="cosine") == 1
     assert more("memory_batch_size_sum") == 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 
 import pytest
 from grpc_health.v1 import health_pb2
@@ -20,6 +21,7 @@ from common.errors import (
 )
 from common.limiter import OVERLOADED, Admission, Priority
 from common.retry import RetryBudget, RetrySettings
+from common.telemetry.registry import RPC_CLIENT_DURATION
 from memshard.internal.v1 import shard_pb2
 from router.consistency import EVENTUAL, STRONG
 from router.guard import Kind
@@ -250,6 +252,27 @@ async def test_callers_who_leave_say_nothing_of_the_server_and_hold_no_place() -
         assert guard.limiter.in_flight == 0
         assert set(states(reader).values()) == {State.CLOSED}
         await eventually(lambda: primary.in_flight == 0)
+
+
+async def test_calls_are_counted_by_what_became_of_them_also_those_that_nobody_waited_for() -> None:
+    def counted() -> Counter[str]:
+        (metric,) = RPC_CLIENT_DURATION.collect()
+        of_get = [sample for sample in metric.samples if sample.labels["rpc_method"].endswith("ShardService/Get")]
+        counts = [sample for sample in of_get if sample.name.endswith("_count")]
+        return Counter({sample.labels["rpc_response_status_code"]: int(sample.value) for sample in counts})
+
+    async with servers(0) as (primary, _), router(primary) as reader:
+        before = counted()
+        assert await reader.get(STRONG) == "primary"
+        primary.error = NotFound("no")
+        with pytest.raises(NotFound):
+            await reader.get(STRONG)
+        primary.freeze()
+        leaving = asyncio.create_task(reader.get(STRONG))
+        await eventually(lambda: primary.in_flight)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        assert counted() - before == {"OK": 1, "NOT_FOUND": 1, "CANCELLED": 1}
 
 
 async def test_more_than_the_limit_is_refused_at_once_and_elsewhere_nothing_is_felt() -> None:
