@@ -47,13 +47,14 @@ _STATUSES = "SELECT shard_id, status FROM shards WHERE shard_id = ANY ($1::text[
 _TRIES = 5
 _READ = f"SELECT {_COLUMNS} FROM moves ORDER BY move_id"  # noqa: S608
 # Clocks differ, and who waits for the end of a window may be held up.
-_OVERDUE_S = 60.0
+_LONG_OVERDUE_S = 60.0
 _READ_OPEN = f"""
 SELECT {_COLUMNS}, EXISTS (
     SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid = $1 AND objid::bigint = move_id
         AND objsubid = 2 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 ) AS is_driven,
-    step = 'active' AND coalesce(cutover_at + make_interval(secs => rollback_window_s + $2) < now(), true) AS is_overdue
+    step = 'active' AND coalesce(cutover_at + make_interval(secs => rollback_window_s + $2) < now(), true)
+        AS is_long_overdue
 FROM moves WHERE step NOT IN ('done', 'rolled_back') ORDER BY move_id
 """  # noqa: S608
 _COUNT_ENDED = "SELECT step, count(*) FROM moves WHERE step IN ('done', 'rolled_back') GROUP BY step"
@@ -183,11 +184,12 @@ async def read_moves(connection: Connection) -> list[Move]:
 
 async def read_progress(connection: Connection) -> Progress:
     """The moves that are not over, each with whether somebody drives it or should, and how many have ended."""
-    rows = [dict(row) for row in await connection.fetch(_READ_OPEN, LEASE_CLASS, _OVERDUE_S)]
+    rows = [dict(row) for row in await connection.fetch(_READ_OPEN, LEASE_CLASS, _LONG_OVERDUE_S)]
     ended = await connection.fetch(_COUNT_ENDED)
     return Progress(
         tuple(
-            OpenMove(is_driven=row.pop("is_driven"), is_overdue=row.pop("is_overdue"), move=_move(row)) for row in rows
+            OpenMove(is_driven=row.pop("is_driven"), is_long_overdue=row.pop("is_long_overdue"), move=_move(row))
+            for row in rows
         ),
         {Step(row["step"]): row["count"] for row in ended},
     )

@@ -126,14 +126,14 @@ class OpenMove:
     move: Move
     is_driven: bool
     """Somebody has its lease, and so is at work on it."""
-    is_overdue: bool = False
-    """It is active, and its time to be brought back has been over for a while."""
+    is_long_overdue: bool = False
+    """It is overdue, and has been for longer than whoever waits for that may need to begin."""
 
     @property
     def is_stopped(self) -> bool:
         """Whether it stays as it is until somebody resumes it or rolls it back. One that is active waits without a
         lease until its time to be brought back is over; then whoever waited is at work on it, or has died."""
-        return not self.is_driven and (self.move.step is not Step.ACTIVE or self.is_overdue)
+        return not self.is_driven and (self.move.step is not Step.ACTIVE or self.is_long_overdue)
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,14 @@ async def _held_at(slots: Slots, mover: MoverProcess, step: Step, dying: str) ->
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("dying", [_SOURCE, _TARGET], ids=["source", "target"])
-@pytest.mark.parametrize("step", [Step.FENCED])
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step.FENCED,
+        pytest.param(Step.CUT_OVER, marks=pytest.mark.slow),
+        pytest.param(Step.RETURNING, marks=pytest.mark.slow),
+    ],
+)
 async def test_a_primary_dies_under_a_mover_at_work(step: Step, dying: str) -> None:
     """While nobody takes writes, or the catalog has just said who does. The mover itself brings the move to an end."""
     async with LocalCluster(shards=2, replicas=1) as cluster:
