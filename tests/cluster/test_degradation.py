@@ -193,7 +193,7 @@ async def test_a_router_says_when_its_catalog_is_away(degradable: Degradable) ->
             stub: Any = cluster_pb2_grpc.ClusterServiceStub(channel)
             metadata = credentials(cluster.layout.admin_token.read_text().strip())
             with pytest.raises(grpc.aio.AioRpcError) as away:
-                await stub.SetDegradation(cluster_pb2.SetDegradationRequest(), metadata=metadata, timeout=2)
+                await stub.SetDegradation(cluster_pb2.SetDegradationRequest(), metadata=metadata, timeout=6)
     finally:
         os.kill(pid, signal.SIGCONT)
     assert (away.value.code(), reason_of(away.value)) == (grpc.StatusCode.UNAVAILABLE, "CATALOG_UNAVAILABLE")

@@ -9,8 +9,8 @@ from tests.support.replicated import Node, replicated
 
 RECEIVED = "SELECT (pg_last_wal_receive_lsn() - '0/0')::bigint"
 FLUSHED = "SELECT (pg_current_wal_flush_lsn() - '0/0')::bigint"
-# Longer than it takes to start a server and to ask it.
-DELAY_S = 6
+# Longer than any test.
+DELAY = "1h"
 
 
 async def test_one_that_was_started_again_counts_once_it_has_replayed_all_that_it_has() -> None:
@@ -21,9 +21,7 @@ async def test_one_that_was_started_again_counts_once_it_has_replayed_all_that_i
         for node in (slow, lone):
             await eventually(lambda node=node, lsn=flushed: _has(node, lsn))  # type: ignore[misc]
             # Commits are replayed no earlier than this after they were made: a replay that takes its time.
-            await node.execute(f"ALTER SYSTEM SET recovery_min_apply_delay = '{DELAY_S}s'")
-            await node.execute("SELECT pg_reload_conf()")
-            await eventually(lambda node=node: _is_delayed(node))  # type: ignore[misc]
+            await _delay(node, DELAY)
         # One cannot ask anybody for more, as one that was appointed and is to be promoted.
         await lone.execute(f"ALTER SYSTEM SET {PRIMARY_CONNINFO} = ''")
         await primary.execute("INSERT INTO t VALUES (2)")
@@ -35,7 +33,9 @@ async def test_one_that_was_started_again_counts_once_it_has_replayed_all_that_i
         await asyncio.gather(slow.start(), lone.start())
         both, secrets = [slow.server, lone.server], primary.secrets
         assert await replication.reached(both, secrets, within_s=1.0) == {}
-        reached = await replication.reached(both, secrets, within_s=DELAY_S + 10)
+        asked = asyncio.create_task(replication.reached(both, secrets, within_s=30))
+        await asyncio.gather(*(_delay(node, "0") for node in (slow, lone)))
+        reached = await asked
         assert {name: progress.lsn >= expected for name, progress in reached.items()} == {"b": True, "c": True}
 
 
@@ -43,5 +43,11 @@ async def _has(node: Node, lsn: int) -> bool:
     return int(await node.fetchval(RECEIVED)) >= lsn
 
 
-async def _is_delayed(node: Node) -> bool:
-    return bool(await node.fetchval("SELECT current_setting('recovery_min_apply_delay')") == f"{DELAY_S}s")
+async def _delay(node: Node, by: str) -> None:
+    await node.execute(f"ALTER SYSTEM SET recovery_min_apply_delay = '{by}'")
+    await node.execute("SELECT pg_reload_conf()")
+    await eventually(lambda: _is_delayed(node, by))
+
+
+async def _is_delayed(node: Node, by: str) -> bool:
+    return bool(await node.fetchval("SELECT current_setting('recovery_min_apply_delay')") == by)

@@ -82,10 +82,12 @@ async def test_moves_that_are_open_go_on_with_the_new_password() -> None:
 
             await store("before")
             for first, last, step in ((8192, 12287, Step.ACTIVE), (12288, 16383, Step.VERIFYING)):
-                async with slots.mover("move", "--first", str(first), "--last", str(last), "--to", "shard-0") as mover:
+                asked = ("move", "--first", str(first), "--last", str(last), "--to", "shard-0")
+                async with slots.step_held(step) as held, slots.mover(*asked) as mover:
                     await mover.until(step)
                     mover.send()
                     await mover.process.communicate()
+                    await held.end_sessions()
             gone, begun = await slots.moves()
             await cluster.run("rotate-secrets")
             await cluster.down()

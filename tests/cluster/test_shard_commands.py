@@ -201,7 +201,8 @@ async def test_a_rate_bounds_what_goes_over_in_a_second(kept: Kept) -> None:
     cut_over = [move.cutover_at or datetime.min.replace(tzinfo=UTC) for move in moves]
     least_s = sum(sorted(move.rows for move in moves)[:2]) / rate
     assert least_s >= 3
-    assert (max(cut_over) - min(cut_over)).total_seconds() >= least_s
+    # The pace counts from when the rows were there, after which the first may have waited for the machine.
+    assert (max(cut_over) - min(cut_over)).total_seconds() >= least_s - 1
     await kept.balanced()
 
 
@@ -232,9 +233,14 @@ async def test_a_rebalance_that_was_interrupted_is_rolled_back(kept: Kept) -> No
 
 async def test_a_rebalance_does_not_move_again_what_was_rolled_back(kept: Kept) -> None:
     await kept.weigh(3)
-    async with at_work("rebalance", "--rollback-window", "12", "--data-dir", str(kept.cluster.data_dir)) as rebalance:
+    async with at_work("rebalance", *_HELD, "--data-dir", str(kept.cluster.data_dir)) as rebalance:
         moves = await kept.begun(Step.ACTIVE)
         await kept.run("moves", "rollback", str(moves[0].move_id))
+        async with database(kept.cluster.catalog_dsn(owner=True)) as connection:
+            # Their time to be brought back is over.
+            await connection.execute(
+                "UPDATE moves SET rollback_window_s = 0, version = version + 1 WHERE step = 'active'"
+            )
         output, _ = await rebalance.communicate()
     assert rebalance.returncode == 1
     assert f"move {moves[0].move_id} was rolled back" in output.decode()
@@ -260,9 +266,13 @@ async def test_a_pinned_user_is_taken_where_he_belongs_by_a_move_that_was_interr
         await rebalance.communicate()
     assert rebalance.returncode == 130
     await kept.found()
+
+    async def is_healthy() -> bool:
+        document = json.loads(await kept.run("recover", "--test-after", "--json"))
+        return [router["after"]["overall"] for router in document["routers"]] == ["healthy"]
+
     # Routers can do nothing about it, and lose nothing by trying.
-    document = json.loads(await kept.run("recover", "--test-after", "--json"))
-    assert [router["after"]["overall"] for router in document["routers"]] == ["healthy"]
+    await eventually(is_healthy, within_s=30)
     code, output = await kept.refused("shards", "remove", "shard-1")
     assert (code, "drain" in output) == (1, True)
     # What a way back of half a minute would take is too long for this test.

@@ -131,9 +131,9 @@ async def test_a_fence_is_taken_away_where_there_is_no_supervisor_too() -> None:
                 slots.mover("move", "--first", "8192", "--last", "8999", "--to", "shard-0") as mover,
                 slots.fence_held(mover, "shard-1", "shard-0"),
             ):
+                assert await slots.fenced("shard-1") == 808
                 mover.send(signal.SIGKILL)
                 await mover.process.communicate()
-                assert await slots.fenced("shard-1") == 808
                 await eventually(lambda: _is_unfenced(slots), within_s=10)
             assert (await slots.moves())[-1].step is Step.VERIFYING
             recovery.send(signal.SIGTERM)

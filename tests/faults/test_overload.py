@@ -85,7 +85,8 @@ class Bounds:
 
     goodput: float
     """Share of the maximum that is done."""
-    refusals_p99_ms: float
+    refusals_ms: tuple[int, float]
+    """At most how long so many in a hundred of them take."""
     unanswered: float
     """Share of health checks."""
     accepted_p99_s: float
@@ -138,14 +139,16 @@ async def scenario(
     )
     print(f"p99 {sorted(late)[int(len(late) * 0.99)] * 1000:.1f} ms; afterwards {dict(after.counts())}")
     assert share >= bounds.goodput
-    assert refused.percentile_ms(99) <= bounds.refusals_p99_ms
+    percent, refusals_ms = bounds.refusals_ms
+    assert refused.percentile_ms(percent) <= refusals_ms
     assert accepted.percentile_ms(99) <= bounds.accepted_p99_s * 1000
     assert checks.unanswered <= bounds.unanswered * len(checks.took_s)
 
 
-# A few seconds are too short for figures: what a limit takes to be found is a large part of them.
-SHORT = Bounds(goodput=0.5, refusals_p99_ms=500, unanswered=0.05, accepted_p99_s=TIMEOUT_S)
-FULL = Bounds(goodput=0.8, refusals_p99_ms=20, unanswered=0.0, accepted_p99_s=0.75 * TIMEOUT_S)
+# A few seconds are too short for figures: what a limit takes to be found is a large part of them, and what the machine
+# takes for itself may be.
+SHORT = Bounds(goodput=0.5, refusals_ms=(50, 100), unanswered=0.05, accepted_p99_s=TIMEOUT_S)
+FULL = Bounds(goodput=0.8, refusals_ms=(99, 20), unanswered=0.0, accepted_p99_s=0.75 * TIMEOUT_S)
 
 
 @pytest.mark.timeout(240)

@@ -61,6 +61,18 @@ async def listed(
     return [memory.content for memory in answer.memories], list(answer.report.served_by)
 
 
+async def refusal(api: "MemoryServiceAsyncStub", user: str, options: pb.ReadOptions) -> grpc.aio.AioRpcError:
+    """How such a read is refused, which it must be. On a machine that stands still it may end with its time instead,
+    and says nothing then: it is asked again.
+    """
+    for _ in range(5):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await listed(api, user, options, timeout_s=2)
+        if caught.value.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+            break
+    return caught.value
+
+
 def session(*tokens: bytes) -> pb.ReadOptions:
     return pb.ReadOptions(level=pb.READ_LEVEL_SESSION, consistency_tokens=tokens)
 
@@ -109,9 +121,10 @@ async def test_a_lagging_replica_answers_only_what_it_has(
         after = (await api.StoreMemory(store_request(user, "coffee"))).receipt.consistency_token
         for _ in range(3):
             assert await listed(api, user, session(before, after)) == (["coffee", "tea"], ["primary"])
-            assert await listed(api, user, session(before)) == (["tea"], ["replica"])
-            assert await listed(api, user, EVENTUAL) == (["tea"], ["replica"])
-        assert await listed(api, user, bounded(20)) == (["tea"], ["replica"])
+            # Eventually, as the primary answers too where the replica is late.
+            await eventually(lambda: _is(api, user, session(before), (["tea"], ["replica"])))
+            await eventually(lambda: _is(api, user, EVENTUAL, (["tea"], ["replica"])))
+        await eventually(lambda: _is(api, user, bounded(20), (["tea"], ["replica"])))
         print("all standbys lag: 3 of 3 reads that need more went to the primary, 7 of 7 others to the replica")
         # Its age grows while it is held.
         await eventually(lambda: _is(api, user, bounded(2), (["coffee", "tea"], ["primary"])))
@@ -126,14 +139,13 @@ async def test_none_fresh_and_the_primary_away_is_unavailable_and_never_an_old_a
     async with replay_paused(replicated, SHARD):
         after = (await api.StoreMemory(store_request(user, "coffee"))).receipt.consistency_token
         async with stopped(replicated, SHARD):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await listed(api, user, session(after), timeout_s=2)
-            assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.UNAVAILABLE, "NO_FRESH_SERVER")
-            assert retry_after_s(caught.value) > 0
-            print(f"none fresh, primary away: UNAVAILABLE, to be tried again after {retry_after_s(caught.value):.2f} s")
+            error = await refusal(api, user, session(after))
+            assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "NO_FRESH_SERVER")
+            assert retry_after_s(error) > 0
+            print(f"none fresh, primary away: UNAVAILABLE, to be tried again after {retry_after_s(error):.2f} s")
             # Whoever asks for less has it.
-            assert await listed(api, user, session(before)) == (["tea"], ["replica"])
-            assert await listed(api, user, EVENTUAL) == (["tea"], ["replica"])
+            await eventually(lambda: _is(api, user, session(before), (["tea"], ["replica"])))
+            await eventually(lambda: _is(api, user, EVENTUAL, (["tea"], ["replica"])))
     assert await listed(api, user) == (["coffee", "tea"], ["primary"])
 
 
@@ -143,12 +155,11 @@ async def test_nobody_claims_to_have_what_is_on_a_later_timeline(
     async with database(replicated.catalog_dsn()) as connection:
         tokens = Tokens((await catalog.read_cluster(connection)).token_key)
     later = tokens.receipt((SHARD, shard_pb2.Commit(timeline=1_000, lsn=1))).consistency_token
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await listed(api, user, session(later), timeout_s=2)
-    assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.UNAVAILABLE, "NO_FRESH_SERVER")
+    error = await refusal(api, user, session(later))
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "NO_FRESH_SERVER")
     # An earlier one says nothing that a later server has not, wherever on it that was; nor does a shard that is gone.
     gone = tokens.receipt(("gone", shard_pb2.Commit(timeline=1, lsn=2**62))).consistency_token
-    assert await listed(api, user, session(gone)) == ([], ["replica"])
+    await eventually(lambda: _is(api, user, session(gone), ([], ["replica"])))
 
 
 async def test_tokens_of_another_cluster_are_refused_at_every_level(api: "MemoryServiceAsyncStub", user: str) -> None:

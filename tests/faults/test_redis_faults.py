@@ -232,8 +232,7 @@ async def fill_with_garbage(redis: Redis, agents: Agents, seconds: float) -> int
                 case 1:
                     await redis.set(key, chance.randbytes(40))
                 case 2:
-                    await redis.delete(key)
-                    await redis.lpush(key, "1")
+                    await _make_a_list(redis, key)
                 case 3:
                     await redis.set(key, ",".join(str(chance.randrange(SLOT_COUNT)) for _ in range(8)))
                 case _:
@@ -242,6 +241,14 @@ async def fill_with_garbage(redis: Redis, agents: Agents, seconds: float) -> int
         written += await _garble_memories(redis, chance)
         await asyncio.sleep(0.05)
     return written
+
+
+async def _make_a_list(redis: Redis, key: str) -> None:
+    """At once: routers write to it in between."""
+    async with redis.pipeline(transaction=True) as both:
+        both.delete(key)
+        both.lpush(key, "1")
+        await both.execute()
 
 
 async def _garble_memories(redis: Redis, chance: random.Random) -> int:
@@ -257,8 +264,7 @@ async def _garble_memories(redis: Redis, chance: random.Random) -> int:
                 entry = await redis.get(other) if await redis.type(other) == b"string" else b""
                 await redis.set(key, entry or b"", ex=60)
             case 2:
-                await redis.delete(key)
-                await redis.lpush(key, "1")
+                await _make_a_list(redis, key)
             case 3 if await redis.type(key) == b"string":
                 await redis.setrange(key, chance.randrange(100), chance.randbytes(8))
             case _:

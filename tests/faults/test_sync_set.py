@@ -375,9 +375,9 @@ async def test_an_erasure_waits_for_the_standbys_or_names_those_that_have_not_re
         assert await _stored(place, "secret") == "QUORUM"
         erase = shard_pb2.EraseRequest(route=place.route(), user_id=place.user, request_id="once")
         await servers.standby.pause_replay()
-        answer = await place.shard.Erase(erase, timeout=2)
+        answer = await place.shard.Erase(erase, timeout=10)
         assert (answer.memories_erased, len(answer.ids), list(answer.unconfirmed)) == (1, 1, ["b"])
-        assert (await place.shard.Erase(erase, timeout=2)).unconfirmed == ["b"]
+        assert (await place.shard.Erase(erase, timeout=10)).unconfirmed == ["b"]
         waiting = asyncio.ensure_future(place.shard.Erase(erase, timeout=15))
         await servers.standby.resume_replay()
         answer = await waiting
@@ -386,7 +386,7 @@ async def test_an_erasure_waits_for_the_standbys_or_names_those_that_have_not_re
         # One that is away has not.
         await servers.standby.stop()
         await _becomes(place.shard, "LOCAL")
-        assert (await place.shard.Erase(erase, timeout=2)).unconfirmed == ["b"]
+        assert (await place.shard.Erase(erase, timeout=10)).unconfirmed == ["b"]
         await servers.standby.start()
         await eventually(lambda: _is_streaming(servers.primary))
         assert (await place.shard.Erase(erase, timeout=15)).unconfirmed == []

@@ -11,6 +11,7 @@ from common import gathering, tracing
 from common.deadline import Deadline
 from common.errors import InvalidArgument, OutcomeUnknown, Unavailable
 from common.gathering import Gathering
+from tests.support.virtual_time import virtual_time
 from tests.unit.common.test_tracing import Recording
 
 
@@ -87,6 +88,7 @@ async def test_whoever_comes_alone_is_served_alone_and_at_once() -> None:
 
 
 @pytest.mark.usefixtures("patient")
+@virtual_time
 async def test_those_who_come_meanwhile_are_served_together() -> None:
     work = _Work()
     async with _busy(work, range(20)) as tasks:
@@ -94,7 +96,7 @@ async def test_those_who_come_meanwhile_are_served_together() -> None:
     assert [task.result() for task in tasks] == [2 * number for number in range(20)]
     assert work.together_with == [list(range(20))]
     # Within the time of the most patient of them: none has less than it came with.
-    assert work.deadlines[0].remaining_s() > 28
+    assert work.deadlines[0].remaining_s() == pytest.approx(29)
 
 
 @pytest.mark.usefixtures("patient")
@@ -210,6 +212,7 @@ async def test_what_is_done_together_is_in_the_trace_that_is_kept_and_the_others
     assert [event.attributes for event in waits[1].events] == [{"memshard.gathered": 3}]
 
 
+@virtual_time
 async def test_nobody_waits_long_for_what_is_held_up() -> None:
     """Two are held up, by a slot that is being handed over; those who come after them are begun all the same."""
     work = _Work()

@@ -171,7 +171,7 @@ async def test_who_has_little_time_takes_none_from_who_has_more() -> None:
     async with getting(memory_cache_bytes=0) as one:
         one.primary.freeze()
         hasty = one.go(EVENTUAL, seconds=0.2)
-        await eventually(lambda: one.primary.in_flight)
+        await eventually(lambda: one.primary.asked)
         patient = one.go(EVENTUAL, seconds=10)
         with pytest.raises((DeadlineExceeded, Unavailable, TimeoutError)):
             await hasty

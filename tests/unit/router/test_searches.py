@@ -175,7 +175,7 @@ async def test_who_has_little_time_to_search_takes_none_from_who_has_more() -> N
     async with searching() as one:
         one.primary.freeze()
         hasty = one.go(seconds=0.2)
-        await eventually(lambda: one.primary.in_flight)
+        await eventually(lambda: one.primary.searched)
         patient = one.go(seconds=10)
         with pytest.raises((DeadlineExceeded, Unavailable, TimeoutError)):
             await hasty
