@@ -84,9 +84,10 @@ class Invalidations:
                 told = list(islice(self._untold, _CHUNK - 1))
                 for one in told:
                     del self._untold[one]
-                if not await self._say(told):
+                is_said = await self._say(told)
+                raise_if_cancelled()
+                if not is_said:
                     self._untold = dict.fromkeys(told) | self._untold
-                    raise_if_cancelled()
                     await asyncio.sleep(_AGAIN_S)
 
     async def _say(self, said: Sequence[str]) -> bool:

@@ -208,8 +208,8 @@ class MemoryRedis:
             self._anything.clear()
             await asyncio.sleep(_GATHER_S)
             while self._waiting:
-                raise_if_cancelled()
                 await self._write_some()
+                raise_if_cancelled()
 
     def _wait(self, name: str, what: "_Entry | _Marker") -> None:
         self._take(name)

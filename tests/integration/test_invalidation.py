@@ -23,6 +23,7 @@ from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.own_redis import OwnRedis
 from tests.support.proxy import Proxy
+from tests.support.swallowed import Swallowed
 from tests.support.wire import memory_service, reason_of, store_request
 
 IDS = [str(uuid.uuid4()) for _ in range(2500)]
@@ -134,6 +135,19 @@ async def test_an_erasure_waits_for_a_router_that_has_left_no_longer_than_its_le
         began = loop.time()
         await one.invalidations.forget_everywhere(one.locations, IDS[:1], Deadline.after(10))
         assert loop.time() - began < LEASE_S / 2
+
+
+async def test_telling_ends_when_it_is_told_to_though_redis_client_has_swallowed_that(
+    own_redis: OwnRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with router(own_redis.url) as one:
+        said = Swallowed()
+        monkeypatch.setattr(Invalidations, "_say", said)
+        telling = asyncio.create_task(one.invalidations.keep_telling())
+        one.invalidations.tell_soon(IDS[:1])
+        await said.has_begun.wait()
+        telling.cancel()
+        await eventually(telling.done)
 
 
 async def test_without_redis_nothing_is_remembered_and_an_erasure_is_not_confirmed(own_redis: OwnRedis) -> None:

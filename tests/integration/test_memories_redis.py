@@ -28,6 +28,7 @@ from router.stamps import Stamp
 from tests.support.eventually import eventually
 from tests.support.own_redis import OwnRedis
 from tests.support.spans import Spans, recording
+from tests.support.swallowed import Swallowed
 from tests.unit.router.scripted import CLUSTER_ID
 from tests.unit.router.test_gets import getting
 
@@ -44,6 +45,7 @@ class Router:
     first: MemoryCache
     shared: MemoryRedis
     envelopes: Envelopes
+    writing: "asyncio.Task[None]"
 
     def keep(self, question: Question, lsn: int, content: str = "tea", *, age_ms: int = 0, era: bytes = ERA) -> None:
         memory = pb.Memory(
@@ -83,7 +85,7 @@ async def router(url: str, cluster_id: str = CLUSTER, key: bytes = KEY) -> Async
         shared.hear_era(ERA)
         writing = asyncio.create_task(shared.run())
         try:
-            yield Router(first, shared, envelopes)
+            yield Router(first, shared, envelopes, writing)
         finally:
             writing.cancel()
             with suppress(asyncio.CancelledError):
@@ -386,6 +388,19 @@ async def test_who_begins_to_listen_uses_nothing_that_was_left_before(
             return await has("coffee")
 
         await eventually(read_anew)
+
+
+async def test_writing_ends_when_it_is_told_to_though_redis_client_has_swallowed_that(
+    own_redis: OwnRedis, question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As asyncio.wait_for of Python 3.11 does with a cancellation that comes together with a result."""
+    async with router(own_redis.url) as one:
+        writes = Swallowed()
+        monkeypatch.setattr(RedisCache, "ask", writes)
+        one.keep(question, 100)
+        await writes.has_begun.wait()
+        one.writing.cancel()
+        await eventually(one.writing.done)
 
 
 async def test_a_dead_redis_is_nothing_found_and_nobody_waits(own_redis: OwnRedis, question: Question) -> None:
