@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
-from tests.support.cluster import LocalCluster
+from tests.support.cluster import PATIENT_WITH_REDIS, LocalCluster
 from tests.support.wire import memory_service
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @pytest_asyncio.fixture(scope="session")
 async def cluster() -> AsyncIterator[LocalCluster]:
     """A running cluster of three shards with the local embedder."""
-    async with LocalCluster(shards=3) as running:
+    async with LocalCluster(shards=3, environment=PATIENT_WITH_REDIS) as running:
         yield running
 
 

@@ -12,7 +12,7 @@ from local.cluster import REDIS
 from memshard.v1 import memory_pb2 as pb
 from tests.integration.test_cached_memories import got, remembered, session, update_of
 from tests.integration.test_cached_searches import found
-from tests.support.cluster import LocalCluster
+from tests.support.cluster import PATIENT_WITH_REDIS, LocalCluster
 from tests.support.eventually import eventually
 from tests.support.faulty import FaultyCluster, faulty_cluster
 from tests.support.moving import Slots
@@ -51,7 +51,7 @@ def _contents(memories: list[pb.Memory], content: str) -> set[str]:
 
 async def test_nothing_of_before_a_move_is_answered_to_a_session_that_wrote_after_it(user: str) -> None:
     """Neither while the slot is away nor when it is back, neither from a router's memory nor from Redis."""
-    async with faulty_cluster(routers=2, embedder="local", dimensions=256) as faulty:
+    async with faulty_cluster(routers=2, embedder="local", dimensions=256, environment=PATIENT_WITH_REDIS) as faulty:
         await _walk(faulty, faulty.users("shard-0", 1, prefix=user)[0])
 
 

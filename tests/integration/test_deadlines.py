@@ -82,7 +82,7 @@ async def test_a_read_whose_caller_has_left_ends_in_the_database(
             return await waiting() == 0
 
         # Sooner than a router gives an attempt up of its own accord.
-        await eventually(gone, within_s=2)
+        await eventually(gone)
     assert (await api.ListMemories(pb.ListMemoriesRequest(user_id=user))).memories
 
 

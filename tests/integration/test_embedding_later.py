@@ -10,7 +10,7 @@ from google.protobuf import field_mask_pb2
 from redis.asyncio import Redis
 
 from memshard.v1 import memory_pb2 as pb
-from tests.support.cluster import LocalCluster
+from tests.support.cluster import PATIENT_WITH_REDIS, LocalCluster
 from tests.support.embedding_server import DIMENSIONS, EmbeddingServer, embedding_of
 from tests.support.eventually import eventually
 from tests.support.metrics import families_of
@@ -32,7 +32,9 @@ def server() -> Iterator[EmbeddingServer]:
 async def asking(server: EmbeddingServer) -> AsyncIterator[LocalCluster]:
     """A cluster that asks the server for embeddings."""
     options = ["--embedder-url", server.url, "--embedder-model", "words"]
-    async with LocalCluster(shards=1, embedder="http", dimensions=DIMENSIONS, options=options) as cluster:
+    async with LocalCluster(
+        shards=1, embedder="http", dimensions=DIMENSIONS, options=options, environment=PATIENT_WITH_REDIS
+    ) as cluster:
         yield cluster
 
 
@@ -132,9 +134,9 @@ async def test_a_slow_embedder_does_not_cost_a_store_its_deadline(
 ) -> None:
     """It has half of the caller's time; the text is stored in the other half."""
     server.at_work.clear()
-    stored = (await remote.StoreMemory(store_request(user, "in good time"), timeout=2)).memory
+    stored = (await remote.StoreMemory(store_request(user, "in good time"), timeout=6)).memory
     batch = pb.BatchStoreMemoriesRequest(memories=[pb.Memory(user_id=user, content="in good time too")])
-    assert (await remote.BatchStoreMemories(batch, timeout=2)).results[0].id
+    assert (await remote.BatchStoreMemories(batch, timeout=6)).results[0].id
     assert stored.embedding_state == PENDING
     server.at_work.set()
     await eventually(lambda: is_ready(remote, stored), within_s=20)
@@ -145,7 +147,7 @@ async def test_a_search_falls_back_to_words_in_good_time_when_the_server_thinks_
 ) -> None:
     await remote.StoreMemory(store_request(user, "green tea"))
     server.at_work.clear()
-    found = await remote.SearchMemories(pb.SearchMemoriesRequest(user_id=user, query="tea"), timeout=2)
+    found = await remote.SearchMemories(pb.SearchMemoriesRequest(user_id=user, query="tea"), timeout=6)
     assert [r.memory.content for r in found.results] == ["green tea"]
     assert found.score_kind == pb.SCORE_KIND_TEXT_RANK
 
@@ -232,7 +234,7 @@ async def test_a_text_that_the_server_chokes_on_keeps_no_other_back(
         others = [(await remote.StoreMemory(store_request(user, f"tea number {n}"))).memory for n in range(3)]
         server.down = False
         for other in others:
-            await eventually(partial(is_ready, remote, other), within_s=30)
+            await eventually(partial(is_ready, remote, other), within_s=60)
         assert await state(remote, poison) == PENDING
     finally:
         server.fails_at = ""

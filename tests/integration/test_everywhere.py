@@ -462,7 +462,7 @@ async def test_keyword_search_over_all_users_names_whose_it_is(everywhere: Somew
 
 async def test_an_expired_memory_has_no_versions_either(everywhere: Somewhere, user: str) -> None:
     soon = timestamp_pb2.Timestamp()
-    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=1.5))
+    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=5))
     memory = (await everywhere.api.StoreMemory(store_request(user, "short-lived", expire_time=soon))).memory
     await everywhere.api.UpdateMemory(update_request(memory, "content", content="still short-lived"))
 

@@ -107,7 +107,7 @@ async def test_a_server_that_turns_read_only_is_not_written_to_and_the_service_s
     async def not_serving() -> bool:
         return await health() == health_pb2.HealthCheckResponse.NOT_SERVING
 
-    await eventually(not_serving, within_s=3)
+    await eventually(not_serving)
     for call in (place.store("meanwhile"), place.contents(None, place.shard)):
         error = await refused(call)
         assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
@@ -118,7 +118,7 @@ async def test_a_server_that_turns_read_only_is_not_written_to_and_the_service_s
     async def serving() -> bool:
         return await health() == health_pb2.HealthCheckResponse.SERVING
 
-    await eventually(serving, within_s=3)
+    await eventually(serving)
 
 
 async def test_with_no_server_left_callers_are_told_so_in_time(servers: Replicated) -> None:

@@ -72,7 +72,11 @@ class Router:
 
 @asynccontextmanager
 async def router(topology: Topology, redis_url: str | None, era: bytes = b"") -> AsyncIterator[Router]:
-    settings = RouterSettings(catalog_dsn="postgresql://unused", redis_url=redis_url)  # type: ignore[arg-type]
+    settings = RouterSettings(
+        catalog_dsn="postgresql://unused",  # type: ignore[arg-type]
+        redis_url=redis_url,  # type: ignore[arg-type]
+        redis_timeout_s=1,
+    )
     async with AsyncExitStack() as stack:
         shards = CountingShards(settings)
         stack.push_async_callback(shards.close)
@@ -191,7 +195,11 @@ async def test_a_location_of_a_deleted_memory_is_not_found(
 async def test_a_router_that_is_late_itself_does_not_take_redis_for_slow(
     topology: Topology, cluster: LocalCluster
 ) -> None:
-    settings = RouterSettings(catalog_dsn="postgresql://unused", redis_url=cluster.redis_url())  # type: ignore[arg-type]
+    settings = RouterSettings(
+        catalog_dsn="postgresql://unused",  # type: ignore[arg-type]
+        redis_url=cluster.redis_url(),  # type: ignore[arg-type]
+        redis_timeout_s=1,
+    )
     locations = LocationCache(settings, topology.cluster_id)
 
     async def much_to_do() -> None:
@@ -308,7 +316,11 @@ async def test_places_that_are_written_together_are_each_what_they_were(
         stats: Any = await redis.info("commandstats")
         return int(stats["cmdstat_evalsha"]["calls"])
 
-    settings = RouterSettings(catalog_dsn="postgresql://unused", redis_url=cluster.redis_url())  # type: ignore[arg-type]
+    settings = RouterSettings(
+        catalog_dsn="postgresql://unused",  # type: ignore[arg-type]
+        redis_url=cluster.redis_url(),  # type: ignore[arg-type]
+        redis_timeout_s=1,
+    )
     async with AsyncExitStack() as stack:
         locations = LocationCache(settings, topology.cluster_id)
         stack.push_async_callback(locations.close)

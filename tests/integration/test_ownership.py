@@ -143,7 +143,7 @@ async def test_a_write_that_waits_for_a_fence_succeeds_once_the_fence_rolls_back
 async def test_a_deadline_ends_the_callers_wait_but_never_the_commit(cluster: LocalCluster, place: Place) -> None:
     async with held_fence(place) as fence:
         # Above a second, the database has ten for the statement (shard/timed_connection.py).
-        write = asyncio.ensure_future(place.store(timeout=1.5))
+        write = asyncio.ensure_future(place.store(timeout=1.2))
         await somebody_waits_for_a_lock(cluster, place)
         with pytest.raises(grpc.aio.AioRpcError) as late:
             await write

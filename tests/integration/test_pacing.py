@@ -29,6 +29,10 @@ async def test_a_move_waits_for_as_long_as_commits_take_much_longer_than_they_di
         async with side.opened(SHARD, servers.shard_dsn(SUPERUSER, ["a"]), 1) as one:
             await pace.room(one)
             assert told == []
+            # The quickest of some is how long they take: a single one may have waited for the machine.
+            for _ in range(10):
+                await pace.room(one)
+            told.clear()
             link.inflict(Fault.LATENCY, _LATENCY_S)
             waiting = asyncio.ensure_future(pace.room(one))
             await eventually(lambda: len(told) > 2)

@@ -30,7 +30,7 @@ async def test_what_has_expired_is_emptied_and_its_id_stays_taken_for_a_day(
     cluster: LocalCluster, api: "MemoryServiceAsyncStub", user: str
 ) -> None:
     soon = timestamp_pb2.Timestamp()
-    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=1))
+    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=5))
     stored = (await api.StoreMemory(store_request(user, "soon gone", expire_time=soon))).memory
     shard = (await topology_of(cluster.catalog_dsn())).owner(user_slot(user))
     async with pool_of_one(cluster.shard_dsn(shard.shard_id)) as pool:
@@ -41,7 +41,7 @@ async def test_what_has_expired_is_emptied_and_its_id_stays_taken_for_a_day(
             row = await pool.fetchrow("SELECT content, deleted_at FROM memories WHERE user_id = $1", user)
             return row is not None and row["content"] == "" and row["deleted_at"] is not None
 
-        await eventually(emptied)
+        await eventually(emptied, within_s=20)
     with pytest.raises(grpc.aio.AioRpcError) as taken:
         await api.StoreMemory(store_request(user, "another", stored.id))
     assert taken.value.code() is grpc.StatusCode.ALREADY_EXISTS

@@ -225,10 +225,10 @@ async def test_health_is_not_serving_when_too_far_behind_and_serving_again_after
     await place.servers.standby.pause_replay()
     await eventually(not_serving, within_s=6)
     await place.servers.standby.resume_replay()
-    await eventually(serving, within_s=3)
+    await eventually(serving)
     # Away, and back.
     await place.servers.standby.kill()
-    await eventually(not_serving, within_s=3)
+    await eventually(not_serving)
     error = await refused(place.contents(shard_pb2.Freshness()))
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
     await place.servers.standby.start()
@@ -300,7 +300,7 @@ async def test_a_promoted_standby_is_no_replica_any_more() -> None:
         async def not_serving() -> bool:
             return await place.health() == health_pb2.HealthCheckResponse.NOT_SERVING
 
-        await eventually(not_serving, within_s=2)
+        await eventually(not_serving)
         assert reason_of(await refused(place.contents(at(position)))) == "REPLICA_BEHIND"
 
 

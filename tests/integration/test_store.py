@@ -186,7 +186,7 @@ async def test_all_that_was_stored_comes_back(api: "MemoryServiceAsyncStub", use
 
 async def test_an_expired_memory_is_in_no_read(api: "MemoryServiceAsyncStub", user: str) -> None:
     soon = timestamp_pb2.Timestamp()
-    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=1.5))
+    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=5))
     stored = await api.StoreMemory(store_request(user, "short-lived", expire_time=soon))
     assert await contents(api, user) == ["short-lived"]
 
@@ -210,7 +210,7 @@ async def test_an_expiry_in_the_past_is_refused_but_a_repeated_store_is_the_same
         await api.StoreMemory(store_request(user, "too late", expire_time=past))
     assert (reason_of(refused.value), fields_of(refused.value)) == ("EXPIRE_TIME_IN_PAST", ["memory.expire_time"])
     soon = timestamp_pb2.Timestamp()
-    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=1))
+    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=5))
     request = store_request(user, "in time", new_id(), expire_time=soon)
     first = await api.StoreMemory(request)
 

@@ -27,7 +27,7 @@ from common.topology import Topology
 from local.cluster import metrics_of
 from memshard.v1 import memory_pb2 as pb
 from router.balance import PRIMARY
-from tests.support.cluster import LocalCluster
+from tests.support.cluster import PATIENT_WITH_REDIS, LocalCluster
 from tests.support.eventually import eventually
 from tests.support.metrics import page_of, total_of
 from tests.support.otlp import Node, OtlpReceiver, Received, values_of
@@ -91,7 +91,10 @@ class Caller:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def traced() -> AsyncIterator[Traced]:
-    cluster = LocalCluster(shards=3, replicas=1, options=["--hung-after", "0"])
+    # Time for a hedge before a replica says that it is behind, however long reads take.
+    replicas = {"MEMSHARD_ROUTER_FRESHNESS_WAIT_S": "1", "MEMSHARD_ROUTER_REPLICA_TIMEOUT_S": "2"}
+    environment = {**PATIENT_WITH_REDIS, **replicas}
+    cluster = LocalCluster(shards=3, replicas=1, options=["--hung-after", "0"], environment=environment)
     async with receiving_traces(cluster) as receiver, memory_service(cluster.address) as api:
         yield Traced(cluster, receiver, api)
 

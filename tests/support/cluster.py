@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import cycle, islice
 from pathlib import Path
@@ -19,6 +19,10 @@ from local import leftovers
 from local.cluster import Plan
 from local.layout import Layout
 from local.record import load_record, load_secrets
+
+PATIENT_WITH_REDIS = {"MEMSHARD_ROUTER_REDIS_TIMEOUT_S": "2"}
+"""For clusters whose Redis is well, where what it knows is what is tested: a machine that stands still for the 50 ms
+that routers give it otherwise makes them go on without it."""
 
 _MEMSHARD = Path(sys.executable).parent / "memshard"
 _UP_TIMEOUT_S = 90.0
@@ -44,7 +48,9 @@ class LocalCluster:
         embedder: str = "local",
         dimensions: int | None = None,
         options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        """`environment`: settings of its services, beside those that they are given by the cluster."""
         self.data_dir = Path(tempfile.mkdtemp(prefix="memshard-test-")).resolve()
         self.layout = Layout.of(self.data_dir)
         self.port = free_port(routers)
@@ -53,6 +59,7 @@ class LocalCluster:
         self.options += [] if replicas is None else ["--replicas", str(replicas)]
         self.options += ["--dimensions", str(dimensions)] if dimensions else []
         self.options += options
+        self._environment = environment
         self._start = ["--port", str(self.port), "--routers", str(routers)]
 
     async def __aenter__(self) -> Self:
@@ -77,12 +84,12 @@ class LocalCluster:
         """`memshard up --detach`; returns what it printed."""
         arguments = ("up", *self.options, *self._start, "--detach", *options)
         try:
-            return await self.run(*arguments, timeout_s=_UP_TIMEOUT_S)
+            return await self.run(*arguments, timeout_s=_UP_TIMEOUT_S, environment=self._environment)
         except AssertionError as error:
             # Another cluster may take a port between its choice and its use.
             if "in use by something else; start again" not in str(error):
                 raise
-            return await self.run(*arguments, timeout_s=_UP_TIMEOUT_S)
+            return await self.run(*arguments, timeout_s=_UP_TIMEOUT_S, environment=self._environment)
 
     async def down(self) -> str:
         """`memshard down`; returns what it printed."""
@@ -98,9 +105,13 @@ class LocalCluster:
         """Whether every process is, by `memshard status`."""
         return all(process["healthy"] for process in (await self.status())["processes"])
 
-    async def run(self, *arguments: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> str:
+    async def run(
+        self, *arguments: str, timeout_s: float = _COMMAND_TIMEOUT_S, environment: Mapping[str, str] | None = None
+    ) -> str:
         """A memshard command on this data directory, which must succeed; returns what it printed."""
-        code, output = await command(*arguments, "--data-dir", str(self.data_dir), timeout_s=timeout_s)
+        code, output = await command(
+            *arguments, "--data-dir", str(self.data_dir), timeout_s=timeout_s, environment=environment
+        )
         if code != 0:
             raise AssertionError(f"memshard {' '.join(arguments)} ended with {code}:\n{output}")
         return output
@@ -169,10 +180,16 @@ class LocalCluster:
         return survivors
 
 
-async def command(*arguments: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> tuple[int, str]:
-    """Runs memshard; returns exit code and everything it printed."""
+async def command(
+    *arguments: str, timeout_s: float = _COMMAND_TIMEOUT_S, environment: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Runs memshard, with this beside what is in the environment; returns exit code and everything it printed."""
     process = await asyncio.create_subprocess_exec(
-        str(_MEMSHARD), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        str(_MEMSHARD),
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env={**os.environ, **(environment or {})},
     )
     try:
         async with asyncio.timeout(timeout_s):

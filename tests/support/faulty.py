@@ -83,9 +83,10 @@ async def faulty_cluster(
     router_module: str = "router",
     databases: bool = False,
     settings: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[FaultyCluster]:
     """Such a cluster, with nothing wrong, and `routers` of its own that no fault reaches. `settings` are the test's
-    router's, beside those that the cluster gives its own.
+    router's, beside those that the cluster gives its own; `environment` has settings of the cluster's services.
     """
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(
@@ -96,6 +97,7 @@ async def faulty_cluster(
                 embedder=embedder,
                 dimensions=dimensions,
                 options=options,
+                environment=environment,
             )
         )
         await eventually(cluster.healthy, within_s=_START_S)
