@@ -27,6 +27,8 @@ that routers give it otherwise makes them go on without it."""
 _MEMSHARD = Path(sys.executable).parent / "memshard"
 _UP_TIMEOUT_S = 90.0
 _COMMAND_TIMEOUT_S = 100.0
+# What is said of a port that somebody else has: by the supervisor, a service, and PostgreSQL or Redis.
+_TAKEN = ("in use by something else; start again", "cannot listen on", "Address already in use")
 # Below the embedded cluster's own ports, and those of outgoing connections.
 _PORTS = range(12_000, 19_900)
 # Test runs side by side begin at different places.
@@ -86,8 +88,8 @@ class LocalCluster:
         try:
             return await self.run(*arguments, timeout_s=_UP_TIMEOUT_S, environment=self._environment)
         except AssertionError as error:
-            # Another cluster may take a port between its choice and its use.
-            if "in use by something else; start again" not in str(error):
+            # Another cluster may take a port between its choice and its use, which a second start chooses anew.
+            if not any(taken in str(error) for taken in _TAKEN):
                 raise
             return await self.run(*arguments, timeout_s=_UP_TIMEOUT_S, environment=self._environment)
 
