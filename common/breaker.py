@@ -20,6 +20,10 @@ from common.window import SlidingCount
 BREAKER_OPEN = "BREAKER_OPEN"
 """The reason when a breaker refused, and nobody was asked."""
 
+UNDECIDED_S = 0.1
+"""Seconds that a probe may take until nobody waits for it: as long as bursts wait for a place, too
+(`common.waiting_room`)."""
+
 # Unavailable for a cause in the one request or slot, by answer of a callee that is well, or before it was asked.
 _NOT_OF_THE_CALLEE = frozenset(
     {BREAKER_OPEN, "SLOT_BUSY", "TOPOLOGY_CHANGING", "SHARD_MAINTENANCE", "REPLICA_BEHIND", "EMBEDDER_REFUSED"}
@@ -121,6 +125,14 @@ class CircuitBreaker:
             # Probes usually report long before they would be given up.
             return max(0.0, min(given_up_at - self._clock(), self.settings.first_probe_s))
         return 0.0
+
+    def undecided_for_s(self) -> float:
+        """Seconds for which it is worth waiting for the probes that are under way, instead of being refused: they have
+        just begun, and when they are answered everybody is let in. 0 when they take longer than answers do.
+        """
+        if self._state is not State.HALF_OPEN or self._probing < self.settings.probes:
+            return 0.0
+        return max(0.0, self._probed_at + UNDECIDED_S - self._clock())
 
     def admit(self) -> Permit:
         """Leave to make a call now. Raises Unavailable / BREAKER_OPEN, which says when to come back."""

@@ -4,6 +4,7 @@ Each server has its own, so that one which is slow or gone costs those their tim
 that is refused here reaches nobody, and its caller hears so at once.
 """
 
+import asyncio
 import math
 import time
 from collections import deque
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from common.breaker import Permit, State, speaks_of_callee
+from common.breaker import UNDECIDED_S, CircuitBreaker, Permit, State, speaks_of_callee
 from common.breaker_log import logged
 from common.breaker_settings import SHARD
 from common.errors import DeadlineExceeded, MemshardError, ResourceExhausted
@@ -31,6 +32,8 @@ _FAILURE_HOLDS_S = 20.0
 # Seconds that an answer says that a server is there. While something is wrong with it, it is looked at four times a
 # second; a server that is gone is not to be taken for one that is read for the half minute after which that counts.
 _ANSWER_HOLDS_S = 10.0
+# Between two looks whether probes were answered, which takes some milliseconds.
+_PROBED_EVERY_S = 0.005
 
 TALLY_S = 10
 """Seconds that the tally looks back on which people are shown."""
@@ -142,7 +145,9 @@ class Guard:
 
     async def room(self, kind: Kind, priority: Priority) -> None:
         """Waits for a place, for a short time; `passing` is to be entered at once. Raises ResourceExhausted."""
-        if self.breakers[kind].refused_for_s():
+        breaker = self.breakers[kind]
+        await _probed(breaker)
+        if breaker.refused_for_s():
             return  # Which `passing` will say.
         try:
             await self._queue.room(priority)
@@ -291,6 +296,16 @@ class Guards:
         for (shard_id, replica_id), guard in self._guards.items():
             grouped.setdefault(shard_id, {})[replica_id] = guard
         return grouped
+
+
+async def _probed(breaker: CircuitBreaker) -> None:
+    """Waits for what others are just finding out. All who were refused were told to come back at the same time: the
+    first few of them try, and the rest would be refused once more, though the server is well.
+    """
+    for _ in range(math.ceil(UNDECIDED_S / _PROBED_EVERY_S)):
+        if not breaker.undecided_for_s():
+            return
+        await asyncio.sleep(_PROBED_EVERY_S)
 
 
 def _judge(permit: Permit, error: MemshardError, waited_s: float) -> None:

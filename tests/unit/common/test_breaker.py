@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from common import errors
-from common.breaker import BREAKER_OPEN, CircuitBreaker, Permit, State, speaks_of_callee
+from common.breaker import BREAKER_OPEN, UNDECIDED_S, CircuitBreaker, Permit, State, speaks_of_callee
 from common.breaker_settings import CACHE, EMBEDDER, SHARD, BreakerSettings
 from tests.support.clock import Clock
 
@@ -57,6 +57,26 @@ def _refused_for_s(breaker: CircuitBreaker) -> float:
     assert raised.value.reason == BREAKER_OPEN
     assert raised.value.retry_after_s == breaker.refused_for_s()
     return breaker.refused_for_s()
+
+
+def test_probes_are_worth_waiting_for_while_they_have_just_begun(breaker: CircuitBreaker, clock: Clock) -> None:
+    _open(breaker)
+    assert breaker.undecided_for_s() == 0, "nobody is finding out anything"
+    clock.pass_(1)
+    first = breaker.admit()
+    assert breaker.undecided_for_s() == 0, "one more may try"
+    clock.pass_(0.05)
+    second = breaker.admit()
+    assert breaker.undecided_for_s() == pytest.approx(UNDECIDED_S)
+    clock.pass_(UNDECIDED_S / 2)
+    assert breaker.undecided_for_s() == pytest.approx(UNDECIDED_S / 2)
+    clock.pass_(UNDECIDED_S)
+    assert breaker.undecided_for_s() == 0, "they take too long"
+    first.success(0.1)
+    assert breaker.undecided_for_s() == 0, "one more may try"
+    second.success(0.1)
+    _expect(breaker, State.CLOSED)
+    assert breaker.undecided_for_s() == 0
 
 
 def test_failures_in_a_row_open_it(breaker: CircuitBreaker) -> None:

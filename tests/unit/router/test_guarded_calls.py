@@ -8,6 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from common.breaker import BREAKER_OPEN, State
+from common.breaker_settings import SHARD
 from common.deadline import Deadline
 from common.errors import (
     AlreadyExists,
@@ -226,6 +227,38 @@ async def test_a_health_check_half_opens_long_before_the_breaker_would_by_itself
         primary.fails_next, primary.error, primary.serving = 0, None, True
         await eventually(lambda: states(reader)[Kind.RETRIEVE] is State.HALF_OPEN, within_s=5)
         assert await reader.get(STRONG) == "primary"
+
+
+async def test_all_who_come_back_at_once_find_the_server_well_though_few_may_try_it() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.serving = False  # No look at its health lets anybody in.
+        await open_for_reads(reader, primary)
+        primary.fails_next, primary.error, primary.delay_s = 0, None, 0.03
+        await eventually(lambda: not reader.shards.guards.of("shard-0").refuses(Kind.RETRIEVE))
+        before = len(primary.asked)
+        assert await asyncio.gather(*(reader.get(STRONG) for _ in range(20))) == ["primary"] * 20
+        assert len(primary.asked) == before + 20
+
+
+async def test_nobody_waits_for_probes_that_hang() -> None:
+    async with servers(0) as (primary, _), router(primary) as reader:
+        primary.serving = False
+        await open_for_reads(reader, primary)
+        primary.fails_next, primary.error = 0, None
+        primary.freeze()
+        await eventually(lambda: not reader.shards.guards.of("shard-0").refuses(Kind.RETRIEVE))
+        probing = [asyncio.create_task(reader.get(STRONG, timeout_s=30)) for _ in range(SHARD.probes)]
+        await eventually(lambda: primary.in_flight == SHARD.probes)
+        breaker = reader.shards.guards.of("shard-0").breakers[Kind.RETRIEVE]
+        await eventually(lambda: not breaker.undecided_for_s())
+        asked = len(primary.asked)
+        for _ in range(5):
+            with pytest.raises(Unavailable) as caught:
+                await reader.get(STRONG, timeout_s=30)
+            assert caught.value.reason == BREAKER_OPEN
+        assert len(primary.asked) == asked
+        primary.thaw()
+        assert await asyncio.gather(*probing) == ["primary"] * SHARD.probes
 
 
 async def test_hurried_callers_do_not_cut_off_the_others() -> None:
