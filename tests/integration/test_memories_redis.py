@@ -75,8 +75,14 @@ class Router:
 
 
 @asynccontextmanager
-async def router(url: str, cluster_id: str = CLUSTER, key: bytes = KEY) -> AsyncIterator[Router]:
-    settings = RouterSettings(catalog_dsn="postgresql://unused", redis_url=url, redis_timeout_s=1)  # type: ignore[arg-type]
+async def router(
+    url: str, cluster_id: str = CLUSTER, key: bytes = KEY, redis_timeout_s: float = 1.0
+) -> AsyncIterator[Router]:
+    settings = RouterSettings(
+        catalog_dsn="postgresql://unused",  # type: ignore[arg-type]
+        redis_url=url,  # type: ignore[arg-type]
+        redis_timeout_s=redis_timeout_s,
+    )
     async with AsyncExitStack() as stack:
         link = RedisCache(settings)
         stack.push_async_callback(link.close)
@@ -299,7 +305,7 @@ async def test_a_marker_that_comes_late_leaves_what_is_of_a_later_state(
 async def test_what_lay_in_a_buffer_while_redis_stood_still_is_as_old_as_it_is(
     own_redis: OwnRedis, redis: Redis, question: Question, late_ms: int
 ) -> None:
-    async with router(own_redis.url) as one:
+    async with router(own_redis.url, redis_timeout_s=10) as one:
         if late_ms:
             await redis.client_pause(late_ms, all=False)
         one.keep(question, 100)
