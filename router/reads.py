@@ -239,7 +239,12 @@ class _Reading(Generic[Q, R]):
         """Raises how the last one failed when no other may be asked."""
         if not self._has_leave():
             assert self._unpaid is not None
-            raise _with_time_left(self._unpaid) from self._unpaid
+            if isinstance(self._unpaid, DeadlineExceeded):
+                # Its part of the time is up, which does not say that the caller's is.
+                raise Unavailable(
+                    f"{self._unpaid.message}, and too much is tried again already to ask another", reason=NO_ANSWER
+                ) from self._unpaid
+            raise self._unpaid
 
     def _reserve_s(self, going: Order) -> float:
         """What is kept back from the primary, so that a replica can stand in for one that hangs."""
@@ -271,14 +276,6 @@ class _Reading(Generic[Q, R]):
             f"the primary of {self._shard.shard_id} does not answer, and no replica is fresh enough",
             reason="NO_FRESH_SERVER",
         )
-
-
-def _with_time_left(failed: MemshardError) -> MemshardError:
-    """What a caller hears of the failure that nobody else was asked after: that a server did not answer in its part of
-    the time does not say that the caller's is up."""
-    if not isinstance(failed, DeadlineExceeded):
-        return failed
-    return Unavailable(f"{failed.message}, and too much is tried again already to ask another", reason=NO_ANSWER)
 
 
 async def _first_answer(asked: Collection[asyncio.Task[T | None]]) -> T | None:
