@@ -91,10 +91,7 @@ class Caller:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def traced() -> AsyncIterator[Traced]:
-    # Time for a hedge before a replica says that it is behind, however long reads take.
-    replicas = {"MEMSHARD_ROUTER_FRESHNESS_WAIT_S": "1", "MEMSHARD_ROUTER_REPLICA_TIMEOUT_S": "2"}
-    environment = {**PATIENT_WITH_REDIS, **replicas}
-    cluster = LocalCluster(shards=3, replicas=1, options=["--hung-after", "0"], environment=environment)
+    cluster = LocalCluster(shards=3, replicas=1, options=["--hung-after", "0"], environment=PATIENT_WITH_REDIS)
     async with receiving_traces(cluster) as receiver, memory_service(cluster.address) as api:
         yield Traced(cluster, receiver, api)
 
