@@ -32,10 +32,11 @@ OPERATION_DURATION = Histogram(
 )
 IN_FLIGHT = Gauge("memory_operations_in_flight", "Calls that are being worked on.", ("operation",), registry=REGISTRY)
 # OpenTelemetry's rpc.server.call.duration, as its names become Prometheus'.
+_RPC_LABELS = ("rpc_system_name", "rpc_method", "rpc_response_status_code")
 RPC_SERVER_DURATION = Histogram(
     "rpc_server_call_duration_seconds",
     "How long calls took, by OpenTelemetry's semantic names.",
-    ("rpc_system_name", "rpc_method", "rpc_response_status_code"),
+    _RPC_LABELS,
     buckets=LATENCY_BUCKETS_S,
     registry=REGISTRY,
 )
@@ -43,7 +44,7 @@ RPC_SERVER_DURATION = Histogram(
 RPC_CLIENT_DURATION = Histogram(
     "rpc_client_call_duration_seconds",
     "How long calls to shards and replicas took, by OpenTelemetry's semantic names.",
-    ("rpc_system_name", "rpc_method", "rpc_response_status_code"),
+    _RPC_LABELS,
     buckets=LATENCY_BUCKETS_S,
     registry=REGISTRY,
 )

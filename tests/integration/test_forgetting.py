@@ -172,7 +172,6 @@ async def test_a_redis_that_hangs_costs_a_store_next_to_nothing(pair: Pair, user
 
 async def test_an_erasure_that_one_router_could_not_confirm_is_settled_by_another(pair: Pair, user: str) -> None:
     """By the same request as well as by one without a request id, which is made anew each time."""
-
     stored: list[pb.Memory] = []
 
     async def is_stored_with_its_place() -> bool:
