@@ -23,7 +23,7 @@ from memshard.v1 import memory_pb2 as pb
 from router.listening import LEASE_S
 from tests.support.cluster import LocalCluster
 from tests.support.eventually import eventually
-from tests.support.wire import database, memory_service, reason_of, store_request, topology_of, user_slot
+from tests.support.wire import database, is_ambiguous, memory_service, reason_of, store_request, topology_of, user_slot
 
 if TYPE_CHECKING:
     from memshard.v1.memory_pb2_grpc import MemoryServiceAsyncStub
@@ -244,12 +244,5 @@ async def test_a_new_id_of_two_users_is_heard_of_by_every_router(pair: Pair, use
     else:
         await pair.other.StoreMemory(second)
 
-    async def is_ambiguous() -> bool:
-        try:
-            await pair.one.GetMemory(pb.GetMemoryRequest(id=memory_id))
-        except grpc.aio.AioRpcError as error:
-            return reason_of(error) == "AMBIGUOUS"
-        return False
-
     # A router that Redis did not answer in time goes by its own memory for ten seconds.
-    await eventually(is_ambiguous, within_s=20)
+    await eventually(lambda: is_ambiguous(pair.one, memory_id), within_s=20)

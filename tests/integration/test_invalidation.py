@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-import grpc
 import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
@@ -24,7 +23,7 @@ from tests.support.eventually import eventually
 from tests.support.own_redis import OwnRedis
 from tests.support.proxy import Proxy
 from tests.support.swallowed import Swallowed
-from tests.support.wire import memory_service, reason_of, store_request
+from tests.support.wire import is_ambiguous, memory_service, store_request
 
 IDS = [str(uuid.uuid4()) for _ in range(2500)]
 HERE = frozenset({7})
@@ -235,11 +234,4 @@ async def test_a_second_user_of_an_id_is_heard_of_by_every_router() -> None:
             await one.GetMemory(pb.GetMemoryRequest(id=memory_id))
             await other.StoreMemory(store_request("second", "mine too", memory_id))
 
-            async def is_ambiguous() -> bool:
-                try:
-                    await one.GetMemory(pb.GetMemoryRequest(id=memory_id))
-                except grpc.aio.AioRpcError as error:
-                    return reason_of(error) == "AMBIGUOUS"
-                return False
-
-            await eventually(is_ambiguous)
+            await eventually(lambda: is_ambiguous(one, memory_id))

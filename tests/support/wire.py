@@ -93,6 +93,15 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
     return ""
 
 
+async def is_ambiguous(api: "MemoryServiceAsyncStub", memory_id: str) -> bool:
+    """Whether a router says that several users have the id."""
+    try:
+        await api.GetMemory(memory_pb2.GetMemoryRequest(id=memory_id))
+    except grpc.aio.AioRpcError as error:
+        return reason_of(error) == "AMBIGUOUS"
+    return False
+
+
 def fields_of(error: grpc.aio.AioRpcError) -> list[str]:
     """The fields that an error names."""
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
