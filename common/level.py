@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from functools import reduce
 
 from common.vitals import Vitals
 
@@ -58,6 +59,8 @@ class Effects:
 
     def strictest(self, other: "Effects") -> "Effects":
         """What both do at once."""
+        if other is self:
+            return self
         return Effects(
             min(self.patience, other.patience),
             min(self.batch_factor, other.batch_factor),
@@ -165,16 +168,34 @@ class LevelSettings:
 
 
 class LevelDecider:
-    """The level of one shard, or of the cluster. `observe` at regular intervals of a second or so."""
+    """The level of one shard, or of the cluster. `observe` at regular intervals of a second or so.
+
+    Calls ask for it several times each, so it is worked out when something changes.
+    """
+
+    level: Level
+    """The level in force."""
+    effects: Effects
+    """What the level in force does, together with what the lower ones do that are on beside it."""
 
     def __init__(self, clock: Callable[[], float], settings: LevelSettings | None = None) -> None:
-        self.override: Level | None = None
-        """The level that an operator has set, whatever the vitals say; None to decide by them."""
+        self._override: Level | None = None
         self._settings = settings = settings or LevelSettings()
         self._clock = clock
         self._reduced = _Latch(settings.enter_after_s, settings.leave_after_s)
         self._essential = _Latch(settings.enter_after_s, settings.leave_after_s)
         self._readonly = _Latch(settings.readonly_after_s, settings.writable_after_s)
+        self._decide()
+
+    @property
+    def override(self) -> Level | None:
+        """The level that an operator has set, whatever the vitals say; None to decide by them."""
+        return self._override
+
+    @override.setter
+    def override(self, level: Level | None) -> None:
+        self._override = level
+        self._decide()
 
     def observe(self, vitals: Vitals) -> Level:
         """Takes a look into account, also while overridden; the level after it."""
@@ -184,24 +205,17 @@ class LevelDecider:
         self._reduced.observe(now, wanted >= Level.REDUCED, held >= Level.REDUCED)
         self._essential.observe(now, wanted >= Level.ESSENTIAL, held >= Level.ESSENTIAL)
         self._readonly.observe(now, vitals.writes_down, vitals.writes_down)
+        self._decide()
         return self.level
 
-    @property
-    def level(self) -> Level:
-        """The level in force."""
-        return max(self._in_force())
-
-    @property
-    def effects(self) -> Effects:
-        """What the level in force does, together with what the lower ones do that are on beside it."""
-        effects = WHAT_EACH_LEVEL_DOES[Level.NORMAL]
-        for level in self._in_force():
-            effects = effects.strictest(WHAT_EACH_LEVEL_DOES[level])
-        return effects
+    def _decide(self) -> None:
+        in_force = self._in_force()
+        self.level = max(in_force)
+        self.effects = reduce(Effects.strictest, (WHAT_EACH_LEVEL_DOES[level] for level in in_force))
 
     def _in_force(self) -> list[Level]:
-        if self.override is not None:
-            return [self.override]
+        if self._override is not None:
+            return [self._override]
         latches = {
             Level.REDUCED: self._reduced,
             Level.ESSENTIAL: self._essential,

@@ -54,7 +54,10 @@ class Levels:
 
     def of(self, shard_ids: Iterable[str] = ()) -> Level:
         """The level of an answer that these shards have a part in."""
-        return max(self.decider(name).level for name in (CLUSTER, *shard_ids))
+        level = self._deciders[CLUSTER].level
+        for shard_id in shard_ids:
+            level = max(level, self.decider(shard_id).level)
+        return level
 
     def tell_trace(self, shard_ids: Iterable[str] = ()) -> None:
         """Has the trace say at which level a call is answered: the cluster's, until it is known by which shards."""
