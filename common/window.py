@@ -19,17 +19,20 @@ class SlidingCount:
         self._clock = clock
         self._slots = [0] * slices
         self._newest = self._number()
+        self._ends_at = self._end()
         self._total = 0
 
     def add(self, amount: int = 1) -> None:
         """Counts `amount` as of now."""
-        self._roll()
+        if self._clock() >= self._ends_at:
+            self._roll()
         self._slots[self._newest % len(self._slots)] += amount
         self._total += amount
 
     def total(self) -> int:
         """What was counted in the window."""
-        self._roll()
+        if self._clock() >= self._ends_at:
+            self._roll()
         return self._total
 
     def clear(self) -> None:
@@ -39,6 +42,10 @@ class SlidingCount:
 
     def _number(self) -> int:
         return int(self._clock() // self._slice_s)
+
+    def _end(self) -> float:
+        """When the slice that is being filled ends."""
+        return (self._newest + 1) * self._slice_s
 
     def _roll(self) -> None:
         now = self._number()
@@ -52,3 +59,4 @@ class SlidingCount:
                 self._total -= self._slots[slot]
                 self._slots[slot] = 0
         self._newest = now
+        self._ends_at = self._end()
