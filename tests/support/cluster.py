@@ -119,12 +119,16 @@ class LocalCluster:
         return output
 
     def pid(self, name: str) -> int:
-        """Pid of the process that `memshard status` calls `name`, from the state file. LookupError: it doesn't run."""
-        state = json.loads(self.layout.state.read_text())
-        for process in state["processes"]:
-            if process["name"] == name and process["pid"] is not None:
-                return int(process["pid"])
-        raise LookupError(f"{name} does not run")
+        """Pid of the process that `memshard status` calls `name`. LookupError: it doesn't run."""
+        pid = self.pids().get(name)
+        if pid is None:
+            raise LookupError(f"{name} does not run")
+        return pid
+
+    def pids(self) -> dict[str, int]:
+        """Those of all processes that run, by name, as the supervisor last wrote it."""
+        processes = json.loads(self.layout.state.read_text())["processes"]
+        return {process["name"]: int(process["pid"]) for process in processes if process["pid"] is not None}
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> int:
         """Sends a signal to a process; returns its pid."""
