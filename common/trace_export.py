@@ -114,22 +114,20 @@ class Export:
 
     def _cause(self, trace: Trace) -> Cause | None:
         """What makes it worth keeping; of several causes, the one of which there are fewest in a flood."""
-        is_shed = False
-        for span in trace.spans:
-            if span.failed and not span.shed:
-                return "failed"
-            is_shed = is_shed or span.shed
+        if trace.failed:
+            return "failed"
         root = trace.spans[0]
         # Who was refused in the end has waited as long as he was allowed to.
         if root.ended_ns - root.started_ns >= self._slow_ns and not root.shed:
             return "slow"
-        return "shed" if is_shed else None
+        return "shed" if trace.shed else None
 
     def _made(self, trace: Trace, span: Span) -> ReadableSpan:
         """A span as OpenTelemetry has it when it has ended. By way of its tracer this would take five times as long.
 
         It lacks the tracestate, which travels and is nothing of ours: a caller may have written anything in it.
         """
+        attributes = span.attributes
         parent = None
         if span.parent_id:
             remote = span is trace.spans[0]
@@ -139,12 +137,12 @@ class Export:
             context=SpanContext(trace.id, span.span_id, is_remote=False, trace_flags=_SAMPLED),
             parent=parent,
             resource=self._resource,
-            attributes=span.attributes,
+            attributes=attributes,
             # Jaeger's exporter asks these how many were dropped.
             events=[Event(name, BoundedAttributes(attributes=values), at_ns) for name, at_ns, values in span.events],
             links=[Link(SpanContext(*ids, is_remote=False, trace_flags=_SAMPLED)) for ids in span.links],
             kind=_KINDS[span.kind],
-            status=Status(StatusCode.ERROR, str(span.attributes.get("error.type", ""))) if span.failed else _UNSET,
+            status=Status(StatusCode.ERROR, str(attributes.get("error.type", ""))) if span.failed else _UNSET,
             start_time=span.started_ns,
             end_time=span.ended_ns,
             instrumentation_scope=self._scope,

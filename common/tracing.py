@@ -10,7 +10,7 @@ Spans have names, counts, times and reasons, as logs do: never content, embeddin
 import random
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from enum import Enum
 from types import TracebackType
@@ -24,6 +24,8 @@ TRACEPARENT = "traceparent"
 TRACESTATE = "tracestate"
 
 Value = str | int | float | bool
+Later = Callable[[], Value]
+"""What takes an effort to find out, and is found out if the span is kept. It has to be the same then."""
 Metadata = Iterable[tuple[str, str | bytes]]
 
 # The version, the trace, the span, and the flags (https://www.w3.org/TR/trace-context/#traceparent-header). Versions
@@ -76,7 +78,7 @@ class Recorder(Protocol):
 class Trace:
     """This process's part of a trace. Its first span is the one that ends it, unless others wait for it (`held`)."""
 
-    __slots__ = ("ended", "held", "id", "recorder", "sampled", "spans", "state", "wanted")
+    __slots__ = ("ended", "failed", "held", "id", "recorder", "sampled", "shed", "spans", "state", "wanted")
 
     def __init__(self, trace_id: int, state: str, recorder: Recorder | None, *, sampled: bool) -> None:
         self.id = trace_id
@@ -85,6 +87,10 @@ class Trace:
         self.recorder = recorder
         self.spans: list[Span] = []
         self.ended = False
+        self.failed = False
+        """Something in it did, and not only for being too much."""
+        self.shed = False
+        """Something in it failed for being too much."""
         self.held = 0
         """How much of what is done in it has to end before it ends: others wait for that, whoever began it."""
         self.wanted = False
@@ -104,8 +110,7 @@ class Trace:
         for span in self.spans:
             if not span.ended_ns:
                 # Whoever still works on it, or has been cancelled and not noticed it yet, is waited for by nobody.
-                span.attributes["memshard.abandoned"] = True
-                span.ended_ns = now_ns
+                span.abandon(now_ns)
         is_kept = self.recorder.keep(self)
         if not is_kept:
             # They refer to each other. What nobody keeps is not to be left to the garbage collector.
@@ -117,20 +122,20 @@ class Span:
     """`with` it: a piece of work. What it is entered in, its children are children of."""
 
     __slots__ = (
-        "_token", "attributes", "ended_ns", "events", "failed", "is_kept", "kind", "links", "name", "parent_id",
+        "_attributes", "_token", "ended_ns", "events", "failed", "is_kept", "kind", "links", "name", "parent_id",
         "shed", "span_id", "started_ns", "trace",
     )  # fmt: skip
 
     def __init__(
-        self, trace: Trace | None, name: str, kind: Kind, parent_id: int, attributes: dict[str, Value]
+        self, trace: Trace | None, name: str, kind: Kind, parent_id: int, attributes: dict[str, Value | Later]
     ) -> None:
         self.trace = trace
         self.name = name
         self.kind = kind
         self.parent_id = parent_id
         self.span_id = random.getrandbits(64) or 1
-        self.attributes = attributes
-        self.events: list[tuple[str, int, dict[str, Value]]] = []
+        self._attributes = attributes
+        self.events: tuple[tuple[str, int, dict[str, Value]], ...] = ()
         self.links: tuple[tuple[int, int], ...] = ()
         self.failed = False
         # It failed for being too much.
@@ -138,6 +143,11 @@ class Span:
         self.is_kept = False
         self.started_ns = time.time_ns()
         self.ended_ns = 0
+
+    @property
+    def attributes(self) -> dict[str, Value]:
+        """All of them."""
+        return {name: value() if callable(value) else value for name, value in self._attributes.items()}
 
     @property
     def trace_id(self) -> str:
@@ -154,16 +164,16 @@ class Span:
         """Whether its trace is kept whatever becomes of it."""
         return self.trace is not None and self.trace.sampled
 
-    def set(self, name: str, value: Value) -> None:
+    def set(self, name: str, value: Value | Later) -> None:
         """An attribute."""
         if not self.ended_ns:
-            self.attributes[name] = value
+            self._attributes[name] = value
 
     def event(self, name: str, attributes: dict[str, Value]) -> None:
         """Something that happened at this moment."""
         # What others wait for goes on after whoever began it has left.
         if not self.ended_ns or (self.trace is not None and self.trace.held):
-            self.events.append((name, time.time_ns(), attributes))
+            self.events += ((name, time.time_ns(), attributes),)
 
     def link(self, other: "Span") -> None:
         """That another span, of another trace, has something to do with this one. If this one is sampled, the other is
@@ -201,16 +211,24 @@ class Span:
         _current.reset(self._token)
         self.end(error)
 
+    def abandon(self, now_ns: int) -> None:
+        """Ends it as what nobody waits for any more."""
+        self._attributes["memshard.abandoned"] = True
+        self.ended_ns = now_ns
+
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, MemshardError):
-            self.attributes["error.type"] = error.reason
+            self._attributes["error.type"] = error.reason
             self.failed = error.code in _FAULTS
             self.shed = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         elif isinstance(error, Exception):
-            self.attributes["error.type"] = type(error).__qualname__
+            self._attributes["error.type"] = type(error).__qualname__
             self.failed = True
         else:
-            self.attributes["memshard.cancelled"] = True
+            self._attributes["memshard.cancelled"] = True
+        if self.trace is not None:
+            self.trace.shed |= self.shed
+            self.trace.failed |= self.failed and not self.shed
 
 
 class _NoSpan(Span):
@@ -221,7 +239,7 @@ class _NoSpan(Span):
     def __init__(self) -> None:
         super().__init__(None, "", Kind.INTERNAL, 0, {})
 
-    def set(self, name: str, value: Value) -> None:
+    def set(self, name: str, value: Value | Later) -> None:
         """Nothing."""
 
     def event(self, name: str, attributes: dict[str, Value]) -> None:
@@ -243,6 +261,7 @@ class _NoSpan(Span):
 
 
 NO_SPAN = _NoSpan()
+_NONE: Mapping[str, Value] = {}
 
 _current: ContextVar[Span] = ContextVar("the span that is being worked on", default=NO_SPAN)
 _recorder: Recorder | None = None
@@ -273,7 +292,7 @@ def received(method: str, metadata: Metadata, *, begins: bool) -> Span:
         return NO_SPAN
     if known is not None:
         trace_id, parent_id, sampled = known
-        state = parse_state(",".join(states))
+        state = parse_state(",".join(states)) if states else ""
     else:
         trace_id, parent_id, state = random.getrandbits(128) or 1, 0, ""
         sampled = _recorder is not None and _recorder.samples(trace_id)
@@ -283,13 +302,13 @@ def received(method: str, metadata: Metadata, *, begins: bool) -> Span:
     return span
 
 
-def span(name: str, attributes: dict[str, Value] | None = None, kind: Kind = Kind.INTERNAL) -> Span:
-    """A span within the current one, to be entered."""
+def span(name: str, attributes: Mapping[str, Value] = _NONE, kind: Kind = Kind.INTERNAL) -> Span:
+    """A span within the current one, to be entered. `attributes` are those that it begins with."""
     parent = _current.get()
     trace = parent.trace
     if trace is None or trace.recorder is None or trace.ended or len(trace.spans) >= MOST_SPANS:
         return NO_SPAN
-    made = Span(trace, name, kind, parent.span_id, attributes or {})
+    made = Span(trace, name, kind, parent.span_id, {**attributes})
     trace.spans.append(made)
     return made
 

@@ -75,6 +75,8 @@ class Guard:
     def __init__(self, shard_id: str, name: str, clock: Clock) -> None:
         self.shard_id = shard_id
         self.name = name
+        self.attributes = {"rpc.system.name": "grpc", "memshard.server": name, "memshard.shard": shard_id}
+        """Of the span of a call."""
         self.limiter = Limiter(clock, SERVER)
         self.tally = Tally(TALLY_S, clock)
         self.lately = Tally(LATELY_S, clock)

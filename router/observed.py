@@ -6,6 +6,7 @@ Whose is for the list of hot users and, hashed, for traces. A metric never has a
 import hashlib
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from google.protobuf.message import Message
@@ -51,7 +52,7 @@ class Observed:
         self._requests.add()
         if rpc in _READS:
             self._queries.add()
-        users, agents = _named(request)
+        users, agents = _NAMED.get(rpc, _of_user)(request)
         for user in users:
             self._hot.add((rpc, user))
         span = tracing.current()
@@ -61,7 +62,7 @@ class Observed:
         self._levels.tell_trace()
         if len(users) == 1:
             (user,) = users
-            span.set("enduser.pseudo.id", self.hashed(user))
+            span.set("enduser.pseudo.id", partial(self.hashed, user))
         if len(agents) == 1:
             (agent,) = agents
             span.set("gen_ai.agent.id", agent)
@@ -71,10 +72,11 @@ class Observed:
             self._context_size[rpc].observe(size_bytes)
         if isinstance(response, pb.SearchMemoriesResponse):
             # By recency, nothing has a score.
-            if response.results and response.score_kind != pb.SCORE_KIND_RECENCY:
+            results, kind = response.results, response.score_kind
+            if results and kind != pb.SCORE_KIND_RECENCY:
                 # What is unlike has a cosine below 0. A histogram's sum may not fall, and a page on which it is below 0
                 # is no OpenMetrics.
-                self._relevance[response.score_kind].observe(max(0.0, response.results[0].score))
+                self._relevance[kind].observe(max(0.0, results[0].score))
         elif isinstance(request, pb.BatchStoreMemoriesRequest):
             BATCH_SIZE.observe(len(request.memories))
 
@@ -101,16 +103,26 @@ class Observed:
         return self._queries.total() / _QUERIES_S
 
 
-def _named(request: Any) -> tuple[Collection[str], Collection[str]]:
-    """The users that a request names, and the agents whose memories it writes, each of them once."""
-    if isinstance(request, pb.BatchStoreMemoriesRequest):
-        users = {memory.user_id for memory in request.memories}
-        agents = {memory.agent_id for memory in request.memories}
-        # One of whom nothing may be said is one more agent all the same.
-        return {user for user in users if _is_short(user)}, agents if all(map(_is_short, agents)) else ()
-    if isinstance(request, pb.StoreMemoryRequest | pb.UpdateMemoryRequest):
-        return _short(request.memory.user_id), _short(request.memory.agent_id)
+Named = tuple[Collection[str], Collection[str]]
+"""The users that a request names, and the agents whose memories it writes, each of them once."""
+
+
+def _of_user(request: Any) -> Named:
     return _short(request.user_id), ()
+
+
+def _of_memory(request: Any) -> Named:
+    return _short(request.memory.user_id), _short(request.memory.agent_id)
+
+
+def _of_memories(request: Any) -> Named:
+    users = {memory.user_id for memory in request.memories}
+    agents = {memory.agent_id for memory in request.memories}
+    # One of whom nothing may be said is one more agent all the same.
+    return {user for user in users if _is_short(user)}, agents if all(map(_is_short, agents)) else ()
+
+
+_NAMED = {"BatchStoreMemories": _of_memories, "StoreMemory": _of_memory, "UpdateMemory": _of_memory}
 
 
 def _short(name: str) -> tuple[str, ...]:

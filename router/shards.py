@@ -250,11 +250,7 @@ class Shards:
             if timeout_s <= 0:
                 raise guard.limiter.refusal(rpc.priority)
             with (
-                tracing.span(
-                    f"{_SERVICE}/{rpc.name}",
-                    {"rpc.system.name": "grpc", "memshard.server": guard.name, "memshard.shard": guard.shard_id},
-                    tracing.Kind.CLIENT,
-                ),
+                tracing.span(f"{_SERVICE}/{rpc.name}", guard.attributes, tracing.Kind.CLIENT),
                 guard.passing(rpc.kind, call, rpc.priority, _slot(request), wide=wide),
             ):
                 return await self._ask(address, guard.name, rpc, request, timeout_s)

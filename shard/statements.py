@@ -3,12 +3,13 @@
 import re
 import time
 from collections.abc import Awaitable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from common import tracing
 from common.telemetry.instruments import Histogram
 from common.telemetry.registry import STATEMENTS
-from common.tracing import Kind
+from common.tracing import Kind, Value
 
 T = TypeVar("T")
 
@@ -26,8 +27,29 @@ _MOST_SUMMARIES = 60
 _OTHER = "other"
 _OWNERSHIP = "owned_slots"
 
-_summaries: dict[str, str] = {}
-_durations: dict[str, Histogram] = {}
+
+@dataclass(frozen=True, slots=True)
+class _Observed:
+    """What is noted of all statements that do the same."""
+
+    summary: str
+    attributes: dict[str, Value]
+    duration: Histogram
+
+    @classmethod
+    def of(cls, summary: str) -> "_Observed":
+        operation, _, table = summary.partition(" ")
+        attributes: dict[str, Value] = {
+            "db.system.name": "postgresql",
+            "db.operation.name": operation,
+            "db.collection.name": table,
+            "db.query.summary": summary,
+        }
+        return cls(summary, attributes, STATEMENTS.labels(summary))
+
+
+_by_summary: dict[str, _Observed] = {}
+_by_text: dict[str, _Observed] = {}
 
 
 def summary(statement: str) -> str:
@@ -44,32 +66,23 @@ def summary(statement: str) -> str:
 
 async def observed(statement: str, work: Awaitable[T]) -> T:
     """The result of `work`, which carries the statement out, with a span of its own and its duration counted."""
-    name = _summary(statement)
-    operation, _, table = name.partition(" ")
+    known = _by_text.get(statement) or _noted(statement)
     began = time.perf_counter()
     try:
-        with tracing.span(
-            name,
-            {
-                "db.system.name": "postgresql",
-                "db.operation.name": operation,
-                "db.collection.name": table,
-                "db.query.summary": name,
-            },
-            Kind.CLIENT,
-        ):
+        with tracing.span(known.summary, known.attributes, Kind.CLIENT):
             return await work
     finally:
-        _durations[name].observe(time.perf_counter() - began)
+        known.duration.observe(time.perf_counter() - began)
 
 
-def _summary(statement: str) -> str:
-    known = _summaries.get(statement)
-    if known is None:
-        known = summary(statement)
-        if known not in _durations:
-            known = known if len(_durations) < _MOST_SUMMARIES else _OTHER
-            _durations.setdefault(known, STATEMENTS.labels(known))
-        if len(_summaries) < _MOST_TEXTS:
-            _summaries[statement] = known
+def _noted(statement: str) -> _Observed:
+    """What is noted of a statement that was not seen before, or is one of too many."""
+    name = summary(statement)
+    if name not in _by_summary:
+        name = name if len(_by_summary) < _MOST_SUMMARIES else _OTHER
+        if name not in _by_summary:
+            _by_summary[name] = _Observed.of(name)
+    known = _by_summary[name]
+    if len(_by_text) < _MOST_TEXTS:
+        _by_text[statement] = known
     return known

@@ -31,18 +31,19 @@ class Operation:
         self._operation = operation
         self._method = method
         self.in_flight = IN_FLIGHT.labels(operation)
-        self.duration = OPERATION_DURATION.labels(operation)
-        self._ended: dict[str, tuple[Counter, Histogram]] = {}
+        self._answered = OPERATION_DURATION.labels(operation)
+        self._ended: dict[str, Histogram] = {}
         self._reasons: dict[str, Counter] = {}
 
-    def ended(self, status: str) -> tuple[Counter, Histogram]:
-        """What counts calls of this status, and how long they took."""
-        if status not in self._ended:
-            self._ended[status] = (
-                OPERATIONS.labels(self._operation, status),
-                RPC_SERVER_DURATION.labels("grpc", self._method, status),
-            )
-        return self._ended[status]
+    def ended(self, status: str) -> Histogram:
+        """What counts calls of this status, and how long they took: under all the names that this has, at once."""
+        duration = self._ended.get(status)
+        if duration is None:
+            duration = self._ended[status] = RPC_SERVER_DURATION.labels("grpc", self._method, status)
+            if status == OK:
+                duration.share(self._answered)
+            OPERATIONS.labels(self._operation, status).count(duration)
+        return duration
 
     def failed(self, reason: str) -> Counter:
         """What counts calls that failed for this reason."""
@@ -79,15 +80,10 @@ class Call:
             status = self.error.code.name
             self._operation.failed(self.error.reason).inc()
         self._span.set("rpc.response.status_code", status)
-        self._span.end(self.error or error)
-        self._span.__exit__(None, None, None)
-        count, duration = self._operation.ended(status)
+        self._span.__exit__(kind, self.error or error, trace)
         # A trace that nobody keeps is no example of anything.
         exemplar = {"trace_id": self._span.trace_id} if self._span.is_kept else None
-        count.inc(1, exemplar)
-        duration.observe(took_s, exemplar)
-        if status == OK:
-            self._operation.duration.observe(took_s, exemplar)
+        self._operation.ended(status).observe(took_s, exemplar)
 
 
 class CallsMade:

@@ -29,6 +29,25 @@ class _Value:
         return self.exemplar
 
 
+class _Observations(_Value):
+    """How many a histogram has seen, as the value of a counter."""
+
+    __slots__ = ("_buckets",)
+
+    def __init__(self, buckets: list[_Value]) -> None:
+        super().__init__()
+        self._buckets = buckets
+
+    def get(self) -> float:
+        return sum(bucket.number for bucket in self._buckets)
+
+    def get_exemplar(self) -> Exemplar | None:
+        """The newest of them, as one that was counted."""
+        found = [bucket.exemplar for bucket in self._buckets if bucket.exemplar is not None]
+        newest = max(found, key=lambda exemplar: exemplar.timestamp or 0.0, default=None)
+        return Exemplar(newest.labels, 1.0, newest.timestamp) if newest is not None else None
+
+
 class Counter(prometheus_client.Counter):
     """Counts up, on the event loop's thread."""
 
@@ -40,6 +59,10 @@ class Counter(prometheus_client.Counter):
         self._value.number += amount
         if exemplar:
             self._value.exemplar = Exemplar(exemplar, amount, time.time())
+
+    def count(self, histogram: "Histogram") -> None:
+        """From now on it counts what `histogram` observes, and has observed, in place of `inc`."""
+        self._value = _Observations(histogram._buckets)
 
 
 class Gauge(prometheus_client.Gauge):
@@ -66,6 +89,12 @@ class Histogram(prometheus_client.Histogram):
         super()._metric_init()
         self._sum = _Value()
         self._buckets = [_Value() for _ in self._upper_bounds]
+
+    def share(self, other: "Histogram") -> None:
+        """From now on both are one under two names: what this or the other observes, and the other has observed."""
+        if other._upper_bounds != self._upper_bounds:
+            raise ValueError("two histograms with different buckets cannot have the same numbers")
+        self._sum, self._buckets = other._sum, other._buckets
 
     def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
         bucket = self._buckets[bisect_left(self._upper_bounds, amount)]

@@ -27,6 +27,11 @@ def _page(of: ModuleType, steps: Callable[[Any, Any, Any], None]) -> str:
     gauge = of.Gauge("open", "Open.", ("operation",), registry=registry)
     histogram = of.Histogram("took_seconds", "Took.", ("operation",), buckets=_BOUNDS, registry=registry)
     steps(counter, gauge, histogram)
+    return _lasting(registry)
+
+
+def _lasting(registry: prometheus_client.CollectorRegistry) -> str:
+    """The page but for the moments at which things happened."""
     page = generate_latest(registry).decode()  # type: ignore[no-untyped-call]
     page = re.sub(r"(?m)^(\w+_created\{[^}]*\}) .*$", r"\1", page)
     return re.sub(r"(# \{[^}]*\} \S+) \S+", r"\1", page)
@@ -65,3 +70,35 @@ def test_without_its_labels_nothing_is_counted() -> None:
         counter.inc()
     with pytest.raises(AttributeError):
         histogram.observe(1.0)
+
+
+@given(st.lists(_marked, max_size=30))
+def test_one_observation_under_several_names_is_like_one_of_each(marked: list[tuple[str, float, bool]]) -> None:
+    def page(of: ModuleType, observe: Callable[[Any, Any, Any, float, dict[str, str] | None], None]) -> str:
+        registry = prometheus_client.CollectorRegistry()
+        counter = of.Counter("calls", "Calls.", ("operation",), registry=registry)
+        took = of.Histogram("took_seconds", "Took.", ("operation",), buckets=_BOUNDS, registry=registry)
+        lasted = of.Histogram("lasted_seconds", "Lasted.", ("rpc",), buckets=_BOUNDS, registry=registry)
+        for operation, size, is_told in marked:
+            told = _TOLD if is_told else None
+            observe(counter.labels(operation), took.labels(operation), lasted.labels(operation), size, told)
+        return _lasting(registry)
+
+    def together(counter: Any, took: Any, lasted: Any, size: float, told: dict[str, str] | None) -> None:
+        lasted.share(took)
+        counter.count(lasted)
+        lasted.observe(size, told)
+
+    def each(counter: Any, took: Any, lasted: Any, size: float, told: dict[str, str] | None) -> None:
+        counter.inc(1, told)
+        took.observe(size, told)
+        lasted.observe(size, told)
+
+    assert page(instruments, together) == page(prometheus_client, each)
+
+
+def test_what_has_other_buckets_is_not_the_same() -> None:
+    fine = instruments.Histogram("fine", "Fine.", buckets=_BOUNDS, registry=None)
+    coarse = instruments.Histogram("coarse", "Coarse.", buckets=_BOUNDS[:2], registry=None)
+    with pytest.raises(ValueError, match="buckets"):
+        coarse.share(fine)
