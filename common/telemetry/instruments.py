@@ -38,6 +38,9 @@ class _Observations(_Value):
         super().__init__()
         self._buckets = buckets
 
+    def is_of(self, buckets: list[_Value]) -> bool:
+        return self._buckets is buckets
+
     def get(self) -> float:
         return sum(bucket.number for bucket in self._buckets)
 
@@ -61,7 +64,10 @@ class Counter(prometheus_client.Counter):
             self._value.exemplar = Exemplar(exemplar, amount, time.time())
 
     def count(self, histogram: "Histogram") -> None:
-        """From now on it counts what `histogram` observes, and has observed, in place of `inc`."""
+        """From now on it counts what `histogram` observes, and has observed, in place of `inc`. ValueError: it has
+        counted something else."""
+        if self._value.number or (isinstance(self._value, _Observations) and not self._value.is_of(histogram._buckets)):
+            raise ValueError("a counter that counts something already cannot count a histogram's observations")
         self._value = _Observations(histogram._buckets)
 
 

@@ -104,8 +104,9 @@ def _cpu_s(cluster: LocalCluster) -> dict[str, float]:
             if name.startswith(prefix):
                 process = psutil.Process(pid)
                 for one in (process, *process.children(recursive=True)):
-                    times = one.cpu_times()
-                    taken[kind] += times.user + times.system
+                    # What has ended meanwhile is among what its parent says of its children.
+                    with suppress(psutil.NoSuchProcess):
+                        taken[kind] += sum(one.cpu_times()[:4])
     return taken
 
 

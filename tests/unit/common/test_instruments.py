@@ -102,3 +102,14 @@ def test_what_has_other_buckets_is_not_the_same() -> None:
     coarse = instruments.Histogram("coarse", "Coarse.", buckets=_BOUNDS[:2], registry=None)
     with pytest.raises(ValueError, match="buckets"):
         coarse.share(fine)
+
+
+def test_a_counter_counts_one_thing() -> None:
+    one, other = (instruments.Histogram(name, "Took.", buckets=_BOUNDS, registry=None) for name in ("one", "other"))
+    counting, used = (instruments.Counter(name, "Calls.", registry=None) for name in ("counting", "used"))
+    counting.count(one)
+    with pytest.raises(ValueError, match="already"):
+        counting.count(other)
+    used.inc()
+    with pytest.raises(ValueError, match="already"):
+        used.count(one)
