@@ -113,7 +113,9 @@ class Trace:
                 span.abandon(now_ns)
         is_kept = self.recorder.keep(self)
         if not is_kept:
-            # They refer to each other. What nobody keeps is not to be left to the garbage collector.
+            # They refer to each other. What nobody keeps is not to be left to the garbage collector, nor whose it was
+            # to whoever still has the span.
+            self.spans[0].forget()
             self.spans.clear()
         return is_kept
 
@@ -215,6 +217,10 @@ class Span:
         """Ends it as what nobody waits for any more."""
         self._attributes["memshard.abandoned"] = True
         self.ended_ns = now_ns
+
+    def forget(self) -> None:
+        """Drops what it would have said."""
+        self._attributes = {}
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, MemshardError):

@@ -88,19 +88,22 @@ def test_ten_thousand_users_who_call_every_operation_add_no_series_whatever_beco
     assert series() == before
 
 
-class Nobody:
-    """Records traces, and keeps none."""
+class Recorder:
+    """Keeps all traces, or none."""
+
+    def __init__(self, *, keeps: bool) -> None:
+        self._keeps = keeps
 
     def samples(self, trace_id: int) -> bool:
         return False
 
     def keep(self, trace: tracing.Trace) -> bool:
-        return False
+        return self._keeps
 
 
 @pytest.fixture
 def recorded() -> Iterator[None]:
-    tracing.record(Nobody())
+    tracing.record(Recorder(keeps=True))
     yield
     tracing.record(None)
 
@@ -109,6 +112,15 @@ def attributes_of(rpc: str, request: Message) -> dict[str, tracing.Value]:
     with tracing.received(rpc, [], begins=True) as span:
         observed().asked(rpc, request)
     return span.attributes
+
+
+@pytest.mark.usefixtures("recorded")
+def test_whose_a_call_was_is_said_of_a_kept_one_as_a_hash_and_forgotten_of_any_other() -> None:
+    request = pb.GetMemoryRequest(user_id="alice")
+    said = attributes_of("GetMemory", request)["enduser.pseudo.id"]
+    assert said == observed().hashed("alice") != "alice"
+    tracing.record(Recorder(keeps=False))
+    assert not attributes_of("GetMemory", request)
 
 
 @pytest.mark.usefixtures("recorded")
