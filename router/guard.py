@@ -73,7 +73,6 @@ class Guard:
     """The guard of one server. `name` is what agents may know it by."""
 
     def __init__(self, shard_id: str, name: str, clock: Clock) -> None:
-        self.shard_id = shard_id
         self.name = name
         self.attributes = {"rpc.system.name": "grpc", "memshard.server": name, "memshard.shard": shard_id}
         """Of the span of a call."""
